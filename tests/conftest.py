@@ -1,0 +1,109 @@
+"""A tiny random generator for tests of everything around the weights."""
+
+import copy
+
+import pytest
+import torch
+from transformers import SamConfig
+
+from unseg_hf import Protector, UnSegConfig, UnSegModel, UnSegProcessor
+
+IMAGE_SIZE = 64  # the embedding grid is 4 x 4, the noise 16 x 16
+
+
+@pytest.fixture(scope="session")
+def tiny_sam_config():
+    """A function: the smallest sensible SAM; keywords change its vision encoder."""
+
+    def build(**vision) -> SamConfig:
+        return SamConfig(
+            vision_config={
+                "hidden_size": 32,
+                "output_channels": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": IMAGE_SIZE,
+                "use_rel_pos": False,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "num_pos_feats": 16,
+                "scale": 1,  # as in SAM; SamConfig has hidden_size // 2, so high that bfloat16 cannot follow
+                # SAM's own 1e-10 would make every image look the same.
+                "initializer_range": 0.2,
+                **vision,
+            },
+            prompt_encoder_config={"hidden_size": 32, "image_size": IMAGE_SIZE},
+            mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32},
+            initializer_range=0.2,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_generator(tiny_sam_config):
+    """A function: a tiny generator with weights from a fixed seed; keywords change its configuration."""
+
+    def build(sam_config: SamConfig | None = None, **changes) -> UnSegModel:
+        config = UnSegConfig(sam_config=sam_config or tiny_sam_config(), initializer_range=0.2, **changes)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return UnSegModel(config).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def saved_generator(build_generator, tmp_path_factory):
+    """The folder of a tiny random generator with its processor."""
+    folder = tmp_path_factory.mktemp("generator")
+    build_generator().save_pretrained(folder)
+    UnSegProcessor.for_image_size(IMAGE_SIZE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded_generator(saved_generator):
+    return UnSegModel.from_pretrained(saved_generator).eval()
+
+
+@pytest.fixture
+def generator(loaded_generator):
+    """A copy for each test, free to be changed."""
+    return copy.deepcopy(loaded_generator)
+
+
+@pytest.fixture
+def processor(saved_generator):
+    return UnSegProcessor.from_pretrained(saved_generator)
+
+
+@pytest.fixture(scope="session")
+def protector_of(build_generator):
+    """A function: a protector around `build_generator(**changes)`."""
+
+    def build(**changes) -> Protector:
+        return Protector(build_generator(**changes), UnSegProcessor.for_image_size(IMAGE_SIZE))
+
+    return build
+
+
+@pytest.fixture
+def tiny_protector(protector_of):
+    """Believes every proposed segment, so that random weights propose some."""
+    return protector_of(proposal_iou=-100, proposal_stability=-1)
+
+
+@pytest.fixture
+def nothing_found_protector(protector_of):
+    return protector_of(proposal_iou=100)
+
+
+@pytest.fixture(scope="session")
+def loud_protector(protector_of):
+    """Its noise fills the budget, so that a broken bound shows."""
+    protector = protector_of()
+    with torch.no_grad():
+        for mlp in protector.model.noise_head.noise_mlps:
+            mlp[-1].weight *= 30
+    return protector

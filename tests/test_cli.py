@@ -1,0 +1,182 @@
+"""The `unseg` command on real files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unseg_hf import Protector, cli
+
+
+def photo(seed=0, height=48, width=64):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([90 + y, 60 + x + seed, 200 - x], axis=-1).astype(np.uint8)
+
+
+def mask(height=48, width=64):
+    drawn = np.zeros((height, width), np.uint8)
+    drawn[10:30, 20:50] = 255
+    return drawn
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two good images, one of them in a sub-folder, three bad files, and masks for all."""
+    for name in ("in/a.png", "in/sub/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo()).save(tmp_path / name)
+        target = (tmp_path / name.replace("in/", "masks/")).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask()).save(target)
+    (tmp_path / "in/empty.png").touch()
+    (tmp_path / "in/text.jpg").write_text("hello")
+    (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/a.png").read_bytes()[:-60])
+    (tmp_path / "in/readme.txt").write_text("not an image, and not named like one")
+    for name in ("empty", "text", "cut"):
+        Image.fromarray(mask()).save(tmp_path / f"masks/{name}.png")
+    return tmp_path
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_a_folder_keeps_its_tree_and_bad_files_do_not_stop_it(folder, saved_generator, capsys):
+    status = run(
+        "protect", folder / "in", "-o", folder / "out", "--masks", folder / "masks", "--model", saved_generator,
+        "--json", folder / "report.json",
+    )  # fmt: skip
+    assert status == 1
+    assert sorted(p.relative_to(folder / "out").as_posix() for p in (folder / "out").rglob("*.*")) == [
+        "a.png",
+        "sub/b.png",
+    ]
+    errors = capsys.readouterr().err
+    for name in ("empty.png", "text.jpg", "cut.png"):
+        assert errors.count(str(folder / "in" / name)) == 1
+    assert len(errors.strip().splitlines()) == 3
+    report = {entry["input"]: entry for entry in json.loads((folder / "report.json").read_text())["images"]}
+    assert report[str(folder / "in/a.png")]["report"]["max_noise"] <= 8
+    assert report[str(folder / "in/cut.png")]["status"] == "failed"
+
+
+def test_pixels_equal_those_of_the_python_api(folder, saved_generator):
+    run("protect", folder / "in/sub/b.jpg", "-o", folder / "b.png", "--masks", folder / "masks/sub/b.png",
+        "--model", saved_generator, "--epsilon", 12)  # fmt: skip
+    expected = Protector.from_pretrained(saved_generator).protect(
+        folder / "in/sub/b.jpg", mask=folder / "masks/sub/b.png", epsilon=12 / 255, epsilon_background=3 / 255
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "b.png")), np.asarray(expected.image))
+
+
+def test_finished_images_are_skipped_until_overwrite(folder, saved_generator, capsys):
+    request = ("protect", folder / "in/a.png", "-o", folder / "out", "--whole-image", "--model", saved_generator)
+    assert run(*request) == 0
+    (folder / "out/a.png").write_bytes(b"mine")
+    assert run(*request) == 0
+    assert (folder / "out/a.png").read_bytes() == b"mine"
+    assert "1 skipped" in capsys.readouterr().out
+    assert run(*request, "--overwrite") == 0
+    assert Image.open(folder / "out/a.png").size == (64, 48)
+
+
+def test_strength_scales_the_noise(folder, saved_generator):
+    largest = {}
+    for strength in ("low", "medium", "high"):
+        run("protect", folder / "in/a.png", "-o", folder / f"{strength}.png", "--whole-image", "--strength", strength,
+            "--model", saved_generator)  # fmt: skip
+        difference = np.asarray(Image.open(folder / f"{strength}.png")).astype(int) - photo()
+        largest[strength] = np.abs(difference).max()
+    assert 0 < largest["low"] < largest["medium"] < largest["high"] <= 16
+
+
+def test_boxes_points_and_labels_reach_the_generator(folder, saved_generator):
+    request = ("protect", folder / "in/a.png", "--model", saved_generator, "--json", folder / "r.json", "-o")
+    assert run(*request, folder / "1.png", "--box", "5,5,30,30", "--box", "40,5,60,40") == 0
+    report = json.loads((folder / "r.json").read_text())["images"][0]["report"]
+    assert report["masks"] == 2
+    assert run(*request, folder / "2.png", "--point", "30,20", "--point", "2,2,0") == 0
+    labels = mask() // 255 * 3 + 1
+    Image.fromarray(labels).save(folder / "labels.png")
+    assert run(*request, folder / "3.png", "--masks", folder / "labels.png", "--labels", "--ignore-labels", "1") == 0
+    report = json.loads((folder / "r.json").read_text())["images"][0]["report"]
+    assert report["protected_share"] == pytest.approx((mask() > 0).mean())
+
+
+def test_jpeg_says_what_it_costs(folder, saved_generator, capsys):
+    assert run("protect", folder / "in/a.png", "-o", folder / "a.jpg", "--format", "jpeg", "--quality", 75,
+               "--whole-image", "--model", saved_generator) == 0  # fmt: skip
+    assert "of the noise; png keeps all" in capsys.readouterr().out
+    assert Image.open(folder / "a.jpg").format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("in/a.png", "-o", "in"), "would be replaced by its protected version"),
+        (("in/a.png", "-o", "in/a.png"), "would be replaced by its protected version"),
+        (("nowhere", "-o", "out"), "nowhere"),
+        (("masks_only", "-o", "out"), "no images in"),
+        (("in", "-o", "out", "--masks", "masks/a.png"), "one mask file for 5 images"),
+        (("in/a.png", "-o", "out", "--masks", "no/masks"), "no such mask"),
+        (("in/a.png", "-o", "out", "--whole-image", "--box", "1,2,3,4"), "one kind of prompt"),
+        (("in/a.png", "-o", "out", "--epsilon", "300"), "from 0 to 255"),
+        (("in/a.png", "-o", "out", "--epsilon", "4", "--epsilon-background", "5"), "above --epsilon 4"),
+        (("in/a.png", "-o", "out", "--epsilon", "4", "--strength", "low"), "pass one"),
+        (("in/a.png", "-o", "out", "--labels"), "needs --masks"),
+        (("in/a.png", "twin/a.jpg", "-o", "out"), "would both become"),
+        (("in/a.png", "-o", "a.jpg"), "--format jpeg"),
+        (("in/a.png", "-o", "a.png", "--format", "webp"), "name it a.webp"),
+    ],
+)
+def test_requests_that_make_no_sense_write_nothing(folder, saved_generator, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    os.makedirs("masks_only")
+    os.makedirs("twin")
+    Image.fromarray(photo()).save("twin/a.jpg")
+    before = sorted(folder.rglob("*"))
+    original = (folder / "in/a.png").read_bytes()
+    assert run("protect", *arguments, "--model", saved_generator) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "in/a.png").read_bytes() == original
+
+
+def test_a_box_that_is_no_box_is_refused_by_the_parser(folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        run("protect", folder / "in/a.png", "-o", folder / "out", "--box", "1,2,three")
+    assert error.value.code == 2
+    assert "'1,2,three' is not 4 numbers" in capsys.readouterr().err
+
+
+def test_inspect_measures_and_draws(folder, saved_generator, capsys):
+    run("protect", folder / "in/a.png", "-o", folder / "out", "--masks", folder / "masks/a.png",
+        "--model", saved_generator)  # fmt: skip
+    capsys.readouterr()
+    pair = (folder / "in/a.png", folder / "out/a.png", "--mask", folder / "masks/a.png")
+    assert run("inspect", *pair, "--picture", folder / "look.png") == 0
+    assert "after JPEG 75" in capsys.readouterr().out
+    assert Image.open(folder / "look.png").width > 3 * 64
+    assert run("inspect", *pair, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    difference = np.abs(np.asarray(Image.open(folder / "out/a.png")).astype(int) - photo())
+    assert figures["max_noise"] == difference[mask() > 0].max()
+    assert run("inspect", folder / "in/a.png", folder / "look.png") == 2
+    assert "at the same size" in capsys.readouterr().err
+
+
+def test_the_installed_command_runs(folder, saved_generator):
+    command = os.path.join(os.path.dirname(sys.executable), "unseg")
+    done = subprocess.run(
+        [command, "protect", folder / "in/a.png", "-o", folder / "out", "--whole-image", "--model", saved_generator],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PSNR" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,78 @@
+"""What `unseg inspect` measures and draws."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unseg_hf.image_files import from_array
+from unseg_hf.inspection import amplified_noise, comparison_picture, inspect_pair, noise_left
+
+
+def photo(height=64, width=96):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([60 + y, 40 + x, 200 - x], axis=-1).astype(np.uint8)
+
+
+def pair(noise):
+    pixels = photo()
+    return from_array(pixels), from_array((pixels + noise).astype(np.uint8))
+
+
+def test_smooth_noise_survives_jpeg_and_pixel_noise_does_not():
+    y = np.mgrid[:64, :96][0]
+    stripes = np.where(y // 8 % 2, 6, -6)[..., None]
+    pixels = np.where(np.random.default_rng(0).random((64, 96, 3)) < 0.5, 6, -6)
+    assert noise_left(*pair(stripes), quality=75) > 0.9
+    assert noise_left(*pair(pixels), quality=75) < 0.5
+
+
+def test_share_left_is_the_projection_of_what_jpeg_leaves():
+    original, protected = pair(np.random.default_rng(1).integers(-8, 9, (64, 96, 3)))
+
+    def recompressed(picture):
+        buffer = io.BytesIO()
+        Image.fromarray(picture.pixels).save(buffer, "JPEG", quality=75)
+        return np.asarray(Image.open(buffer)).astype(float).ravel()
+
+    noise = protected.pixels.astype(float).ravel() - original.pixels.ravel()
+    left = np.dot(recompressed(protected) - recompressed(original), noise) / np.dot(noise, noise)
+    assert noise_left(original, protected, quality=75) == pytest.approx(left, rel=1e-5)
+
+
+def test_equal_pictures_have_no_noise_to_lose():
+    figures = inspect_pair(*pair(0))
+    assert figures["max_noise"] == 0
+    assert figures["psnr"] is None
+    assert figures["left_after_jpeg75"] is None
+    assert figures["ssim"] == pytest.approx(1)
+
+
+def test_inside_and_outside_are_measured_apart():
+    region = np.zeros((64, 96), bool)
+    region[:30] = True
+    figures = inspect_pair(*pair(np.where(region, 7, -2)[..., None]), region)
+    assert (figures["max_noise"], figures["max_noise_background"]) == (7, 2)
+
+
+def test_pictures_of_different_size_are_refused():
+    with pytest.raises(ValueError, match="96 x 64.*at the same size"):
+        inspect_pair(from_array(photo()), from_array(photo()[:10]))
+
+
+def test_amplified_noise_is_grey_where_nothing_changed_and_full_where_most_did():
+    noise = np.zeros((64, 96, 3), int)
+    noise[0, 0], noise[1, 1] = 5, -5
+    drawn = np.asarray(amplified_noise(*pair(noise)))
+    assert drawn[0, 0].tolist() == [255] * 3
+    assert drawn[1, 1].tolist() == [1] * 3
+    assert (drawn[10:] == 128).all()
+
+
+def test_comparison_shows_both_pictures_unchanged():
+    original, protected = pair(3)
+    sheet = np.asarray(comparison_picture(original, protected))
+    height, width = original.pixels.shape[:2]
+    for picture, left in ((original, 8), (protected, 8 + width + 8)):
+        np.testing.assert_array_equal(sheet[24 : 24 + height, left : left + width], picture.pixels)

@@ -1,0 +1,108 @@
+"""Configuration of the UnSeg noise generator."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, SamConfig
+
+
+@strict
+class UnSegConfig(PreTrainedConfig):
+    r"""Configuration of [`UnSegModel`]: a SAM and the noise head on top of it.
+
+    The defaults are the paper's generator: SAM ViT-B at 1024 px, protection at 8/255 inside the mask and 2/255
+    outside (UnSeg, NeurIPS 2024, sections 3 and 4).
+
+    Args:
+        sam_config (`SamConfig` or `dict`, *optional*):
+            The SAM inside. `None` is SAM ViT-B.
+        epsilon (`float`, defaults to 8/255):
+            Largest change of a pixel inside the mask, as a share of the pixel range: 0 to 1.
+        epsilon_background (`float`, defaults to 2/255):
+            Largest change outside the mask: 0 to `epsilon`.
+        fusion_layer (`int`, *optional*):
+            The vision encoder layer, counted from 1, whose output is fused into the noise features. `None` is the
+            first layer with global attention, as in the paper.
+        noise_token_offset (`int`, defaults to 0):
+            Where the readout of the three noise tokens starts, relative to the first of them: 0 reads the noise
+            tokens, -1 reads the last mask token and the first two noise tokens, as the authors' released weights do.
+        mask_prompt_scale (`float`, defaults to 255.0):
+            The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
+        freeze_sam (`bool`, defaults to `True`):
+            Train the noise head alone. `False` trains the SAM too, for a SAM without pretrained weights.
+        proposal_iou (`float`, defaults to 0.88):
+            Predicted IoU above which SAM's mask for a grid point becomes a proposed segment.
+        proposal_stability (`float`, defaults to 0.95):
+            Least IoU of that mask at the thresholds +1 and -1.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the normal distribution that new noise tokens are drawn from.
+
+    Raises:
+        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, or a fusion layer or token offset
+            that the SAM inside does not have.
+
+    Example:
+
+    ```python
+    >>> from unseg_hf import UnSegConfig, UnSegModel
+
+    >>> config = UnSegConfig()
+    >>> config.sam_config.vision_config.image_size
+    1024
+    ```
+    """
+
+    model_type = "unseg"
+    sub_configs_defaults = {"sam_config": SamConfig}  # noqa: RUF012 (transformers' own convention)
+
+    sam_config: dict | PreTrainedConfig | None = None
+    epsilon: float | int = 8 / 255
+    epsilon_background: float | int = 2 / 255
+    fusion_layer: int | None = None
+    noise_token_offset: int = 0
+    mask_prompt_scale: float | int = 255.0
+    freeze_sam: bool = True
+    proposal_iou: float | int = 0.88
+    proposal_stability: float | int = 0.95
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.sam_config, dict):
+            self.sam_config = SamConfig(**self.sam_config)
+        elif self.sam_config is None:
+            self.sam_config = SamConfig()
+        if self.fusion_layer is None:
+            global_layers = self.sam_config.vision_config.global_attn_indexes
+            self.fusion_layer = min(global_layers) + 1 if len(global_layers) else 1
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: checks values that the types alone do not."""
+        check_epsilon(self.epsilon, self.epsilon_background)
+        layers = self.sam_config.vision_config.num_hidden_layers
+        if not 1 <= self.fusion_layer <= layers:
+            raise ValueError(f"fusion_layer={self.fusion_layer}: the vision encoder has layers 1 to {layers}")
+        first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2
+        if not -first_noise_token <= self.noise_token_offset <= 0:
+            raise ValueError(
+                f"noise_token_offset={self.noise_token_offset}: must be from {-first_noise_token} to 0 (0 reads the "
+                "noise tokens, -1 is right for converted weights of the authors)"
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Reads a config file; one of a plain SAM becomes the `sam_config` of a new generator."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == "sam":
+            config_dict = {"sam_config": config_dict}
+        return config_dict, kwargs
+
+
+def check_epsilon(epsilon: float, epsilon_background: float) -> None:
+    """Raises ValueError unless `0 <= epsilon_background <= epsilon <= 1`."""
+    if not 0 <= epsilon_background <= epsilon <= 1:
+        raise ValueError(
+            f"epsilon={epsilon:g}, epsilon_background={epsilon_background:g}: needs 0 <= epsilon_background <= "
+            "epsilon <= 1, as shares of the pixel range (8 grey levels of 255 are 8/255)"
+        )
+
+
+__all__ = ["UnSegConfig", "check_epsilon"]

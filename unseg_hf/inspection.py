@@ -1,0 +1,87 @@
+"""Looking at protected images: what the noise is, what it costs, and what recompression leaves of it."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .image_files import Picture
+from .protection import compare
+
+
+def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | None = None) -> dict[str, float | None]:
+    """Compare a protected picture with its original.
+
+    Args:
+        original, protected: of the same shape and type.
+        region: `(height, width)` bool, where the full budget applied; everywhere by default.
+
+    Returns:
+        `max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`, and
+        `left_after_jpeg75`, the share of the noise that JPEG of quality 75 leaves (None for equal pictures).
+
+    Raises:
+        ValueError: pictures of different size or kind.
+    """
+    if original.pixels.shape != protected.pixels.shape or original.pixels.dtype != protected.pixels.dtype:
+        raise ValueError(
+            f"the original is {_kind(original)}, the protected picture {_kind(protected)}: compare a picture with its "
+            "own original, at the same size"
+        )
+    if region is None:
+        region = np.ones(original.pixels.shape[:2], dtype=bool)
+    figures = compare(original, protected, region)
+    if region.all():
+        figures["max_noise_background"] = None
+    return figures | {"left_after_jpeg75": noise_left(original, protected, quality=75)}
+
+
+def noise_left(original: Picture, protected: Picture, quality: int) -> float | None:
+    """The share of the noise that JPEG leaves: 1 all of it, 0 nothing.
+
+    The difference of the two recompressed pictures, projected on the noise; what JPEG does to both is not counted.
+    """
+    noise = protected.rgb8().astype(np.float32) - original.rgb8()
+    energy = float((noise**2).sum(dtype=np.float64))
+    if energy == 0:
+        return None
+    after = _jpeg(protected.rgb8(), quality).astype(np.float32) - _jpeg(original.rgb8(), quality)
+    return float((after * noise).sum(dtype=np.float64) / energy)
+
+
+def amplified_noise(original: Picture, protected: Picture, factor: float | None = None) -> Image.Image:
+    """The noise around mid-grey; by default so amplified that the largest change is black or white."""
+    noise = protected.rgb8().astype(np.float32) - original.rgb8()
+    if factor is None:
+        factor = 127 / max(1.0, float(np.abs(noise).max()))
+    return Image.fromarray(np.clip(np.rint(128 + factor * noise), 0, 255).astype(np.uint8))
+
+
+def comparison_picture(original: Picture, protected: Picture) -> Image.Image:
+    """Original, protected picture and amplified noise side by side, with a caption over each."""
+    noise = protected.rgb8().astype(np.float32) - original.rgb8()
+    factor = 127 / max(1.0, float(np.abs(noise).max()))
+    panels = {
+        "original": Image.fromarray(original.rgb8()),
+        "protected": Image.fromarray(protected.rgb8()),
+        f"noise x {factor:.0f}": amplified_noise(original, protected, factor),
+    }
+    gap, caption = 8, 24
+    width, height = original.width, original.height
+    sheet = Image.new("RGB", (3 * width + 4 * gap, height + caption + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (text, panel) in enumerate(panels.items()):
+        left = gap + i * (width + gap)
+        draw.text((left, 4), text, fill="black", font_size=14)
+        sheet.paste(panel, (left, caption))
+    return sheet
+
+
+def _jpeg(rgb: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def _kind(picture: Picture) -> str:
+    return f"{picture.width} x {picture.height} with {picture.pixels.shape[2]} channels of {picture.pixels.dtype}"

@@ -1,0 +1,290 @@
+"""The UnSeg generator: Segment Anything and a noise head (UnSeg, NeurIPS 2024, section 3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, SamModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_unseg import UnSegConfig
+
+
+@dataclass
+class UnSegImageEmbeddings(ModelOutput):
+    """What the generator knows of images before any prompt; serves any number of prompts.
+
+    Args:
+        image_embeddings (`torch.Tensor` of shape `(batch, decoder_hidden, grid, grid)`):
+            SAM's image embeddings; `SamModel.forward` takes them too.
+        noise_features (`torch.Tensor` of shape `(batch, decoder_hidden // 8, 4 * grid, 4 * grid)`):
+            The part of the noise features that no prompt changes.
+    """
+
+    image_embeddings: torch.Tensor | None = None
+    noise_features: torch.Tensor | None = None
+
+    def __getitem__(self, index):
+        # A slice selects images, so that a batch can be taken apart and prompted one by one.
+        if isinstance(index, slice):
+            return UnSegImageEmbeddings(self.image_embeddings[index], self.noise_features[index])
+        return super().__getitem__(index)
+
+
+@dataclass
+class UnSegOutput(ModelOutput):
+    """Output of [`UnSegModel`].
+
+    Args:
+        noise (`torch.Tensor` of shape `(batch, prompts, 3, 4 * grid, 4 * grid)`):
+            Noise in [-1, 1] in RGB order, over the padded square the model sees; [`UnSegProcessor`] brings it to the
+            image's size and a budget scales it.
+        image_embeddings (`UnSegImageEmbeddings`):
+            The embeddings of the images, for further prompts.
+    """
+
+    noise: torch.Tensor | None = None
+    image_embeddings: UnSegImageEmbeddings | None = None
+
+
+class UnSegLayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a `(batch, channels, height, width)` tensor."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
+    """From the embedding grid to four times the grid."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        UnSegLayerNorm2d(channels, eps=1e-6),
+        nn.GELU(),
+        nn.ConvTranspose2d(channels, middle, kernel_size=2, stride=2),
+        UnSegLayerNorm2d(middle, eps=1e-6),
+        nn.GELU(),
+        nn.ConvTranspose2d(middle, out, kernel_size=2, stride=2),
+    )
+
+
+class UnSegNoiseHead(nn.Module):
+    """Three noise tokens, an MLP for each, and the features they are multiplied with.
+
+    The features are the sum of three sources at four times the embedding grid, as in HQ-SAM: the image embedding, an
+    early layer of the encoder, and the decoder's upscaled embedding.
+    """
+
+    def __init__(self, config: UnSegConfig):
+        super().__init__()
+        hidden = config.sam_config.mask_decoder_config.hidden_size
+        out = hidden // 8
+        self.noise_tokens = nn.Embedding(3, hidden)
+        self.noise_mlps = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out)
+            )
+            for _ in range(3)
+        )
+        self.embedding_fusion = _upsampler(hidden, hidden // 4, out)
+        self.encoder_fusion = _upsampler(config.sam_config.vision_config.hidden_size, hidden, out)
+        self.decoder_fusion = nn.Sequential(
+            nn.Conv2d(out, hidden // 4, kernel_size=3, padding=1),
+            UnSegLayerNorm2d(hidden // 4, eps=1e-6),
+            nn.GELU(),
+            nn.Conv2d(hidden // 4, out, kernel_size=3, padding=1),
+        )
+
+    def image_features(self, image_embeddings: torch.Tensor, encoder_features: torch.Tensor) -> torch.Tensor:
+        """`(batch, hidden, grid, grid)`, `(batch, grid, grid, vision)` to `(batch, hidden // 8, 4 grid, 4 grid)`."""
+        return self.embedding_fusion(image_embeddings) + self.encoder_fusion(encoder_features.permute(0, 3, 1, 2))
+
+    def forward(self, tokens: torch.Tensor, image_features: torch.Tensor, upscaled: torch.Tensor) -> torch.Tensor:
+        """`(n, 3, hidden)`, `(n, hidden // 8, h, w)` and the same again to noise `(n, 3, h, w)` in [-1, 1]."""
+        features = image_features + self.decoder_fusion(upscaled)
+        weights = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(self.noise_mlps)], dim=1)
+        return torch.tanh((weights @ features.flatten(2)).unflatten(2, features.shape[-2:]))
+
+
+class UnSegPreTrainedModel(PreTrainedModel):
+    config_class = UnSegConfig
+    config: UnSegConfig
+    base_model_prefix = "sam"  # a plain SAM checkpoint loads into `self.sam`
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SamVisionLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # The convolutions and MLPs keep torch's own initialisation, as the authors' do: a small normal would leave
+        # tanh(MLP . features) so close to zero that the first epochs train nothing.
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            bound = nn.init._calculate_fan_in_and_fan_out(module.weight)[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+
+class UnSegModel(UnSegPreTrainedModel):
+    """One universal generator of unlearnable noise for segmentation.
+
+    `UnSegModel.from_pretrained` loads a trained generator, or a plain SAM checkpoint (`facebook/sam-vit-base`, say),
+    in which case the noise head alone is new.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from unseg_hf import UnSegModel, default_checkpoint
+
+    >>> model = UnSegModel.from_pretrained(default_checkpoint())
+    >>> size = model.config.sam_config.vision_config.image_size
+    >>> model(torch.zeros(1, 3, size, size)).noise.shape
+    torch.Size([1, 1, 3, 64, 64])
+    ```
+    """
+
+    def __init__(self, config: UnSegConfig):
+        super().__init__(config)
+        self.sam = SamModel._from_config(config.sam_config)
+        self.noise_head = UnSegNoiseHead(config)
+        self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces the parameters, and with them whether they are trained.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    def _freeze(self) -> None:
+        self.sam.requires_grad_(not self.config.freeze_sam)
+        # Random Fourier features: a buffer in the authors' SAM, a parameter in transformers; never trained.
+        self.sam.shared_image_embedding.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.sam.get_input_embeddings()
+
+    def get_image_embeddings(self, pixel_values: torch.Tensor) -> UnSegImageEmbeddings:
+        """Encode images once, for any number of prompts.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, image_size, image_size)`):
+                Images as [`UnSegProcessor`] prepares them.
+
+        Returns:
+            [`UnSegImageEmbeddings`]; gradients flow into the encoder only where it is trained.
+        """
+        encoder = self.sam.vision_encoder
+        trained = pixel_values.requires_grad or any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            encoded = encoder(pixel_values.to(self.dtype), output_hidden_states=True)
+        return UnSegImageEmbeddings(
+            image_embeddings=encoded.last_hidden_state,
+            noise_features=self.noise_head.image_features(
+                encoded.last_hidden_state, encoded.hidden_states[self.config.fusion_layer]
+            ),
+        )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: UnSegImageEmbeddings | None = None,
+        return_dict: bool | None = None,
+    ) -> UnSegOutput | tuple:
+        """Noise for each prompt of each image. Coordinates are (x, y) in pixels of the model's input.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, image_size, image_size)`, *optional*):
+                Images as [`UnSegProcessor`] prepares them; this or `image_embeddings`.
+            input_points (`torch.Tensor` of shape `(batch, prompts, points, 2)`, *optional*):
+                Points.
+            input_labels (`torch.Tensor` of shape `(batch, prompts, points)`, *optional*):
+                1 for a point in the object, 0 outside, -10 for padding; all ones by default.
+            input_boxes (`torch.Tensor` of shape `(batch, prompts, 4)`, *optional*):
+                Boxes as (x0, y0, x1, y1).
+            input_masks (`torch.Tensor` of shape `(batch, prompts, 4 * grid, 4 * grid)`, *optional*):
+                Masks in [0, 1], as [`UnSegProcessor`] prepares them.
+            image_embeddings (`UnSegImageEmbeddings`, *optional*):
+                What `get_image_embeddings` returned; this or `pixel_values`.
+            return_dict (`bool`, *optional*):
+                `False` for a tuple.
+
+        Returns:
+            [`UnSegOutput`]. Without any prompt there is one noise an image. Memory grows with `batch * prompts`: pass
+            many prompts in chunks.
+
+        Raises:
+            ValueError: both or none of pixels and embeddings, or prompts whose counts differ.
+        """
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("Pass either pixel_values or image_embeddings, and not both.")
+        if image_embeddings is None:
+            image_embeddings = self.get_image_embeddings(pixel_values)
+        prompt_counts = {
+            name: prompt.shape[1]
+            for name, prompt in {"points": input_points, "boxes": input_boxes, "masks": input_masks}.items()
+            if prompt is not None
+        }
+        if len(set(prompt_counts.values())) > 1:
+            raise ValueError(f"Every kind of prompt needs the same number of prompts an image; got {prompt_counts}.")
+        batch = image_embeddings.image_embeddings.shape[0]
+        prompts = next(iter(prompt_counts.values()), 1)
+
+        noise = self._decode(
+            image_embeddings,
+            batch,
+            prompts,
+            *self._encode_prompts(input_points, input_labels, input_boxes, input_masks),
+        )
+        output = UnSegOutput(noise=noise.unflatten(0, (batch, prompts)), image_embeddings=image_embeddings)
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _encode_prompts(self, points, labels, boxes, masks) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Sparse `(batch, prompts, tokens, hidden)` and dense `(any, hidden, grid, grid)` embeddings."""
+        if points is not None and labels is None:
+            labels = torch.ones(points.shape[:-1], dtype=torch.int64, device=points.device)
+        if masks is not None:
+            # SAM takes one mask an image; flattened to the batch it takes one a prompt.
+            masks = (masks.flatten(0, 1).unsqueeze(1) * self.config.mask_prompt_scale).to(self.dtype)
+        return self.sam.prompt_encoder(input_points=points, input_labels=labels, input_boxes=boxes, input_masks=masks)
+
+    def _decode(self, embeddings: UnSegImageEmbeddings, batch: int, prompts: int, sparse, dense) -> torch.Tensor:
+        """SAM's mask decoder with the noise tokens behind its own; noise `(batch * prompts, 3, 4 grid, 4 grid)`."""
+        decoder = self.sam.mask_decoder
+        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight, self.noise_head.noise_tokens.weight])
+        first = len(tokens) - 3 + self.config.noise_token_offset
+        tokens = tokens.expand(batch, prompts, -1, -1)
+        if sparse is not None:
+            tokens = torch.cat([tokens, sparse.to(tokens.dtype)], dim=2)
+        if dense.shape[0] not in (1, batch * prompts):  # SAM's "no mask" embedding is one an image
+            dense = dense[:1]
+
+        image = embeddings.image_embeddings.repeat_interleave(prompts, 0) + dense
+        position = self.sam.get_image_wide_positional_embeddings().to(image.dtype)
+        tokens, image_tokens = decoder.transformer(
+            point_embeddings=tokens.flatten(0, 1).unsqueeze(1),
+            image_embeddings=image,
+            image_positional_embeddings=position.expand(batch * prompts, -1, -1, -1),
+            attention_similarity=None,
+        )
+        upscaled = image_tokens.squeeze(1).transpose(1, 2).unflatten(2, image.shape[-2:])
+        upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(upscaled)))
+        upscaled = decoder.activation(decoder.upscale_conv2(upscaled))
+        return self.noise_head(
+            tokens[:, 0, first : first + 3],
+            embeddings.noise_features.repeat_interleave(prompts, 0),
+            upscaled,
+        )
+
+
+__all__ = ["UnSegImageEmbeddings", "UnSegModel", "UnSegOutput", "UnSegPreTrainedModel"]

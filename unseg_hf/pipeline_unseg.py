@@ -1,0 +1,88 @@
+"""The "image-protection" pipeline."""
+
+from typing import Any
+
+from PIL import Image
+from transformers import Pipeline
+
+from .protection import Job, Prompt, Protected, Protector
+
+
+class ImageProtectionPipeline(Pipeline):
+    """Protects images against segmentation models trained on them.
+
+    Inputs are images as [`Protector.protect`] takes them, or dictionaries with an `image` and the fields of
+    [`Prompt`]; a list gives a list. Keyword arguments: `epsilon`, `epsilon_background`, and the fields of `Prompt` for
+    all images.
+
+    Each result is a dictionary: `image` (the protected PIL image), `mask` (PIL image, 255 where the full budget
+    applies) and `report` (`Protected.report`).
+
+    With `batch_size` above 1 the images are encoded together, which pays on a GPU; rounding may then differ from a
+    single image's in rare pixels, never beyond the bound.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import unseg_hf
+
+    >>> protect = pipeline("image-protection", model=str(unseg_hf.default_checkpoint()))
+    >>> protect("photo.jpg", mask="photo_mask.png")["image"].save("protected.png")
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.image_processor = self.processor.image_processor  # the base class batches only with one of its own
+        self.protector = Protector(self.model, self.processor)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Model, processor and code; `pipeline(..., trust_remote_code=True)` loads them without this package."""
+        # The base class saves the image processor alone, from which no processor could be loaded.
+        self.image_processor, kept = None, self.image_processor
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.image_processor = kept
+        self.processor.save_pretrained(save_directory)
+
+    def _sanitize_parameters(self, epsilon: float | None = None, epsilon_background: float | None = None, **prompt):
+        unknown = prompt.keys() - Prompt.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(
+                f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(Prompt.__dataclass_fields__)}"
+            )
+        budget = {"epsilon": epsilon, "epsilon_background": epsilon_background}
+        given = {name: value for name, value in budget.items() if value is not None}
+        return given | ({"prompt": prompt} if prompt else {}), {}, {}
+
+    def preprocess(self, inputs, prompt: dict | None = None, **budget) -> dict[str, Job]:
+        fields = dict(prompt or {})
+        if isinstance(inputs, dict):
+            fields |= {name: value for name, value in inputs.items() if name != "image"}
+            inputs = inputs["image"]
+        return {"job": self.protector.prepare(inputs, Prompt(**fields), **budget)}
+
+    def _forward(self, model_inputs: dict) -> dict[str, Any]:
+        jobs = model_inputs["job"]
+        if isinstance(jobs, Job):
+            return {"protected": self.protector.finish(jobs, self.protector.encode([jobs])[0])}
+        embeddings = self.protector.encode(jobs)
+        return {"protected": [self.protector.finish(job, e) for job, e in zip(jobs, embeddings, strict=True)]}
+
+    def postprocess(self, model_outputs: dict) -> dict[str, Any]:
+        protected: Protected = model_outputs["protected"]
+        return {
+            "image": protected.image,
+            "mask": Image.fromarray(protected.region),
+            "report": protected.report,
+        }
+
+
+__all__ = ["ImageProtectionPipeline"]

@@ -1,0 +1,175 @@
+"""Images and prompts into the UnSeg generator, noise out of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import BatchFeature, SamProcessor
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+MASK_STRIDE = 4  # SAM's mask prompts have a quarter of the resolution of its images
+
+
+class UnSegProcessor(SamProcessor):
+    r"""Prepares images and prompts for [`UnSegModel`], and brings its noise to the size of the images.
+
+    An image is resized so that its longer side is the model's input size, padded to a square with black at the right
+    and bottom, and normalised; padding comes before normalisation, as in the authors' code.
+
+    Args:
+        image_processor (`SamImageProcessor` or `SamImageProcessorPil`):
+            Sizes and normalisation. Resizing is always Pillow's, so that an image gets the same noise on every
+            machine, with torchvision or without.
+    """
+
+    def __init__(self, image_processor):
+        if not isinstance(image_processor, SamImageProcessorPil):
+            image_processor = SamImageProcessorPil.from_dict(image_processor.to_dict())
+        super().__init__(image_processor)
+
+    @classmethod
+    def for_image_size(cls, image_size: int) -> "UnSegProcessor":
+        """The processor of a generator whose input is `image_size` pixels square."""
+        square = {"height": image_size, "width": image_size}
+        mask_side = image_size // MASK_STRIDE
+        return cls(
+            SamImageProcessorPil(
+                size={"longest_edge": image_size},
+                pad_size=square,
+                mask_size={"longest_edge": mask_side},
+                mask_pad_size={"height": mask_side, "width": mask_side},
+            )
+        )
+
+    def __call__(
+        self,
+        images=None,
+        masks: Sequence[np.ndarray] | None = None,
+        input_points=None,
+        input_labels=None,
+        input_boxes=None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Prepare a batch.
+
+        Args:
+            images: one image or a list: PIL images, or arrays of shape `(height, width, 3)` or `(height, width)`,
+                uint8 in [0, 255].
+            masks: one array an image, `(prompts, height, width)` at the image's size, zero outside the masks; every
+                image of a batch needs the same number of prompts.
+            input_points: nested lists `[image][prompt][point][x, y]` in pixels of the image.
+            input_labels: nested lists `[image][prompt][point]`, 1 in the object and 0 outside.
+            input_boxes: nested lists `[image][prompt][x0, y0, x1, y1]` in pixels of the image.
+            return_tensors: "pt"; there is no other backend.
+
+        Returns:
+            `pixel_values` `(batch, 3, image_size, image_size)`, `original_sizes` and `reshaped_input_sizes`
+            `(batch, 2)` as (height, width), and of the prompts those that were passed: `input_masks`
+            `(batch, prompts, image_size / 4, image_size / 4)` float in [0, 1], `input_points`, `input_labels`,
+            `input_boxes` in pixels of the model's input.
+
+        Raises:
+            ValueError: images or masks of another type or shape.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r}: UnSegProcessor returns PyTorch tensors, 'pt'")
+        single = isinstance(images, (Image.Image, np.ndarray))
+        pictures = [_rgb(image) for image in ([images] if single else images)]
+        features = super().__call__(
+            images=[self._with_visible_sides(picture) for picture in pictures],
+            input_points=input_points,
+            input_labels=input_labels,
+            input_boxes=input_boxes,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )
+        features["original_sizes"] = torch.tensor([picture.shape[:2] for picture in pictures])
+        mean, std = (
+            torch.tensor(v)[:, None, None] for v in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        for pixels, (height, width) in zip(features["pixel_values"], features["reshaped_input_sizes"], strict=True):
+            pixels[:, height:] = -mean / std
+            pixels[:, :, width:] = -mean / std
+        for name in {"input_points", "input_boxes"} & features.keys():
+            features[name] = features[name].float()
+        if masks is not None:
+            shapes, wanted = [np.shape(mask) for mask in masks], [picture.shape[:2] for picture in pictures]
+            if [shape[1:] for shape in shapes] != wanted or len({shape[:1] for shape in shapes}) > 1:
+                raise ValueError(
+                    f"masks of shapes {shapes} for images of (height, width) {wanted}: pass (prompts, height, width) "
+                    "for each image, with the same number of prompts"
+                )
+            sizes = [tuple(size) for size in features["reshaped_input_sizes"].tolist()]
+            features["input_masks"] = torch.stack(
+                [self.mask_prompts(mask, size) for mask, size in zip(masks, sizes, strict=True)]
+            )
+        return features
+
+    def post_process_noise(
+        self, noise: torch.Tensor, original_size: tuple[int, int], reshaped_input_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Noise of one image at that image's size.
+
+        Args:
+            noise (`torch.Tensor` of shape `(prompts, 3, h, w)`): noise over the padded square, in [-1, 1].
+            original_size: (height, width) of the image.
+            reshaped_input_size: (height, width) of the image inside the padded square.
+
+        Returns:
+            `(prompts, 3, height, width)` float32 in [-1, 1].
+        """
+        height, width = (int(side) for side in reshaped_input_size)
+        size = tuple(int(side) for side in original_size)
+        square = (self.image_processor.pad_size["height"], self.image_processor.pad_size["width"])
+        noise = F.interpolate(noise.float(), square, mode="bilinear", align_corners=False)[..., :height, :width]
+        smaller = size[0] < height or size[1] < width
+        noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=smaller)
+        return noise.clamp(-1, 1)
+
+    def _with_visible_sides(self, picture: np.ndarray) -> np.ndarray:
+        """Stretches a picture so narrow that resizing it would leave no pixel of the short side."""
+        least = -(-max(picture.shape[:2]) // self.target_size)
+        height, width = (max(side, least) for side in picture.shape[:2])
+        if (height, width) == picture.shape[:2]:
+            return picture
+        return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
+
+    def mask_prompts(self, masks: np.ndarray, reshaped_input_size: tuple[int, int]) -> torch.Tensor:
+        """Masks of one image as the model takes them.
+
+        Args:
+            masks: `(prompts, height, width)` or `(height, width)` at the image's size, zero outside the masks.
+            reshaped_input_size: (height, width) of the image inside the padded square.
+
+        Returns:
+            `(prompts, image_size / 4, image_size / 4)` float: the share of each cell that the mask covers.
+        """
+        height, width = reshaped_input_size
+        masks = np.asarray(masks)
+        masks = masks[None] if masks.ndim == 2 else masks
+        square = torch.zeros(len(masks), self.target_size, self.target_size)
+        for i, mask in enumerate(masks):
+            drawn = Image.fromarray((mask != 0).astype(np.uint8) * 255)
+            square[i, :height, :width] = torch.from_numpy(
+                np.asarray(drawn.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
+            )
+        return F.avg_pool2d(square, MASK_STRIDE)
+
+
+def _rgb(image) -> np.ndarray:
+    """Any accepted image as `(height, width, 3)` uint8."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
+        raise ValueError(
+            f"an image array of shape {image.shape} and type {image.dtype}: pass (height, width, 3) or "
+            "(height, width), uint8 in [0, 255]"
+        )
+    image = image if image.ndim == 3 else image[:, :, None]
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+__all__ = ["UnSegProcessor"]

@@ -1,0 +1,452 @@
+"""Protecting images: the only place where noise meets pixels."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .configuration_unseg import check_epsilon
+from .image_files import Picture, from_array, from_pil, read, read_mask
+from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
+from .processing_unseg import UnSegProcessor
+from .proposals import PROMPT_CHUNK, masks_at, propose, segment
+
+MODES = ("union", "per_segment")
+
+
+def default_checkpoint() -> Path:
+    """Folder of the generator that comes with the package."""
+    return Path(__file__).parent / "checkpoints" / "unseg-tiny"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to protect in one image; at most one of the fields before `mode`, and with none SAM proposes segments.
+
+    Args:
+        mask: a mask image, numeric or boolean: PIL image, array or tensor `(height, width)`, or a file. Whole numbers
+            are inside where they are not 0, floats where they are at least 0.5.
+        masks: several of those.
+        label_map: a label image; every label becomes a mask, except `ignore_labels`.
+        ignore_labels: labels of `label_map` that are no objects.
+        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it.
+        points: `[x, y]` each, in pixels of the upright image; all belong to one object, which SAM finds.
+        point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
+        whole_image: everything gets the full budget.
+        mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
+            each mask, on the same image embedding.
+
+    Raises:
+        ValueError: contradicting fields, naming them.
+    """
+
+    mask: Any = None
+    masks: Sequence[Any] | None = None
+    label_map: Any = None
+    ignore_labels: Sequence[int] = (0, 255)
+    boxes: Sequence[Sequence[float]] | None = None
+    points: Sequence[Sequence[float]] | None = None
+    point_labels: Sequence[int] | None = None
+    whole_image: bool = False
+    mode: str = "union"
+
+    def __post_init__(self):
+        given = [n for n in ("mask", "masks", "label_map", "boxes", "points") if getattr(self, n) is not None]
+        given += ["whole_image"] if self.whole_image else []
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
+        if self.point_labels is not None and len(self.point_labels) != len(self.points or ()):
+            raise ValueError(
+                f"{len(self.point_labels)} point_labels for {len(self.points or ())} points: pass one each"
+            )
+        for name, width in (("boxes", 4), ("points", 2)):
+            values = getattr(self, name)
+            if values is not None and (len(values) == 0 or any(len(v) != width for v in values)):
+                raise ValueError(f"{name}={values!r}: pass a list of {width} numbers each, in pixels")
+
+
+@dataclass(frozen=True, eq=False)
+class Protected:
+    """A protected image beside its original.
+
+    Args:
+        original, picture: the upright original and the protected picture, of the same shape and type.
+        region: `(height, width)` bool, where the full budget applies.
+        epsilon, epsilon_background: the budget, as shares of the pixel range.
+        masks: number of masks that made up the region.
+        seconds: time it took, reading included.
+        notes: what a user should know, in plain words.
+    """
+
+    original: Picture
+    picture: Picture
+    region: np.ndarray
+    epsilon: float
+    epsilon_background: float
+    masks: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> Image.Image:
+        """The protected picture as a fresh PIL image, which `datasets` stores as PNG."""
+        return self.picture.to_pil()
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Measured on the pixels, ready for JSON: `max_noise` and `max_noise_background` in grey levels of 255
+        (inside and outside the region), `psnr` in dB (None when nothing changed), `ssim`, and the settings."""
+        return {
+            **compare(self.original, self.picture, self.region),
+            "epsilon": self.epsilon * 255,
+            "epsilon_background": self.epsilon_background * 255,
+            "masks": self.masks,
+            "protected_share": float(self.region.mean()),
+            "height": self.picture.height,
+            "width": self.picture.width,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+class Protector:
+    """Protects images with a generator; what the pipeline, the command line and the demo all call.
+
+    Args:
+        model: the generator.
+        processor: its processor.
+
+    Example:
+
+    ```python
+    >>> from unseg_hf import Protector
+
+    >>> protector = Protector.from_pretrained()
+    >>> protected = protector.protect("photo.jpg", mask="photo_mask.png")
+    >>> protected.image.save("protected.png")
+    ```
+    """
+
+    def __init__(self, model: UnSegModel, processor: UnSegProcessor):
+        self.model, self.processor = model.eval(), processor
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str | os.PathLike | None = None, device: str | torch.device = "cpu", **kwargs
+    ) -> "Protector":
+        """Load a generator: a folder, a Hub id, or by default the one in the package.
+
+        Args:
+            checkpoint: folder or Hub id.
+            device: where it runs.
+            kwargs: passed on to `UnSegModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
+        """
+        checkpoint = default_checkpoint() if checkpoint is None else checkpoint
+        model = UnSegModel.from_pretrained(checkpoint, **kwargs).to(device)
+        shared = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+        return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))
+
+    def protect(
+        self,
+        image,
+        prompt: Prompt | None = None,
+        *,
+        epsilon: float | None = None,
+        epsilon_background: float | None = None,
+        **prompt_fields,
+    ) -> Protected:
+        """Protect one image.
+
+        Args:
+            image: PIL image; array `(height, width[, channels])`, uint8 in [0, 255], uint16 grey, or float in [0, 1];
+                tensor `(channels, height, width)` of the same kinds; path, bytes or open file.
+            prompt: what to protect; its fields may be passed by name instead (`mask=...`).
+            epsilon: budget inside the masks, 0 to 1; the model's by default.
+            epsilon_background: budget outside, 0 to `epsilon`; a quarter of an `epsilon` that was passed, else the
+                model's.
+
+        Returns:
+            [`Protected`]; the bound has been checked on its pixels.
+
+        Raises:
+            ImageFileError: an image or mask that cannot be read, naming it.
+            ValueError: a prompt or budget that makes no sense, naming it.
+        """
+        if prompt is not None and prompt_fields:
+            raise ValueError(f"prompt and {', '.join(prompt_fields)} were given: pass one or the other")
+        job = self.prepare(image, prompt or Prompt(**prompt_fields), epsilon, epsilon_background)
+        return self.finish(job, self.encode([job])[0])
+
+    def prepare(
+        self, image, prompt: Prompt, epsilon: float | None = None, epsilon_background: float | None = None
+    ) -> "Job":
+        """The first step of `protect`: reads the image and checks what was asked for; nothing runs on the model."""
+        start = time.perf_counter()
+        if epsilon is None:
+            epsilon = self.model.config.epsilon
+            if epsilon_background is None:
+                epsilon_background = self.model.config.epsilon_background
+        elif epsilon_background is None:
+            epsilon_background = epsilon / 4
+        check_epsilon(epsilon, epsilon_background)
+        picture = read_any(image)
+        masks = _given_masks(prompt, (picture.height, picture.width))
+        features = self.processor(
+            picture.rgb8(),
+            input_boxes=None if prompt.boxes is None else [[list(map(float, box)) for box in prompt.boxes]],
+            input_points=None if prompt.points is None else [[[list(map(float, point)) for point in prompt.points]]],
+            input_labels=None if prompt.points is None else [[list(prompt.point_labels or [1] * len(prompt.points))]],
+        )
+        return Job(picture, prompt, epsilon, epsilon_background, masks, features, time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def encode(self, jobs: Sequence["Job"]) -> list[UnSegImageEmbeddings]:
+        """The second step: the embeddings of the jobs' images, in one batch."""
+        pixels = torch.cat([job.features["pixel_values"] for job in jobs]).to(self.model.device)
+        start = time.perf_counter()
+        embeddings = self.model.get_image_embeddings(pixels)
+        for job in jobs:
+            job.seconds += (time.perf_counter() - start) / len(jobs)
+        return [embeddings[i : i + 1] for i in range(len(jobs))]
+
+    @torch.inference_mode()
+    def finish(self, job: "Job", embeddings: UnSegImageEmbeddings) -> Protected:
+        """The last step: finds the masks if none were given, makes the noise, adds it and checks the bound."""
+        start = time.perf_counter()
+        masks, notes = job.masks, list(job.picture.notes)
+        if masks is None:
+            masks = self._find_masks(job, embeddings, notes)
+        region = np.logical_or.reduce(masks)
+        if not region.any():
+            notes.append("the mask is empty: the background budget applies everywhere")
+        noise = self._noise(job, embeddings, masks, region)
+        protected = apply_noise(job.picture.pixels, noise, region, job.epsilon, job.epsilon_background)
+        _check_bound(job.picture.pixels, protected, region, job.epsilon, job.epsilon_background)
+        return Protected(
+            original=job.picture,
+            picture=job.picture.with_pixels(protected),
+            region=region,
+            epsilon=job.epsilon,
+            epsilon_background=job.epsilon_background,
+            masks=len(masks),
+            seconds=job.seconds + time.perf_counter() - start,
+            notes=tuple(notes),
+        )
+
+    def propose_masks(self, image) -> list[np.ndarray]:
+        """The segments that SAM finds by itself: a list of `(height, width)` bool arrays, best first, maybe empty."""
+        job = self.prepare(image, Prompt())
+        with torch.inference_mode():
+            return self._proposed(job, self.encode([job])[0])
+
+    def _proposed(self, job: "Job", embeddings: UnSegImageEmbeddings) -> list[np.ndarray]:
+        reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
+        logits = propose(self.model, embeddings, reshaped)
+        return list(masks_at(logits, self.processor.target_size, reshaped, (job.picture.height, job.picture.width)))
+
+    def _find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
+        """Masks for boxes, points, or no prompt at all; says in `notes` where SAM found nothing."""
+        size = (job.picture.height, job.picture.width)
+        everything = np.ones(size, dtype=bool)
+        if job.prompt.boxes is None and job.prompt.points is None:
+            masks = self._proposed(job, embeddings)
+            if not masks:
+                notes.append("no object was found: the whole image is protected")
+            return masks or [everything]
+        prompts = {k: v for k, v in job.features.items() if k in ("input_boxes", "input_points", "input_labels")}
+        reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
+        logits = segment(self.model, embeddings, **prompts)
+        masks = list(masks_at(logits, self.processor.target_size, reshaped, size))
+        if job.prompt.points is not None:
+            if not masks[0].any():
+                notes.append("no object was found at the points: the whole image is protected")
+                return [everything]
+            return masks
+        for i, (x0, y0, x1, y1) in enumerate(job.prompt.boxes):
+            box = np.zeros(size, dtype=bool)
+            box[round(max(y0, 0)) : max(round(y1), 0), round(max(x0, 0)) : max(round(x1), 0)] = True
+            masks[i] &= box
+            if not masks[i].any():
+                notes.append(f"no object was found in box {[x0, y0, x1, y1]}: all of the box is protected")
+                masks[i] = box
+        return masks
+
+    def _noise(self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray) -> np.ndarray:
+        """`(height, width, 3)` float32 in [-1, 1]."""
+        prompts = [region, *(masks if job.prompt.mode == "per_segment" and len(masks) > 1 else ())]
+        sizes = job.features["original_sizes"][0].tolist(), job.features["reshaped_input_sizes"][0].tolist()
+        drawn = torch.cat([self.processor.mask_prompts(mask, tuple(sizes[1])) for mask in prompts]).unsqueeze(0)
+        noise = torch.cat(
+            [
+                self.model(
+                    image_embeddings=embeddings,
+                    input_masks=drawn[:, start : start + PROMPT_CHUNK].to(self.model.device),
+                ).noise[0]
+                for start in range(0, len(prompts), PROMPT_CHUNK)
+            ]
+        ).cpu()
+        if not torch.isfinite(noise).all():
+            raise FloatingPointError(
+                "the generator's noise is not finite: its weights are damaged, or its dtype too small"
+            )
+
+        def full_size(one: torch.Tensor) -> np.ndarray:
+            return self.processor.post_process_noise(one[None], *sizes)[0].permute(1, 2, 0).numpy()
+
+        # Outside all masks, and where there is one alone, the noise of their union; small masks lie over large ones.
+        combined = full_size(noise[0])
+        for i in sorted(range(1, len(prompts)), key=lambda i: -int(prompts[i].sum())):
+            combined[prompts[i]] = full_size(noise[i])[prompts[i]]
+        return combined
+
+
+@dataclass(eq=False)
+class Job:
+    """One image on its way through a [`Protector`]; `masks` is None where SAM has to find them."""
+
+    picture: Picture
+    prompt: Prompt
+    epsilon: float
+    epsilon_background: float
+    masks: list[np.ndarray] | None
+    features: Any
+    seconds: float
+
+
+def apply_noise(
+    pixels: np.ndarray, noise: np.ndarray, region: np.ndarray, epsilon: float, epsilon_background: float
+) -> np.ndarray:
+    """Add noise within a budget.
+
+    Args:
+        pixels: `(height, width, channels)`, uint8 or uint16; one channel gets the mean of the noise's three, so that
+            grey stays grey.
+        noise: `(height, width, 3)` float in [-1, 1].
+        region: `(height, width)` bool.
+        epsilon, epsilon_background: largest change inside and outside the region, as shares of the pixel range.
+
+    Returns:
+        Pixels of the same shape and type; no value differs by more than the budget, after rounding and clipping.
+    """
+    if pixels.shape[2] == 1:
+        noise = noise.mean(axis=2, keepdims=True)
+    top = np.iinfo(pixels.dtype).max
+    # Row by row in strips: the float copies of a large photo would take many times its own memory.
+    protected = np.empty_like(pixels)
+    rows = max(1, 2**20 // pixels.shape[1])
+    for start in range(0, len(pixels), rows):
+        part = slice(start, start + rows)
+        inside = region[part, :, None]
+        delta = np.rint(
+            noise[part] * np.where(inside, np.float32(epsilon * top), np.float32(epsilon_background * top))
+        )
+        largest = np.where(inside, *whole_levels(top, epsilon, epsilon_background))
+        delta = np.clip(delta, -largest, largest).astype(np.int32)
+        protected[part] = np.clip(pixels[part] + delta, 0, top)
+    return protected
+
+
+def whole_levels(top: int, epsilon: float, epsilon_background: float) -> tuple[int, int]:
+    """The budget in whole steps of a pixel range of 0 to `top`; rounding may not add to it."""
+    return int(epsilon * top + 1e-6), int(epsilon_background * top + 1e-6)
+
+
+def _check_bound(original, protected, region, epsilon, epsilon_background) -> None:
+    inside, outside = max_noise(original, protected, region)
+    allowed = whole_levels(np.iinfo(original.dtype).max, epsilon, epsilon_background)
+    if inside > allowed[0] or outside > allowed[1]:
+        raise AssertionError(
+            f"noise of {inside} and {outside} levels breaks the bound of {allowed}; please report this"
+        )
+
+
+def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -> tuple[int, int]:
+    """Largest absolute difference inside and outside a region, in steps of the pixels' own range."""
+    difference = np.where(original > protected, original - protected, protected - original).max(axis=2)
+    return tuple(int(difference.max(initial=0, where=where)) for where in (region, ~region))
+
+
+def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
+    """`max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    scale = 255 / original.max_value
+    inside, outside = max_noise(original.pixels, protected.pixels, region)
+    a, b = (
+        torch.from_numpy(p.pixels.astype(np.float32) * scale).permute(2, 0, 1)[None] for p in (original, protected)
+    )
+    error = torch.mean((a - b) ** 2, dtype=torch.float64).item()
+    # The window of 11 pixels must fit; smaller pictures are continued at their edges.
+    short = [max(0, 11 - side) for side in a.shape[-2:]]
+    a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
+    return {
+        "max_noise": inside * scale,
+        "max_noise_background": outside * scale,
+        "psnr": None if error == 0 else float(10 * np.log10(255**2 / error)),
+        "ssim": float(structural_similarity_index_measure(b, a, data_range=255.0)),
+    }
+
+
+def read_any(image) -> Picture:
+    """A picture from whatever `Protector.protect` accepts."""
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return from_pil(image)
+    if isinstance(image, torch.Tensor):
+        if image.ndim == 3:
+            image = image.permute(1, 2, 0)
+        return from_array(image.detach().cpu().numpy(), "the tensor")
+    if isinstance(image, np.ndarray):
+        return from_array(image)
+    return read(image)
+
+
+def _given_masks(prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray] | None:
+    """`(height, width)` bool masks of a prompt that holds them itself, else None."""
+    if prompt.whole_image:
+        return [np.ones(size, dtype=bool)]
+    if prompt.mask is not None:
+        return [read_region(prompt.mask, size)]
+    if prompt.masks is not None:
+        if not len(prompt.masks):
+            raise ValueError("masks is empty: pass at least one mask, or whole_image=True")
+        return [read_region(mask, size) for mask in prompt.masks]
+    if prompt.label_map is not None:
+        labels = _labels(prompt.label_map, size)
+        found = [value for value in np.unique(labels).tolist() if value not in prompt.ignore_labels]
+        return [labels == value for value in found] or [np.zeros(size, dtype=bool)]
+    return None
+
+
+def read_region(mask, size: tuple[int, int]) -> np.ndarray:
+    """A mask in any accepted form as `(height, width)` bool; ValueError unless it has that size."""
+    values = _labels(mask, size)
+    return values >= 0.5 if values.dtype.kind == "f" else values != 0
+
+
+def _labels(mask, size: tuple[int, int]) -> np.ndarray:
+    if isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu().numpy()
+    values = np.asarray(mask) if isinstance(mask, (np.ndarray, list)) else read_mask(mask)
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
+        values = values[0] if values.shape[0] == 1 else values[:, :, 0]
+    if values.shape != size:
+        raise ValueError(
+            f"a mask of shape {values.shape} for an upright image of (height, width) {size}: both must be the same"
+        )
+    if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and not np.isfinite(values).all()):
+        raise ValueError(f"a mask of {values.dtype} with values that are no finite numbers: pass numbers or booleans")
+    return values
+
+
+__all__ = ["Job", "Prompt", "Protected", "Protector", "apply_noise", "compare", "default_checkpoint"]
