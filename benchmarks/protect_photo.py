@@ -51,9 +51,8 @@ def main() -> None:
                     steps[name].append(end - start)
     medians = {name: statistics.median(values) for name, values in steps.items()}
     total = statistics.median(map(sum, zip(*steps.values(), strict=True)))
-    print(
-        f"{size[0]} x {size[1]}, {options.repeats} repeats, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{size[0]} x {size[1]}, {options.repeats} repeats, {threads} threads, torch {torch.__version__}")
     print(f"file to file  {total:.3f} s (median)")
     for name, seconds in medians.items():
         print(f"  {name:<10}  {seconds:.3f} s  {seconds / sum(medians.values()):.0%}")

@@ -57,7 +57,7 @@ def test_inside_and_outside_are_measured_apart():
 
 
 def test_pictures_of_different_size_are_refused():
-    with pytest.raises(ValueError, match="96 x 64.*at the same size"):
+    with pytest.raises(ValueError, match=r"96 x 64.*at the same size"):
         inspect_pair(from_array(photo()), from_array(photo()[:10]))
 
 

@@ -245,7 +245,7 @@ def test_requests_that_make_no_sense_name_the_value(tiny_protector, prompt, mess
     "image", [np.zeros((4, 4, 7), np.uint8), np.full((4, 4), 3.0), "no/such/file.png", b"not an image"]
 )
 def test_unreadable_images_are_one_clear_error(tiny_protector, image):
-    with pytest.raises(ImageFileError, match="^[^\n]+$"):
+    with pytest.raises(ImageFileError, match=r"^[^\n]+$"):
         tiny_protector.protect(image)
 
 

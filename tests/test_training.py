@@ -203,9 +203,9 @@ class TestData:
         assert area[1] > area[0]
 
     def test_a_missing_column_or_file_is_named(self, parquet):
-        with pytest.raises(ValueError, match="no column 'masks'.*image, mask, regions"):
+        with pytest.raises(ValueError, match=r"no column 'masks'.*image, mask, regions"):
             InteractiveSegmentation([Source(parquet, mask_column="masks")], 48)
-        with pytest.raises(FileNotFoundError, match="nowhere.parquet"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet"):
             InteractiveSegmentation([Source("nowhere.parquet")], 48)
         with pytest.raises(ValueError, match="kind='both'"):
             Source(parquet, "both")
@@ -258,7 +258,8 @@ class TestLoop:
     @pytest.mark.parametrize("surrogate", ["unet", "sam"])
     def test_noise_learns_to_show_the_mask(self, parquet, build_generator, tmp_path, surrogate, tiny_sam_config):
         _, _, log = small_run(
-            parquet, build_generator, tmp_path, epochs=25, schedule="step", decay_at=1.0, surrogate=surrogate, tiny_sam_config=tiny_sam_config,
+            parquet, build_generator, tmp_path, surrogate=surrogate, tiny_sam_config=tiny_sam_config,
+            epochs=25, schedule="step", decay_at=1.0,
             alternation="step", label_modification=False, epsilon=0.3, epsilon_background=0.05, learning_rate=2e-3,
             surrogate_learning_rate=2e-3, sam_loss_weight=0.0,
         )  # fmt: skip
@@ -269,12 +270,12 @@ class TestLoop:
         options = {"alternation": "step", "postprocess_probability": 0.5, "epsilon_start": 4.0, "epsilon_warmup": 0.5}
         whole, whole_surrogate, _ = small_run(parquet, build_generator, tmp_path / "whole", save_every=4, **options)
 
-        class Stopped(Exception):
+        class StoppedError(Exception):
             pass
 
         def stop_at_5(line):
             if line.startswith("step 5/"):
-                raise Stopped
+                raise StoppedError
 
         torch.manual_seed(0)
         generator = build_generator(freeze_sam=False)
@@ -291,7 +292,7 @@ class TestLoop:
             save_every=4,
             **options,
         )
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             train(generator, surrogate, data, config, tmp_path / "cut", Accelerator(cpu=True), report=stop_at_5)
         resumed, resumed_surrogate, _ = small_run(
             parquet, build_generator, tmp_path / "cut", resume=True, save_every=4, **options

@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         processor = UnSegProcessor.for_image_size(image_size)
         if not data_args.save_code:
-            generator._auto_class = processor._auto_class = generator.config._auto_class = None
+            UnSegConfig._auto_class = UnSegModel._auto_class = UnSegProcessor._auto_class = None
         generator.save_pretrained(data_args.output_dir)
         processor.save_pretrained(data_args.output_dir)
         accelerator.print(f"generator saved to {data_args.output_dir}")

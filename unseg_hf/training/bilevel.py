@@ -71,6 +71,11 @@ class BilevelConfig:
     postprocess_probability: float = _setting(
         0.0, "Share of steps with JPEG, resizing, blur or greyscale between noise and surrogate (the paper has none)."
     )
+    cast_weight: float = _setting(
+        0.0,
+        "Weight of the squared local mean of the noise. Without it a small generator ends in one colour cast for "
+        "every image, which greyscale and white balance remove (the paper has none).",
+    )
     sam_loss_weight: float = _setting(
         0.0,
         "Weight of SAM's own segmentation loss, for a SAM trained from random weights; a frozen one has none.",
@@ -203,14 +208,18 @@ def train(
                 for parameter in surrogate_parameters:
                     parameter.requires_grad_(not train_generator)
                 with torch.set_grad_enabled(train_generator), accelerator.autocast():
-                    protected, embeddings = _protect(generator, batch, config, share, random)
+                    protected, output = _protect(generator, batch, config, share, random)
                 if train_generator:
                     with accelerator.autocast():
                         target = torch.ones_like(batch["mask"]) if config.label_modification else batch["mask"]
                         loss = _segmentation_loss(surrogate, protected, batch["mask"], target, config, random)
                         losses["generator"] = loss.detach()
+                        if config.cast_weight:
+                            losses["cast"] = _colour_cast(output.noise)
+                            loss = loss + config.cast_weight * losses["cast"]
                         if trains_sam:
-                            losses["sam"] = _sam_loss(whole_generator, embeddings, batch["mask"], config, random)
+                            clean = output.image_embeddings.image_embeddings
+                            losses["sam"] = _sam_loss(whole_generator.sam, clean, batch["mask"], config, random)
                             loss = loss + config.sam_loss_weight * losses["sam"]
                     _step(accelerator, loss, generator, adam_g, "generator", progress.step)
 
@@ -234,14 +243,14 @@ def train(
 
 
 def _protect(generator, batch, config, share, random):
-    """Protected images in [0, 1], with gradients into the generator, and the embeddings of the clean ones."""
+    """Protected images in [0, 1], with gradients into the generator, and the generator's output."""
     images, masks = batch["image"], batch["mask"]
     kinds = choose_kinds(config.prompt_kinds, several=True, generator=random)
     output = generator(pixel_values=normalise(images), **make_prompts(masks, kinds, random))
     noise = F.interpolate(output.noise[:, 0].float(), images.shape[-2:], mode="bilinear", align_corners=False)
     epsilon, background = config.budget(share)
     budget = epsilon * masks + background * (1 - masks)
-    return (images + noise * budget.unsqueeze(1)).clamp(0, 1), output.image_embeddings
+    return (images + noise * budget.unsqueeze(1)).clamp(0, 1), output
 
 
 def _segmentation_loss(surrogate, protected, masks, target, config, random):
@@ -252,13 +261,18 @@ def _segmentation_loss(surrogate, protected, masks, target, config, random):
     return point_loss(logits, target, random, config.points).mean()
 
 
-def _sam_loss(generator, embeddings, masks, config, random):
+def _colour_cast(noise):
+    """Mean square of what is left of the noise when each 8 x 8 cells are averaged; 1 for a saturated cast."""
+    return F.avg_pool2d(noise.flatten(0, 1).float(), 8, stride=1).square().mean()
+
+
+def _sam_loss(sam, image_embeddings, masks, config, random):
     """SAM's own loss for one point or a box, so that a SAM from random weights learns to propose masks."""
     if torch.rand((), generator=random) < 0.5:
         prompts = make_prompts(masks, ("box",), random)
     else:
         prompts = make_prompts(masks, ("points",), random, points=1)
-    output = generator.sam(image_embeddings=embeddings.image_embeddings, multimask_output=True, **prompts)
+    output = sam(image_embeddings=image_embeddings, multimask_output=True, **prompts)
     return interactive_loss(output.pred_masks[:, 0], output.iou_scores[:, 0], masks, random, config.points // 4)
 
 
