@@ -170,8 +170,10 @@ class TestPostprocessing:
     def test_probability_decides_how_often(self):
         images = torch.rand(1, 3, 64, 64, generator=rng())
         source = rng(3)
-        touched = [postprocessing.random_postprocess(images, 0.5, source) is not images for _ in range(40)]
-        assert 10 < sum(touched) < 30
+        treated = [postprocessing.random_postprocess(images, 0.3, source) for _ in range(60)]
+        assert 5 < sum(t is images for t in treated) < 30
+        grey = [torch.allclose(t[:, 0], t[:, 2], atol=1e-4) for t in treated]
+        assert 8 < sum(grey) < 30
         assert postprocessing.random_postprocess(images, 0.0, source) is images
 
 

@@ -69,7 +69,8 @@ class BilevelConfig:
         metadata={"help": "Kinds of prompts; the generator gets a random subset of them, the surrogate one."},
     )
     postprocess_probability: float = _setting(
-        0.0, "Share of steps with JPEG, resizing, blur or greyscale between noise and surrogate (the paper has none)."
+        0.0,
+        "Probability of each of greyscale, resizing, blur and JPEG between noise and surrogate (the paper has none).",
     )
     cast_weight: float = _setting(
         0.0,

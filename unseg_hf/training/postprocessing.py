@@ -9,21 +9,21 @@ import torch.nn.functional as F
 
 
 def random_postprocess(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """One randomly chosen treatment for a batch, or none.
+    """Greyscale, resizing, blur and JPEG, each or not, in the order in which they happen to a picture.
 
     Args:
         images: `(batch, 3, height, width)` float in [0, 1], sides multiples of 32.
-        probability: that anything happens at all.
+        probability: of each of them; the whole batch gets the same.
         generator: the source of randomness, on the CPU.
 
     Returns:
         `(batch, 3, h, w)` in [0, 1]; smaller after a resize, sides multiples of 32.
     """
-    if torch.rand((), generator=generator) >= probability:
-        return images
-    treatments = (jpeg, resize, blur, greyscale, lambda x, strength: greyscale(jpeg(x, strength)))
-    chosen = treatments[int(torch.randint(len(treatments), (), generator=generator))]
-    return chosen(images, float(torch.rand((), generator=generator)))
+    for treatment in (greyscale, resize, blur, jpeg):
+        chance, strength = torch.rand(2, generator=generator).tolist()
+        if chance < probability:
+            images = treatment(images, strength)
+    return images
 
 
 def jpeg(images: torch.Tensor, strength: float) -> torch.Tensor:
