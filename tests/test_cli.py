@@ -64,6 +64,12 @@ def test_a_folder_keeps_its_tree_and_bad_files_do_not_stop_it(folder, saved_gene
     assert report[str(folder / "in/cut.png")]["status"] == "failed"
 
 
+def test_an_output_folder_inside_the_input_is_not_protected_again(folder, saved_generator, capsys):
+    request = ("protect", folder / "in/sub", "-o", folder / "in/sub/out", "--whole-image", "--model", saved_generator)
+    assert run(*request) == run(*request) == 0
+    assert [path.name for path in (folder / "in/sub/out").rglob("*")] == ["b.png"]
+
+
 def test_pixels_equal_those_of_the_python_api(folder, saved_generator):
     run("protect", folder / "in/sub/b.jpg", "-o", folder / "b.png", "--masks", folder / "masks/sub/b.png",
         "--model", saved_generator, "--epsilon", 12)  # fmt: skip

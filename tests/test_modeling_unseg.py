@@ -122,7 +122,7 @@ def test_noise_from_pixels_equals_noise_from_embeddings(generator, pixels, promp
 @torch.no_grad()
 def test_a_slice_of_embeddings_is_the_embeddings_of_those_images(generator, pixels, prompts):
     embeddings = generator.get_image_embeddings(pixels)
-    second = embeddings[1:2]
+    second = embeddings.of_image(1)
     assert isinstance(second, UnSegImageEmbeddings)
     noise = generator(image_embeddings=second, **part(prompts, slice(1, 2))).noise
     torch.testing.assert_close(noise, generator(pixels, **prompts).noise[1:], atol=1e-5, rtol=0)

@@ -42,6 +42,13 @@ class GeneratorArguments:
     protect_epsilon_background: float = field(
         default=2 / 255, metadata={"help": "The same outside the mask, 0 to protect_epsilon."}
     )
+    proposal_iou: float = field(
+        default=0.88,
+        metadata={"help": "Predicted IoU above which the finished generator proposes a segment by itself."},
+    )
+    proposal_stability: float = field(
+        default=0.95, metadata={"help": "Stability (IoU at the thresholds +1 and -1) above which it does."}
+    )
 
 
 @dataclass
@@ -134,13 +141,18 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(mixed_precision=data_args.mixed_precision)
     set_seed(config.seed)
 
-    budget = {"epsilon": model_args.protect_epsilon, "epsilon_background": model_args.protect_epsilon_background}
+    finished = {
+        "epsilon": model_args.protect_epsilon,
+        "epsilon_background": model_args.protect_epsilon_background,
+        "proposal_iou": model_args.proposal_iou,
+        "proposal_stability": model_args.proposal_stability,
+    }
     sizes = (model_args.hidden_size, model_args.layers, model_args.heads, model_args.decoder_size)
     if model_args.sam:
-        generator = UnSegModel.from_pretrained(model_args.sam, **budget)
+        generator = UnSegModel.from_pretrained(model_args.sam, **finished)
     else:
         generator = UnSegModel(
-            UnSegConfig(sam_config=sam_config(model_args.image_size, *sizes), freeze_sam=False, **budget)
+            UnSegConfig(sam_config=sam_config(model_args.image_size, *sizes), freeze_sam=False, **finished)
         )
     image_size = generator.config.sam_config.vision_config.image_size
     if model_args.surrogate == "sam":

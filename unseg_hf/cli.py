@@ -202,8 +202,10 @@ def plan(inputs: Iterable[Path], output: Path, format: str | None, masks: Path |
     found: list[tuple[Path, Path]] = []
     for item in inputs:
         if item.is_dir():
-            inside = sorted(p for p in item.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found += [(path, path.relative_to(item)) for path in inside]
+            # An output folder inside the input would be protected again by the next run.
+            found += [
+                (p, p.relative_to(item)) for p in _images_in(item) if output.resolve() not in p.resolve().parents
+            ]
         else:
             found.append((item, Path(item.name)))
     if not found:
@@ -237,9 +239,13 @@ def plan(inputs: Iterable[Path], output: Path, format: str | None, masks: Path |
         yield Task(source, target, mask)
 
 
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
 def _index_masks(folder: Path) -> dict[str, Path]:
     """Mask files by their path without suffix, and by their bare name where that is unique."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = _images_in(folder)
     names = [p.stem for p in paths]
     index = {p.stem: p for p in paths if names.count(p.stem) == 1}
     return index | {p.relative_to(folder).with_suffix("").as_posix(): p for p in paths}

@@ -25,11 +25,10 @@ class UnSegImageEmbeddings(ModelOutput):
     image_embeddings: torch.Tensor | None = None
     noise_features: torch.Tensor | None = None
 
-    def __getitem__(self, index):
-        # A slice selects images, so that a batch can be taken apart and prompted one by one.
-        if isinstance(index, slice):
-            return UnSegImageEmbeddings(self.image_embeddings[index], self.noise_features[index])
-        return super().__getitem__(index)
+    def of_image(self, index: int) -> "UnSegImageEmbeddings":
+        """The embeddings of one image of the batch, as a batch of one."""
+        one = slice(index, index + 1)
+        return UnSegImageEmbeddings(self.image_embeddings[one], self.noise_features[one])
 
 
 @dataclass

@@ -216,7 +216,7 @@ class Protector:
         embeddings = self.model.get_image_embeddings(pixels)
         for job in jobs:
             job.seconds += (time.perf_counter() - start) / len(jobs)
-        return [embeddings[i : i + 1] for i in range(len(jobs))]
+        return [embeddings.of_image(i) for i in range(len(jobs))]
 
     @torch.inference_mode()
     def finish(self, job: "Job", embeddings: UnSegImageEmbeddings) -> Protected:

@@ -1,0 +1,62 @@
+"""The "image-protection" pipeline gives what `Protector` gives, for one image, lists and batches."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from unseg_hf import Protector
+
+
+def photo(seed, height=40, width=56):
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([90 + y, 60 + x + seed, 200 - x], axis=-1).astype(np.uint8))
+
+
+def box_mask(height=40, width=56):
+    mask = np.zeros((height, width), bool)
+    mask[10:30, 20:40] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def protect(saved_generator):
+    return pipeline("image-protection", model=str(saved_generator))
+
+
+@pytest.fixture(scope="module")
+def protector(saved_generator):
+    return Protector.from_pretrained(saved_generator)
+
+
+def test_one_image_equals_the_protector(protect, protector):
+    result = protect(photo(0), mask=box_mask(), epsilon=16 / 255)
+    expected = protector.protect(photo(0), mask=box_mask(), epsilon=16 / 255)
+    np.testing.assert_array_equal(np.asarray(result["image"]), np.asarray(expected.image))
+    np.testing.assert_array_equal(np.asarray(result["mask"]), box_mask())
+    assert result["report"]["max_noise"] == expected.report["max_noise"] > 0
+    assert result["report"]["epsilon_background"] == pytest.approx(4)
+
+
+def test_a_list_with_a_prompt_for_each_image(protect, protector):
+    inputs = [
+        {"image": photo(0), "mask": box_mask()},
+        {"image": photo(1), "whole_image": True},
+        {"image": photo(2, 30, 90), "boxes": [[3, 4, 40, 25]]},
+    ]
+    for item, result in zip(inputs, protect(inputs), strict=True):
+        expected = protector.protect(**item)
+        np.testing.assert_array_equal(np.asarray(result["image"]), np.asarray(expected.image))
+
+
+def test_batches_differ_from_singles_by_rounding_alone(protect):
+    inputs = [{"image": photo(i, 30 + i, 60), "whole_image": True} for i in range(5)]
+    for single, batched in zip(protect(inputs), protect(inputs, batch_size=3), strict=True):
+        difference = np.abs(np.asarray(single["image"], int) - np.asarray(batched["image"], int))
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+def test_an_unknown_keyword_is_named(protect):
+    with pytest.raises(ValueError, match=r"unknown masc: the prompt has mask, masks"):
+        protect(photo(0), masc=box_mask())
