@@ -70,6 +70,39 @@ def test_an_output_folder_inside_the_input_is_not_protected_again(folder, saved_
     assert [path.name for path in (folder / "in/sub/out").rglob("*")] == ["b.png"]
 
 
+def test_images_that_share_a_name_keep_their_suffix_in_it(folder, saved_generator):
+    Image.fromarray(photo(9)).save(folder / "in/sub/b.png")
+    assert run("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator) == 0
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["b.jpg.png", "b.png.png"]
+
+
+def test_a_mask_is_never_taken_from_an_image_of_another_folder(folder, saved_generator, capsys):
+    for side in ("x", "y"):
+        (folder / "t" / side).mkdir(parents=True)
+        Image.fromarray(photo()).save(folder / "t" / side / "1.png")
+    (folder / "m/x").mkdir(parents=True)
+    Image.fromarray(mask()).save(folder / "m/x/1.png")
+    assert run("protect", folder / "t", "-o", folder / "o", "--masks", folder / "m", "--model", saved_generator) == 1
+    assert [path.relative_to(folder / "o").as_posix() for path in (folder / "o").rglob("*.png")] == ["x/1.png"]
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_the_report_of_a_folder_counts_its_notes_and_survives_a_second_run(folder, saved_generator, capsys):
+    for name in ("empty.png", "text.jpg", "cut.png"):
+        (folder / "in" / name).unlink()
+    request = ("protect", folder / "in", "-o", folder / "out", "--format", "jpeg", "--masks", folder / "masks",
+               "--json", folder / "r.json", "--model", saved_generator)  # fmt: skip
+    assert run(*request) == 0
+    out = capsys.readouterr().out
+    assert "note (2 images): JPEG changes pixels" in out
+    assert "of the noise on average" in out
+    first = json.loads((folder / "r.json").read_text())["images"]
+    assert run(*request) == 0
+    second = json.loads((folder / "r.json").read_text())["images"]
+    assert [entry["status"] for entry in second] == ["skipped"] * 2
+    assert [entry["report"] for entry in second] == [entry["report"] for entry in first]
+
+
 def test_pixels_equal_those_of_the_python_api(folder, saved_generator):
     run("protect", folder / "in/sub/b.jpg", "-o", folder / "b.png", "--masks", folder / "masks/sub/b.png",
         "--model", saved_generator, "--epsilon", 12)  # fmt: skip
@@ -116,15 +149,19 @@ def test_boxes_points_and_labels_reach_the_generator(folder, saved_generator):
 def test_jpeg_says_what_it_costs(folder, saved_generator, capsys):
     assert run("protect", folder / "in/a.png", "-o", folder / "a.jpg", "--format", "jpeg", "--quality", 75,
                "--whole-image", "--model", saved_generator) == 0  # fmt: skip
-    assert "of the noise; png keeps all" in capsys.readouterr().out
-    assert Image.open(folder / "a.jpg").format == "JPEG"
+    out = capsys.readouterr().out
+    assert "png keeps all" in out
+    saved = Image.open(folder / "a.jpg")
+    assert saved.format == "JPEG"
+    largest = np.abs(np.asarray(saved).astype(int) - photo()).max()
+    assert f"{largest} of 255 in the mask" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("in/a.png", "-o", "in"), "would be replaced by its protected version"),
-        (("in/a.png", "-o", "in/a.png"), "would be replaced by its protected version"),
+        (("in/a.png", "-o", "in"), "would replace a file that is needed"),
+        (("in/a.png", "-o", "in/a.png"), "would replace a file that is needed"),
         (("nowhere", "-o", "out"), "nowhere"),
         (("masks_only", "-o", "out"), "no images in"),
         (("in", "-o", "out", "--masks", "masks/a.png"), "one mask file for 5 images"),
@@ -134,7 +171,14 @@ def test_jpeg_says_what_it_costs(folder, saved_generator, capsys):
         (("in/a.png", "-o", "out", "--epsilon", "4", "--epsilon-background", "5"), "above --epsilon 4"),
         (("in/a.png", "-o", "out", "--epsilon", "4", "--strength", "low"), "pass one"),
         (("in/a.png", "-o", "out", "--labels"), "needs --masks"),
-        (("in/a.png", "twin/a.jpg", "-o", "out"), "would both become"),
+        (("in", "-o", "out.png"), "one file for 5 images"),
+        (("in/a.png", "-o", "a.gif"), "cannot write .gif"),
+        (("in/a.png", "-o", "out", "--quality", "0"), "--quality 0"),
+        (("in/a.png", "-o", "out", "--epsilon-background", "5"), "needs --epsilon"),
+        (("in/a.png", "-o", "out", "--device", "abacus"), "does not load on 'abacus'"),
+        (("in/a.png", "-o", "masks", "--masks", "masks/a.png"), "would replace a file that is needed"),
+        (("in/a.png", "-o", "out", "--json", "in/a.png"), "--json in/a.png would replace"),
+        (("in/a.png", "-o", "out", "--whole-image", "--per-segment"), "needs several masks"),
         (("in/a.png", "-o", "a.jpg"), "--format jpeg"),
         (("in/a.png", "-o", "a.png", "--format", "webp"), "name it a.webp"),
     ],
@@ -171,6 +215,8 @@ def test_inspect_measures_and_draws(folder, saved_generator, capsys):
     figures = json.loads(capsys.readouterr().out)
     difference = np.abs(np.asarray(Image.open(folder / "out/a.png")).astype(int) - photo())
     assert figures["max_noise"] == difference[mask() > 0].max()
+    assert run("inspect", *pair, "--picture", folder / "in/a.png") == 2
+    assert "would replace a file that is needed" in capsys.readouterr().err
     assert run("inspect", folder / "in/a.png", folder / "look.png") == 2
     assert "at the same size" in capsys.readouterr().err
 

@@ -53,3 +53,12 @@ def test_it_has_no_cast(protected):
     """The noise averages out over the object: no tint that white balance or greyscale would take off."""
     noise = protected.picture.pixels.astype(float) - protected.original.pixels
     assert np.abs(noise[protected.region].mean(axis=0)).max() < 2
+
+
+def test_its_configuration_is_the_one_the_card_names():
+    import json
+
+    script = (EXAMPLES.parent.parent / "training_scripts" / "configs" / "tiny.json").read_text()
+    config = json.loads((default_checkpoint() / "config.json").read_text())
+    for name in ("proposal_iou", "proposal_stability"):
+        assert config[name] == json.loads(script)[name]

@@ -112,6 +112,30 @@ def test_extreme_sizes_keep_the_bound_on_file(loud_protector, tmp_path, height, 
     assert change[mask].max() > 0
 
 
+def test_boxes_and_points_may_be_arrays_or_tensors(tiny_protector):
+    plain = tiny_protector.protect(photo(), points=[[40, 30], [5, 5]], point_labels=[1, 0])
+    for kind in (np.array, torch.tensor):
+        same = tiny_protector.protect(photo(), points=kind([[40, 30], [5, 5]]), point_labels=kind([1, 0]))
+        np.testing.assert_array_equal(same.region, plain.region)
+        assert tiny_protector.protect(photo(), boxes=kind([[1.0, 2.0, 30.5, 40.0]])).region.any()
+
+
+def test_jpeg_masks_are_read_at_half_their_range(loud_protector, tmp_path):
+    Image.fromarray(box_mask().astype(np.uint8) * 255).save(tmp_path / "mask.jpg", quality=75)
+    np.testing.assert_array_equal(loud_protector.protect(photo(), mask=tmp_path / "mask.jpg").region, box_mask())
+
+
+def test_a_checkpoint_without_a_noise_head_protects_nothing(tiny_sam_config, tmp_path):
+    from transformers import SamModel
+
+    from unseg_hf import UnSegProcessor
+
+    SamModel(tiny_sam_config()).save_pretrained(tmp_path)
+    UnSegProcessor.for_image_size(64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no trained generator"):
+        Protector.from_pretrained(tmp_path)
+
+
 def test_every_way_in_gives_the_same_pixels(loud_protector, tmp_path):
     pixels, mask = photo(), box_mask()
     Image.fromarray(pixels).save(tmp_path / "photo.png")
@@ -134,6 +158,9 @@ def test_every_way_in_gives_the_same_pixels(loud_protector, tmp_path):
         mask.astype(np.float32) * 0.9,
         torch.from_numpy(mask)[None],
         mask[:, :, None].astype(np.int64) * -3,
+        np.repeat(mask[:, :, None], 3, axis=2),
+        torch.from_numpy(mask).to(torch.bfloat16),
+        Image.fromarray(mask.astype(np.float32)),
         Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"),
     ]
     for image in images:
@@ -228,7 +255,17 @@ def test_boxes_bound_the_region_and_points_find_one(tiny_protector):
         ({"mask": np.full((60, 80), np.nan)}, "finite"),
         ({"mask": box_mask(), "boxes": [[0, 0, 1, 1]]}, "one kind of prompt"),
         ({"masks": []}, "masks is empty"),
-        ({"boxes": [[1, 2, 3]]}, "4 numbers"),
+        ({"boxes": [[1, 2, 3]]}, "4 finite numbers"),
+        ({"boxes": [5, 5, 30, 30]}, "4 finite numbers"),
+        ({"boxes": [[0, 0, float("nan"), 9]]}, "finite"),
+        ({"boxes": [[40, 50, 10, 20]]}, "x0 < x1"),
+        ({"boxes": [[90, 0, 99, 9]]}, r"outside the image of 80 x 60"),
+        ({"points": [[1e6, -300]]}, "outside the image"),
+        ({"points": [[1, 2]], "point_labels": [7]}, r"point_labels=\[7\]"),
+        ({"points": [[1, 2]], "point_labels": [0]}, "at least one must be on it"),
+        ({"label_map": np.full((60, 80), 0.3)}, "whole numbers"),
+        ({"prompt": box_mask()}, "pass a Prompt"),
+        ({"mask": np.full((60, 80), 1j)}, "numbers or booleans"),
         ({"points": [[1, 2]], "point_labels": [1, 0]}, "2 point_labels for 1 points"),
         ({"mask": box_mask(), "mode": "all"}, "mode='all'"),
         ({"mask": box_mask(), "epsilon": 8}, "shares of the pixel range"),

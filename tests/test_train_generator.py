@@ -54,7 +54,7 @@ def test_the_script_trains_a_generator_that_protects_and_goes_on_where_it_stoppe
     done = run(*request, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stdout
-    assert {"config.json", "model.safetensors", "processor_config.json", "modeling_unseg.py"} <= {
+    assert {"config.json", "model.safetensors", "processor_config.json", "modeling_unseg.py", "pipeline_unseg.py"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
     protector = Protector.from_pretrained(tmp_path / "run")

@@ -151,6 +151,8 @@ def read_state_dict(path: str | Path) -> Mapping:
 
 def save(model, output_dir: Path) -> None:
     """Writes the generator and its processor, whole or not at all."""
+    from transformers import pipeline
+
     from unseg_hf import UnSegProcessor
 
     processor = UnSegProcessor.for_image_size(model.config.sam_config.vision_config.image_size)
@@ -158,8 +160,8 @@ def save(model, output_dir: Path) -> None:
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+        # Through the pipeline, which adds its own code and its name in the configuration.
+        pipeline("image-protection", model=model, processor=processor).save_pretrained(partial)
         if output_dir.exists():
             output_dir.rmdir()
         partial.rename(output_dir)

@@ -6,9 +6,9 @@ The embedded default (two cores, under an hour):
         --train_files ecssd/train.parquet bsds500/train.parquet --mask_kinds binary regions \
         --output_dir runs/unseg-tiny
 
-The paper's recipe on a pretrained SAM (GPUs):
+The paper's recipe on a pretrained SAM (one GPU):
 
-    accelerate launch training_scripts/train_generator.py --config training_scripts/configs/paper-vit-b.json \
+    python training_scripts/train_generator.py --config training_scripts/configs/paper-vit-b.json \
         --train_files hqseg44k.parquet --mask_kinds binary --output_dir runs/paper-vit-b
 
 Every value of a configuration file can be overridden behind it. An interrupted run goes on with `--resume True`.
@@ -118,11 +118,23 @@ def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decod
     )
 
 
+def resized(config, image_size: int):
+    """A SAM configuration for another input size and weights from scratch."""
+    from transformers import SamConfig
+
+    values = config.to_dict()
+    values["vision_config"] |= {"image_size": image_size, "initializer_range": 0.02, "scale": 1}
+    values["prompt_encoder_config"]["image_size"] = image_size
+    del values["prompt_encoder_config"]["image_embedding_size"]  # derived from the image size
+    return SamConfig(**values)
+
+
 def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, config = parse(sys.argv[1:] if arguments is None else arguments)
 
     from accelerate import Accelerator
     from accelerate.utils import set_seed
+    from transformers import pipeline
 
     from unseg_hf.configuration_unseg import UnSegConfig
     from unseg_hf.data.records import InteractiveSegmentation, Source
@@ -156,7 +168,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
     image_size = generator.config.sam_config.vision_config.image_size
     if model_args.surrogate == "sam":
-        surrogate = SamSurrogate(sam_config(model_args.surrogate_size, *sizes), prompt_size=image_size)
+        # On a pretrained SAM the surrogate has its architecture at another size, as in the paper.
+        architecture = (
+            resized(generator.config.sam_config, model_args.surrogate_size)
+            if model_args.sam
+            else sam_config(model_args.surrogate_size, *sizes)
+        )
+        surrogate = SamSurrogate(architecture, prompt_size=image_size)
     else:
         surrogate = UNetSurrogate(model_args.surrogate_width, model_args.surrogate_size)
 
@@ -177,10 +195,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         processor = UnSegProcessor.for_image_size(image_size)
-        if not data_args.save_code:
+        if data_args.save_code:
+            # Through the pipeline, which adds its own code and its name in the configuration.
+            pipeline("image-protection", model=generator, processor=processor).save_pretrained(data_args.output_dir)
+        else:
             UnSegConfig._auto_class = UnSegModel._auto_class = UnSegProcessor._auto_class = None
-        generator.save_pretrained(data_args.output_dir)
-        processor.save_pretrained(data_args.output_dir)
+            generator.save_pretrained(data_args.output_dir)
+            processor.save_pretrained(data_args.output_dir)
         accelerator.print(f"generator saved to {data_args.output_dir}")
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (UsageError, ValueError, OSError) as error:
+    except (UsageError, ValueError, OSError, RuntimeError) as error:
+        # RuntimeError: pathlib's word for a loop of links.
         print(f"unseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -135,163 +138,259 @@ def run_protect(options: argparse.Namespace) -> int:
         raise UsageError(f"{names} were given: pass one kind of prompt")
     if options.labels and not options.masks:
         raise UsageError("--labels needs --masks")
-    tasks = list(plan(options.inputs, options.output, options.format, options.masks))
+    if options.per_segment and (options.whole_image or options.point or (options.masks and not options.labels)):
+        raise UsageError("--per-segment needs several masks: --labels, --box more than once, or no prompt")
+    if not 1 <= options.quality <= 100:
+        raise UsageError(f"--quality {options.quality}: must be from 1 to 100")
+    unreadable: list[str] = []
+    tasks = plan(options.inputs, options.output, options.format, options.masks, unreadable)
+    _refuse_overwriting(
+        "--json", options.json, [path for task in tasks for path in (task.source, task.mask, task.target)]
+    )
 
     from tqdm import tqdm
+
+    protector = _load(options.model, options.device)
+    report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
+    try:
+        with tqdm(tasks, unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress:
+            for task in progress:
+                if task.target.exists() and not options.overwrite:
+                    report.add(task, "skipped")
+                    continue
+                try:
+                    report.add(
+                        task, "protected", report=_protect_one(protector, task, options, epsilon, background, measure)
+                    )
+                # One bad image must not stop the others, whatever is wrong with it.
+                except Exception as error:
+                    text = " ".join(str(error).split()) or type(error).__name__
+                    text = text if str(task.source) in text else f"{task.source}: {text}"
+                    report.add(task, "failed", error=text)
+                    tqdm.write(f"unseg: {text}", file=sys.stderr)
+    finally:
+        report.write()
+    for folder in unreadable:
+        print(f"unseg: {folder}", file=sys.stderr)
+    report.print_summary()
+    return 1 if report.count("failed") or unreadable else 0
+
+
+def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
+    """(epsilon, epsilon_background) as shares of the pixel range; None is the model's."""
+    if options.strength and options.epsilon is not None:
+        raise UsageError(f"--strength {options.strength} and --epsilon {options.epsilon:g} were given: pass one")
+    epsilon, background = STRENGTHS.get(options.strength, options.epsilon), options.epsilon_background
+    for name, value in (("--epsilon", epsilon), ("--epsilon-background", background)):
+        if value is not None and not 0 <= value <= 255:
+            raise UsageError(f"{name} {value:g}: must be from 0 to 255 grey levels")
+    if background is not None and epsilon is None:
+        raise UsageError(f"--epsilon-background {background:g} needs --epsilon or --strength")
+    if background is not None and background > epsilon:
+        raise UsageError(f"--epsilon-background {background:g} is above --epsilon {epsilon:g}")
+    return tuple(None if value is None else value / 255 for value in (epsilon, background))
+
+
+def _load(model: str | None, device: str):
     from transformers.utils import logging
 
     from .protection import Protector
 
     logging.disable_progress_bar()
-    protector = Protector.from_pretrained(options.model, device=options.device)
-    entries = []
-    failed = skipped = 0
-    with tqdm(tasks, unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress:
-        for task in progress:
-            entry: dict[str, Any] = {"input": str(task.source), "output": str(task.target)}
-            entries.append(entry)
-            if task.target.exists() and not options.overwrite:
-                skipped += 1
-                entry["status"] = "skipped"
-                continue
-            try:
-                report = _protect_one(
-                    protector, task, options, epsilon, background, bool(options.json) or len(tasks) == 1
-                )
-                entry |= {"status": "protected", "report": report}
-            # One bad image must not stop the others, whatever is wrong with it.
-            except Exception as error:
-                failed += 1
-                text = str(error) or type(error).__name__
-                entry |= {"status": "failed", "error": text if str(task.source) in text else f"{task.source}: {text}"}
-                tqdm.write(f"unseg: {entry['error']}", file=sys.stderr)
-    if options.json:
-        from .image_files import put_in_place
-
-        put_in_place(json.dumps({"images": entries}, indent=2).encode(), options.json, str(options.json))
-    if len(tasks) == 1 and entries[0]["status"] == "protected":
-        _print_report(entries[0])
-    done = len(tasks) - failed - skipped
-    print(f"{done} protected" + (f", {skipped} skipped (already there)" if skipped else ""), end="")
-    print(f", {failed} failed" if failed else "")
-    return 1 if failed else 0
+    logging.set_verbosity_error()
+    try:
+        return Protector.from_pretrained(model, device=device)
+    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"the generator {model or '(embedded)'} does not load on {device!r}: {text}") from error
 
 
-def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
-    if options.strength and options.epsilon is not None:
-        raise UsageError(f"--strength {options.strength} and --epsilon {options.epsilon:g} were given: pass one")
-    epsilon = STRENGTHS[options.strength] if options.strength else options.epsilon
-    for name, value in (("--epsilon", epsilon), ("--epsilon-background", options.epsilon_background)):
-        if value is not None and not 0 <= value <= 255:
-            raise UsageError(f"{name} {value:g}: must be from 0 to 255 grey levels")
-    if epsilon is not None and (options.epsilon_background or 0) > epsilon:
-        raise UsageError(f"--epsilon-background {options.epsilon_background:g} is above --epsilon {epsilon:g}")
-    as_share = (None if v is None else v / 255 for v in (epsilon, options.epsilon_background))
-    return tuple(as_share)
-
-
-def plan(inputs: Iterable[Path], output: Path, format: str | None, masks: Path | None) -> Iterator[Task]:
+def plan(
+    inputs: Iterable[Path], output: Path, format: str | None, masks: Path | None, unreadable: list[str]
+) -> list[Task]:
     """The work: every image of `inputs`, the file it becomes, and its mask.
 
+    Args:
+        inputs: files, and folders that are searched.
+        output: folder, or file for one image.
+        format: of the outputs; None is the suffix of an output file, and PNG in a folder.
+        masks: mask file for one image, or folder of masks with the names of the images.
+        unreadable: gets a line for each folder that cannot be searched.
+
     Raises:
-        UsageError: no images, an output that would replace an input, two images with one output, or a file name
-            whose suffix contradicts the format.
+        UsageError: no images, an output that would replace an input or a mask, or a file name whose suffix
+            contradicts the format.
     """
     from . import image_files
 
-    found: list[tuple[Path, Path]] = []
+    found: dict[Path, Path] = {}  # the file, and where it goes below the output
     for item in inputs:
         if item.is_dir():
             # An output folder inside the input would be protected again by the next run.
-            found += [
-                (p, p.relative_to(item)) for p in _images_in(item) if output.resolve() not in p.resolve().parents
-            ]
+            inside = output.resolve() if item.resolve() in output.resolve().parents else None
+            for path in _images_in(item, unreadable):
+                if inside is None or inside not in path.resolve().parents:
+                    found.setdefault(path, path.relative_to(item))
         else:
-            found.append((item, Path(item.name)))
+            found.setdefault(item, Path(item.name))
     if not found:
         raise UsageError(f"no images in {', '.join(map(str, inputs))}: looked for {' '.join(SUFFIXES)}")
-    to_file = len(found) == 1 and found[0][0].parent != output and output.suffix.lower() in SUFFIXES
-    if masks is not None and not masks.exists():
-        raise UsageError(f"{masks}: no such mask file or folder")
-    if masks is not None and masks.is_file() and len(found) > 1:
-        raise UsageError(f"one mask file for {len(found)} images: pass a folder with a mask for each")
-    by_name = _index_masks(masks) if masks is not None and masks.is_dir() else {}
-    wanted = image_files.SUFFIXES.get(output.suffix.lower()) if to_file else format
+    to_file = bool(output.suffix) and not output.is_dir() and output.suffix.lower() in SUFFIXES
+    if to_file and len(found) > 1:
+        raise UsageError(f"{output} is one file for {len(found)} images: name a folder")
+    wanted = image_files.SUFFIXES.get(output.suffix.lower()) if to_file else format or "png"
+    if wanted is None:
+        raise UsageError(f"{output}: cannot write {output.suffix} files; use {', '.join(image_files.SUFFIXES)}")
     if format is None and wanted in image_files.LOSSY_FORMATS:
         raise UsageError(
             f"{output}: {wanted} loses part of the noise; write .png, or ask for it with --format {wanted}"
         )
     if format not in (None, wanted):
         raise UsageError(f"{output} is no {format} file: name it {output.with_suffix(f'.{format}')}")
-    suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[format or "png"]
-    owners: dict[Path, Path] = {}
-    for source, relative in found:
-        target = output if to_file else output / relative.with_suffix(suffix)
-        if target.resolve() == source.resolve():
-            raise UsageError(f"{source} would be replaced by its protected version: choose another output")
-        if target in owners:
-            raise UsageError(f"{owners[target]} and {source} would both become {target}: rename one")
-        owners[target] = source
-        mask = masks
-        if by_name or (masks is not None and masks.is_dir()):
-            key = relative.with_suffix("").as_posix()
-            mask = by_name.get(key) or by_name.get(Path(key).name) or masks / relative.with_suffix(".png")
-        yield Task(source, target, mask)
+    suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[wanted]
+
+    mask_of = _match_masks(masks, found)
+    sharing = Counter(relative.with_suffix("") for relative in found.values())
+    tasks = []
+    for source, relative in found.items():
+        # a.jpg beside a.heic: both keep their own suffix in the name.
+        name = relative.with_suffix("") if sharing[relative.with_suffix("")] == 1 else relative
+        target = output if to_file else output / name.with_name(name.name + suffix)
+        tasks.append(Task(source, target, mask_of.get(source)))
+    inputs_and_masks = [path for task in tasks for path in (task.source, task.mask)]
+    for task in tasks:
+        _refuse_overwriting("the output", task.target, inputs_and_masks)
+    return tasks
 
 
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+def _match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path]:
+    """The mask file of each image: by its path below the folder, or by its name where that is unique on both sides."""
+    if masks is None:
+        return {}
+    if not masks.exists():
+        raise UsageError(f"{masks}: no such mask file or folder")
+    if masks.is_file():
+        if len(images) > 1:
+            raise UsageError(f"one mask file for {len(images)} images: pass a folder with a mask for each")
+        return dict.fromkeys(images, masks)
+    unreadable: list[str] = []
+    paths = [path.relative_to(masks) for path in _images_in(masks, unreadable)]
+    if unreadable:
+        raise UsageError(unreadable[0])
+    by_path = {path.with_suffix(""): path for path in paths}
+    if len(by_path) < len(paths):
+        twice = next(key for key, count in Counter(p.with_suffix("") for p in paths).items() if count > 1)
+        raise UsageError(f"{masks / twice}: several mask files with this name; keep one")
+    mask_names, image_names = (Counter(path.stem for path in some) for some in (paths, images.values()))
+    by_name = {p.stem: p for p in paths if mask_names[p.stem] == 1 and image_names[p.stem] == 1}
+    return {
+        # One that is missing is named when its image's turn comes.
+        source: masks / (by_path.get(path.with_suffix("")) or by_name.get(path.stem) or path.with_suffix(".png"))
+        for source, path in images.items()
+    }
 
 
-def _index_masks(folder: Path) -> dict[str, Path]:
-    """Mask files by their path without suffix, and by their bare name where that is unique."""
-    paths = _images_in(folder)
-    names = [p.stem for p in paths]
-    index = {p.stem: p for p in paths if names.count(p.stem) == 1}
-    return index | {p.relative_to(folder).with_suffix("").as_posix(): p for p in paths}
+def _images_in(folder: Path, unreadable: list[str]) -> list[Path]:
+    def complain(error: OSError) -> None:
+        unreadable.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
+
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=complain)
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES
+    )
 
 
-def _protect_one(protector, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any] | None:
+def _refuse_overwriting(what: str, target: Path | None, kept: Iterable[Path | None]) -> None:
+    if target is not None and target.resolve() in {path.resolve() for path in kept if path is not None}:
+        raise UsageError(f"{what} {target} would replace a file that is needed: choose another name")
+
+
+def _protect_one(protector, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any]:
+    """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
     from . import image_files
-    from .inspection import noise_left
-    from .protection import Prompt
+    from .inspection import share_left
+    from .protection import Prompt, compare
 
     labels = image_files.read_mask(task.mask) if task.mask else None
-    points = [point[:2] for point in options.point] if options.point else None
     prompt = Prompt(
         mask=None if options.labels else labels,
         label_map=labels if options.labels else None,
         ignore_labels=options.ignore_labels,
         boxes=options.box,
-        points=points,
-        point_labels=[int(point[2]) if len(point) == 3 else 1 for point in options.point] if points else None,
+        points=[point[:2] for point in options.point] if options.point else None,
+        point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
         whole_image=options.whole_image,
         mode="per_segment" if options.per_segment else "union",
     )
     protected = protector.protect(task.source, prompt, epsilon=epsilon, epsilon_background=background)
     written = image_files.write(protected.picture, task.target, options.format, options.quality)
-    if not measure:
-        return None
-    report = protected.report
-    if image_files.SUFFIXES[task.target.suffix.lower()] in image_files.LOSSY_FORMATS:
-        left = noise_left(protected.original, protected.picture, options.quality)
-        report["notes"].append(
-            f"JPEG changes pixels beyond the bound and leaves {left or 0:.0%} of the noise; png keeps all"
-        )
+    # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
+    report = protected.report if measure else {"notes": list(protected.notes)}
     report["notes"] += [note for note in written.notes if note not in report["notes"]]
+    if image_files.SUFFIXES[task.target.suffix.lower()] in image_files.LOSSY_FORMATS:
+        clean = image_files.read(image_files.encode(protected.original, "jpeg", options.quality)).rgb8()
+        report |= compare(protected.original, written, protected.region) if measure else {}
+        report["noise_left"] = share_left(protected.original, protected.picture, clean, written.rgb8())
+        report["notes"].append("JPEG changes pixels beyond the bound and takes part of the noise; png keeps all")
     return report
 
 
-def _print_report(entry: dict[str, Any]) -> None:
-    report = entry["report"]
-    print(f"{entry['input']} -> {entry['output']}")
-    print(f"  max |noise|   {report['max_noise']:g} of 255 in the mask, {report['max_noise_background']:g} outside")
-    print(f"  mask          {report['protected_share']:.0%} of the image, {report['masks']} mask(s)")
-    print(f"  PSNR          {_decibels(report['psnr'])}")
-    print(f"  SSIM          {report['ssim']:.4f}")
-    print(f"  time          {report['seconds']:.2f} s")
-    for note in report["notes"]:
-        print(f"  note          {note}")
+class Report:
+    """What happened to each image: for the screen, and for `--json`, where figures of earlier runs are kept."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.entries = path, []
+        self.earlier: dict[str, dict] = {}
+        if path is not None and path.is_dir():
+            raise UsageError(f"--json {path} is a folder: name a file")
+        if path is not None and path.exists():
+            try:
+                self.earlier = {entry["output"]: entry for entry in json.loads(path.read_text())["images"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f"--json {path} is there and no report of this command: choose another name"
+                ) from error
+
+    def add(self, task: Task, status: str, **details: Any) -> None:
+        earlier = self.earlier.get(str(task.target), {}) if status == "skipped" else {}
+        entry = {"input": str(task.source), "output": str(task.target)}
+        self.entries.append(earlier | entry | {"status": status} | details)
+
+    def count(self, status: str) -> int:
+        return sum(entry["status"] == status for entry in self.entries)
+
+    def write(self) -> None:
+        if self.path is not None:
+            from .image_files import put_in_place
+
+            put_in_place(json.dumps({"images": self.entries}, indent=2).encode(), self.path, str(self.path))
+
+    def print_summary(self) -> None:
+        reports = [entry["report"] for entry in self.entries if entry["status"] == "protected"]
+        if len(self.entries) == 1 and reports:
+            entry, report = self.entries[0], reports[0]
+            print(f"{entry['input']} -> {entry['output']}")
+            inside, outside = report["max_noise"], report["max_noise_background"]
+            print(f"  max |noise|   {inside:g} of 255 in the mask, {outside:g} outside")
+            print(f"  mask          {report['protected_share']:.0%} of the image, {report['masks']} mask(s)")
+            print(f"  PSNR          {_decibels(report['psnr'])}")
+            print(f"  SSIM          {report['ssim']:.4f}")
+            print(f"  time          {report['seconds']:.2f} s")
+        for note, count in Counter(note for report in reports for note in report["notes"]).items():
+            print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
+        left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]
+        if left:
+            print(f"JPEG left {sum(left) / len(left):.0%} of the noise" + (" on average" if len(left) > 1 else ""))
+        skipped, failed = self.count("skipped"), self.count("failed")
+        summary = f"{len(reports)} protected"
+        if skipped:
+            summary += f", {skipped} skipped (already there, whatever the settings; --overwrite does them again)"
+        if failed:
+            summary += f", {failed} failed"
+        print(summary)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -299,6 +398,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     from .inspection import comparison_picture, inspect_pair
     from .protection import read_region
 
+    _refuse_overwriting("--picture", options.picture, [options.original, options.protected, options.mask])
     original, protected = image_files.read(options.original), image_files.read(options.protected)
     region = None
     if options.mask:

@@ -230,6 +230,7 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray
     """The (height, width) labels of a mask file or pillow image: bool for 1-bit files, else the integers it holds.
 
     Palette files give their indices, grey files their values, RGB files the value that the three channels share.
+    A JPEG mask is read as bool, at half of its range: compression leaves values near 0 around every object.
     Alpha is ignored, unless the colour is the same everywhere and the alpha is not: then the alpha is the mask.
     Raises ImageFileError for colours and floats, and for what `read` refuses.
     """
@@ -237,7 +238,7 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray
     upright, raw_mode, _ = _decode(image, name)
     values = np.array(upright)
     if upright.mode in ("1", "L", "P", "I"):
-        return values
+        return values >= 128 if image.format in ("JPEG", "MPO") else values
     if upright.mode.startswith("I;16"):
         return values.astype(np.uint16)
     if upright.mode == "PA":
@@ -247,7 +248,8 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray
         if alpha is not None and (colour == colour[0, 0]).all() and (alpha != alpha[0, 0]).any():
             return alpha.copy()
         if (colour == colour[:, :, :1]).all():
-            return colour[:, :, 0].copy()
+            grey = colour[:, :, 0].copy()
+            return grey >= 128 if image.format in ("JPEG", "MPO") else grey
     problem = f"a mask of kind {upright.mode} with colours or fractions does not say which label a pixel has"
     raise _error(name, problem, "give a label map: a grey or palette PNG with one whole number for each label")
 

@@ -37,15 +37,22 @@ def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | Non
 
 
 def noise_left(original: Picture, protected: Picture, quality: int) -> float | None:
-    """The share of the noise that JPEG leaves: 1 all of it, 0 nothing.
+    """The share of the noise that JPEG (Pillow's defaults but for the quality) leaves: 1 all of it, 0 nothing."""
+    return share_left(original, protected, *(_jpeg(p.rgb8(), quality) for p in (original, protected)))
 
-    The difference of the two recompressed pictures, projected on the noise; what JPEG does to both is not counted.
+
+def share_left(
+    original: Picture, protected: Picture, original_after: np.ndarray, protected_after: np.ndarray
+) -> float | None:
+    """The share of the noise that is left in `(height, width, 3)` uint8 pixels after some treatment of both pictures.
+
+    The difference of the two treated pictures, projected on the noise; what the treatment does to both is not counted.
     """
     noise = protected.rgb8().astype(np.float32) - original.rgb8()
     energy = float((noise**2).sum(dtype=np.float64))
     if energy == 0:
         return None
-    after = _jpeg(protected.rgb8(), quality).astype(np.float32) - _jpeg(original.rgb8(), quality)
+    after = protected_after.astype(np.float32) - original_after
     return float((after * noise).sum(dtype=np.float64) / energy)
 
 

@@ -80,7 +80,7 @@ class ImageProtectionPipeline(Pipeline):
         protected: Protected = model_outputs["protected"]
         return {
             "image": protected.image,
-            "mask": Image.fromarray(protected.region),
+            "mask": Image.fromarray(protected.region).convert("L"),
             "report": protected.report,
         }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .processing_unseg import UnSegProcessor
 from .proposals import PROMPT_CHUNK, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
+ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
 
 def default_checkpoint() -> Path:
@@ -32,7 +33,8 @@ class Prompt:
 
     Args:
         mask: a mask image, numeric or boolean: PIL image, array or tensor `(height, width)`, or a file. Whole numbers
-            are inside where they are not 0, floats where they are at least 0.5.
+            are inside where they are not 0, floats where they are at least 0.5, JPEG files where they are at least
+            128.
         masks: several of those.
         label_map: a label image; every label becomes a mask, except `ignore_labels`.
         ignore_labels: labels of `label_map` that are no objects.
@@ -64,14 +66,39 @@ class Prompt:
             raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
-        if self.point_labels is not None and len(self.point_labels) != len(self.points or ()):
-            raise ValueError(
-                f"{len(self.point_labels)} point_labels for {len(self.points or ())} points: pass one each"
-            )
         for name, width in (("boxes", 4), ("points", 2)):
-            values = getattr(self, name)
-            if values is not None and (len(values) == 0 or any(len(v) != width for v in values)):
-                raise ValueError(f"{name}={values!r}: pass a list of {width} numbers each, in pixels")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _coordinates(name, getattr(self, name), width))
+        for x0, y0, x1, y1 in self.boxes or ():
+            if not (x0 < x1 and y0 < y1):
+                raise ValueError(f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels")
+        labels = [1] * len(self.points or ()) if self.point_labels is None else np.ravel(self.point_labels).tolist()
+        if len(labels) != len(self.points or ()):
+            raise ValueError(f"{len(labels)} point_labels for {len(self.points or ())} points: pass one each")
+        if labels and (set(labels) - {0, 1} or 1 not in labels):
+            raise ValueError(f"point_labels={labels}: 1 is on the object, 0 is not, and at least one must be on it")
+        object.__setattr__(self, "point_labels", [int(label) for label in labels])
+        object.__setattr__(self, "ignore_labels", tuple(np.ravel(self.ignore_labels).tolist()))
+
+    def check_inside(self, height: int, width: int) -> None:
+        """ValueError for a box that misses an image of this size, or a point outside it."""
+        for x0, y0, x1, y1 in self.boxes or ():
+            if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+                raise ValueError(f"box {[x0, y0, x1, y1]} lies outside the image of {width} x {height} pixels")
+        for x, y in self.points or ():
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise ValueError(f"point {[x, y]} lies outside the image of {width} x {height} pixels")
+
+
+def _coordinates(name: str, values, width: int) -> list[list[float]]:
+    """Boxes or points of any numeric kind as nested lists of finite numbers."""
+    try:
+        array = np.asarray([[float(number) for number in item] for item in values])
+    except (TypeError, ValueError):
+        array = np.empty(0)
+    if array.ndim != 2 or array.shape[1] != width or len(array) == 0 or not np.isfinite(array).all():
+        raise ValueError(f"{name}={values!r}: pass a list of {width} finite numbers each, in pixels")
+    return array.tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +149,7 @@ class Protector:
     """Protects images with a generator; what the pipeline, the command line and the demo all call.
 
     Args:
-        model: the generator.
+        model: the generator; it is put into evaluation mode.
         processor: its processor.
 
     Example:
@@ -149,15 +176,24 @@ class Protector:
             checkpoint: folder or Hub id.
             device: where it runs.
             kwargs: passed on to `UnSegModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
+
+        Raises:
+            ValueError: a checkpoint without a trained noise head, a plain SAM for example.
         """
         checkpoint = default_checkpoint() if checkpoint is None else checkpoint
-        model = UnSegModel.from_pretrained(checkpoint, **kwargs).to(device)
+        model, loading = UnSegModel.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
+        if loading["missing_keys"]:
+            raise ValueError(
+                f"{checkpoint} is no trained generator: {len(loading['missing_keys'])} weights are missing, "
+                f"{min(loading['missing_keys'])} among them; train the noise head first, or choose another checkpoint"
+            )
+        model = model.to(device)
         shared = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
         return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))
 
     def protect(
         self,
-        image,
+        image: ImageInput,
         prompt: Prompt | None = None,
         *,
         epsilon: float | None = None,
@@ -181,13 +217,15 @@ class Protector:
             ImageFileError: an image or mask that cannot be read, naming it.
             ValueError: a prompt or budget that makes no sense, naming it.
         """
+        if prompt is not None and not isinstance(prompt, Prompt):
+            raise ValueError(f"prompt is a {type(prompt).__name__}: pass a Prompt, or its fields by name (mask=...)")
         if prompt is not None and prompt_fields:
             raise ValueError(f"prompt and {', '.join(prompt_fields)} were given: pass one or the other")
         job = self.prepare(image, prompt or Prompt(**prompt_fields), epsilon, epsilon_background)
         return self.finish(job, self.encode([job])[0])
 
     def prepare(
-        self, image, prompt: Prompt, epsilon: float | None = None, epsilon_background: float | None = None
+        self, image: ImageInput, prompt: Prompt, epsilon: float | None = None, epsilon_background: float | None = None
     ) -> "Job":
         """The first step of `protect`: reads the image and checks what was asked for; nothing runs on the model."""
         start = time.perf_counter()
@@ -199,12 +237,13 @@ class Protector:
             epsilon_background = epsilon / 4
         check_epsilon(epsilon, epsilon_background)
         picture = read_any(image)
+        prompt.check_inside(picture.height, picture.width)
         masks = _given_masks(prompt, (picture.height, picture.width))
         features = self.processor(
             picture.rgb8(),
-            input_boxes=None if prompt.boxes is None else [[list(map(float, box)) for box in prompt.boxes]],
-            input_points=None if prompt.points is None else [[[list(map(float, point)) for point in prompt.points]]],
-            input_labels=None if prompt.points is None else [[list(prompt.point_labels or [1] * len(prompt.points))]],
+            input_boxes=None if prompt.boxes is None else [prompt.boxes],
+            input_points=None if prompt.points is None else [[prompt.points]],
+            input_labels=None if prompt.points is None else [[prompt.point_labels]],
         )
         return Job(picture, prompt, epsilon, epsilon_background, masks, features, time.perf_counter() - start)
 
@@ -225,7 +264,9 @@ class Protector:
         masks, notes = job.masks, list(job.picture.notes)
         if masks is None:
             masks = self._find_masks(job, embeddings, notes)
-        region = np.logical_or.reduce(masks)
+        region = masks[0].copy()
+        for mask in masks[1:]:
+            region |= mask
         if not region.any():
             notes.append("the mask is empty: the background budget applies everywhere")
         noise = self._noise(job, embeddings, masks, region)
@@ -242,7 +283,7 @@ class Protector:
             notes=tuple(notes),
         )
 
-    def propose_masks(self, image) -> list[np.ndarray]:
+    def propose_masks(self, image: ImageInput) -> list[np.ndarray]:
         """The segments that SAM finds by itself: a list of `(height, width)` bool arrays, best first, maybe empty."""
         job = self.prepare(image, Prompt())
         with torch.inference_mode():
@@ -273,7 +314,7 @@ class Protector:
             return masks
         for i, (x0, y0, x1, y1) in enumerate(job.prompt.boxes):
             box = np.zeros(size, dtype=bool)
-            box[round(max(y0, 0)) : max(round(y1), 0), round(max(x0, 0)) : max(round(x1), 0)] = True
+            box[int(max(y0, 0)) : int(np.ceil(y1)), int(max(x0, 0)) : int(np.ceil(x1))] = True
             masks[i] &= box
             if not masks[i].any():
                 notes.append(f"no object was found in box {[x0, y0, x1, y1]}: all of the box is protected")
@@ -396,7 +437,7 @@ def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[s
     }
 
 
-def read_any(image) -> Picture:
+def read_any(image: ImageInput) -> Picture:
     """A picture from whatever `Protector.protect` accepts."""
     if isinstance(image, Picture):
         return image
@@ -405,7 +446,8 @@ def read_any(image) -> Picture:
     if isinstance(image, torch.Tensor):
         if image.ndim == 3:
             image = image.permute(1, 2, 0)
-        return from_array(image.detach().cpu().numpy(), "the tensor")
+        # NumPy has no bfloat16.
+        return from_array(_numpy(image), "the tensor")
     if isinstance(image, np.ndarray):
         return from_array(image)
     return read(image)
@@ -423,6 +465,8 @@ def _given_masks(prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray] | No
         return [read_region(mask, size) for mask in prompt.masks]
     if prompt.label_map is not None:
         labels = _labels(prompt.label_map, size)
+        if labels.dtype.kind == "f":
+            raise ValueError(f"a label map of {labels.dtype}: pass whole numbers, one for each object or class")
         found = [value for value in np.unique(labels).tolist() if value not in prompt.ignore_labels]
         return [labels == value for value in found] or [np.zeros(size, dtype=bool)]
     return None
@@ -436,17 +480,27 @@ def read_region(mask, size: tuple[int, int]) -> np.ndarray:
 
 def _labels(mask, size: tuple[int, int]) -> np.ndarray:
     if isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu().numpy()
-    values = np.asarray(mask) if isinstance(mask, (np.ndarray, list)) else read_mask(mask)
-    if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
-        values = values[0] if values.shape[0] == 1 else values[:, :, 0]
+        values = _numpy(mask)
+    elif isinstance(mask, Image.Image) and mask.mode == "F":
+        values = np.asarray(mask)
+    else:
+        values = np.asarray(mask) if isinstance(mask, (np.ndarray, list)) else read_mask(mask)
+    if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and not np.isfinite(values).all()):
+        raise ValueError(f"a mask of {values.dtype}, or with values that are not finite: pass numbers or booleans")
+    if values.shape[:1] == (1,) and values.shape[1:] == size:
+        values = values[0]
+    elif values.ndim == 3 and values.shape[:2] == size and (values == values[:, :, :1]).all():
+        values = values[:, :, 0]  # one channel, or a grey picture in several
     if values.shape != size:
         raise ValueError(
             f"a mask of shape {values.shape} for an upright image of (height, width) {size}: both must be the same"
         )
-    if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and not np.isfinite(values).all()):
-        raise ValueError(f"a mask of {values.dtype} with values that are no finite numbers: pass numbers or booleans")
     return values
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 __all__ = ["Job", "Prompt", "Protected", "Protector", "apply_noise", "compare", "default_checkpoint"]

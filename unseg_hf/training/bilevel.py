@@ -7,6 +7,7 @@ UnSeg (NeurIPS 2024), section 3. The paper's recipe is one setting of `BilevelCo
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,7 @@ class BilevelConfig:
     batch_size: int = _setting(4, "Images a step and process.")
     learning_rate: float = _setting(1e-4, "Of the generator's Adam.")
     surrogate_learning_rate: float = _setting(1e-4, "Of the surrogate's Adam.")
+    max_gradient_norm: float = _setting(0.0, "Gradients are clipped to this norm; 0 does not clip (the paper's).")
     schedule: str = _setting(
         "step",
         "'step' divides both rates by 10 at decay_at (the paper's); 'cosine' warms up over 100 steps, decays to 0.",
@@ -161,11 +163,18 @@ def train(
     Raises:
         FloatingPointError: a loss that is not finite, naming the step and phase.
         FileNotFoundError: `resume` without a checkpoint.
+        FileExistsError: a checkpoint without `resume`.
+        ValueError: less data than a batch, or several processes.
     """
     accelerator = accelerator or Accelerator()
     output_dir, checkpoint = Path(output_dir), Path(output_dir) / "checkpoint"
+    if accelerator.num_processes > 1:
+        # With one kind of prompt a step, some parameters have no gradient in it, for which DDP waits forever.
+        raise ValueError(f"{accelerator.num_processes} processes: the loop runs on one; start it without a launcher")
     if resume and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no checkpoint to resume from; start without resume")
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{checkpoint} is an earlier run's: resume it, or choose another output folder")
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # Shuffled by epoch and seed alone, so that an epoch can be entered in its middle.
@@ -222,7 +231,9 @@ def train(
                             clean = output.image_embeddings.image_embeddings
                             losses["sam"] = _sam_loss(whole_generator.sam, clean, batch["mask"], config, random)
                             loss = loss + config.sam_loss_weight * losses["sam"]
-                    _step(accelerator, loss, generator, adam_g, "generator", progress.step)
+                    _step(
+                        accelerator, loss, generator, adam_g, config, f"generator loss is {{}} at step {progress.step}"
+                    )
 
                 # Surrogate phase: the noise is fixed, the surrogate learns the true masks from protected images.
                 if train_surrogate:
@@ -233,14 +244,15 @@ def train(
                             surrogate, protected.detach(), batch["mask"], batch["mask"], config, random
                         )
                     losses["surrogate"] = loss
-                    _step(accelerator, loss, surrogate, adam_s, "surrogate", progress.step)
+                    _step(
+                        accelerator, loss, surrogate, adam_s, config, f"surrogate loss is {{}} at step {progress.step}"
+                    )
 
             progress.step += 1
             log.add(losses, progress.step, total, (progress.step - began) * len(batch["mask"]), start, config)
             if config.save_every and progress.step % config.save_every == 0:
-                accelerator.save_state(str(checkpoint))
-    accelerator.save_state(str(checkpoint))
-    accelerator.wait_for_everyone()
+                _save(accelerator, checkpoint)
+    _save(accelerator, checkpoint)
 
 
 def _protect(generator, batch, config, share, random):
@@ -283,14 +295,33 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images - mean) / std
 
 
-def _step(accelerator, loss, model, optimizer, phase, step) -> None:
+def _step(accelerator, loss, model, optimizer, config, what) -> None:
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the {phase} loss is {loss.item()} at step {step}; the last checkpoint is intact")
+        raise FloatingPointError(
+            f"the {what.format(loss.item())}: lower the learning rates, or go on from the last checkpoint with others"
+        )
     accelerator.backward(loss)
-    if accelerator.sync_gradients:
-        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    if config.max_gradient_norm and accelerator.sync_gradients:
+        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_gradient_norm)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _save(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Writes a checkpoint beside the old one and then takes its place, so that there is always a whole one."""
+    partial, old = (checkpoint.with_name(checkpoint.name + suffix) for suffix in (".partial", ".old"))
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(old, ignore_errors=True)
+        if checkpoint.exists():
+            checkpoint.rename(old)
+        partial.rename(checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 class _Shuffled(torch.utils.data.Sampler):
