@@ -248,6 +248,23 @@ def test_boxes_bound_the_region_and_points_find_one(tiny_protector):
     assert tiny_protector.protect(photo(), points=[[40, 30], [5, 5]], point_labels=[1, 0]).region.any()
 
 
+def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch):
+    def answer(iou):
+        logits = torch.full((1, 16, 16), -5.0)
+        logits[:, :8, :8] = 5.0
+        return lambda *_, **__: (logits, torch.tensor([iou]))
+
+    corner = {"boxes": [[0, 0, 80, 60]]}
+    monkeypatch.setattr("unseg_hf.protection.segment", answer(0.9))
+    assert 0.2 < tiny_protector.protect(photo(), **corner).region.mean() < 0.5
+    assert 0.2 < tiny_protector.protect(photo(), points=[[5, 5]]).region.mean() < 0.5
+    monkeypatch.setattr("unseg_hf.protection.segment", answer(0.2))
+    for prompt, words in ((corner, "all of the box"), ({"points": [[5, 5]]}, "the whole image")):
+        unsure = tiny_protector.protect(photo(), **prompt)
+        assert unsure.region.all()
+        assert words in unsure.notes[0]
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

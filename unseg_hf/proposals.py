@@ -8,11 +8,14 @@ import torch.nn.functional as F
 
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 
+TRUSTED_IOU = 0.5  # a mask that SAM itself expects to be worse is no help in finding the object of a prompt
 PROMPT_CHUNK = 64  # prompts decoded at once; the decoder repeats the image embedding for each
 
 
 @torch.no_grad()
-def segment(model: UnSegModel, embeddings: UnSegImageEmbeddings, **prompts: torch.Tensor) -> torch.Tensor:
+def segment(
+    model: UnSegModel, embeddings: UnSegImageEmbeddings, **prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask that SAM trusts most for each prompt.
 
     Args:
@@ -21,10 +24,12 @@ def segment(model: UnSegModel, embeddings: UnSegImageEmbeddings, **prompts: torc
         prompts: `input_points` `(1, prompts, points, 2)` with `input_labels`, or `input_boxes` `(1, prompts, 4)`.
 
     Returns:
-        Mask logits `(prompts, 4 * grid, 4 * grid)` over the padded square, positive inside.
+        Mask logits `(prompts, 4 * grid, 4 * grid)` over the padded square, positive inside, and the predicted IoU
+        `(prompts,)` of each.
     """
     logits, ious = _decode(model, embeddings, prompts)
-    return logits[torch.arange(len(logits), device=logits.device), ious.argmax(dim=1)]
+    best = ious.max(dim=1)
+    return logits[torch.arange(len(logits), device=logits.device), best.indices], best.values
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from .configuration_unseg import check_epsilon
 from .image_files import Picture, from_array, from_pil, read, read_mask
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 from .processing_unseg import UnSegProcessor
-from .proposals import PROMPT_CHUNK, masks_at, propose, segment
+from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
@@ -305,10 +305,11 @@ class Protector:
             return masks or [everything]
         prompts = {k: v for k, v in job.features.items() if k in ("input_boxes", "input_points", "input_labels")}
         reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
-        logits = segment(self.model, embeddings, **prompts)
+        logits, ious = segment(self.model, embeddings, **prompts)
         masks = list(masks_at(logits, self.processor.target_size, reshaped, size))
+        found = [bool(iou >= TRUSTED_IOU) and mask.any() for iou, mask in zip(ious, masks, strict=True)]
         if job.prompt.points is not None:
-            if not masks[0].any():
+            if not found[0]:
                 notes.append("no object was found at the points: the whole image is protected")
                 return [everything]
             return masks
@@ -316,8 +317,8 @@ class Protector:
             box = np.zeros(size, dtype=bool)
             box[int(max(y0, 0)) : int(np.ceil(y1)), int(max(x0, 0)) : int(np.ceil(x1))] = True
             masks[i] &= box
-            if not masks[i].any():
-                notes.append(f"no object was found in box {[x0, y0, x1, y1]}: all of the box is protected")
+            if not (found[i] and masks[i].any()):
+                notes.append("no object was found in a box: all of the box is protected")
                 masks[i] = box
         return masks
 
