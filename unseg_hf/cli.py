@@ -144,9 +144,8 @@ def run_protect(options: argparse.Namespace) -> int:
         raise UsageError(f"--quality {options.quality}: must be from 1 to 100")
     unreadable: list[str] = []
     tasks = plan(options.inputs, options.output, options.format, options.masks, unreadable)
-    _refuse_overwriting(
-        "--json", options.json, [path for task in tasks for path in (task.source, task.mask, task.target)]
-    )
+    if options.json:
+        _refuse_overwriting("--json", [options.json], (p for t in tasks for p in (t.source, t.mask, t.target)))
 
     from tqdm import tqdm
 
@@ -164,7 +163,7 @@ def run_protect(options: argparse.Namespace) -> int:
                     )
                 # One bad image must not stop the others, whatever is wrong with it.
                 except Exception as error:
-                    text = " ".join(str(error).split()) or type(error).__name__
+                    text = _one_line(error)
                     text = text if str(task.source) in text else f"{task.source}: {text}"
                     report.add(task, "failed", error=text)
                     tqdm.write(f"unseg: {text}", file=sys.stderr)
@@ -202,8 +201,8 @@ def _load(model: str | None, device: str):
         return Protector.from_pretrained(model, device=device)
     # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"the generator {model or '(embedded)'} does not load on {device!r}: {text}") from error
+        name = model or "(embedded)"
+        raise UsageError(f"the generator {name} does not load on {device!r}: {_one_line(error)}") from error
 
 
 def plan(
@@ -258,9 +257,7 @@ def plan(
         name = relative.with_suffix("") if sharing[relative.with_suffix("")] == 1 else relative
         target = output if to_file else output / name.with_name(name.name + suffix)
         tasks.append(Task(source, target, mask_of.get(source)))
-    inputs_and_masks = [path for task in tasks for path in (task.source, task.mask)]
-    for task in tasks:
-        _refuse_overwriting("the output", task.target, inputs_and_masks)
+    _refuse_overwriting("the output", (t.target for t in tasks), (p for t in tasks for p in (t.source, t.mask)))
     return tasks
 
 
@@ -303,9 +300,15 @@ def _images_in(folder: Path, unreadable: list[str]) -> list[Path]:
     )
 
 
-def _refuse_overwriting(what: str, target: Path | None, kept: Iterable[Path | None]) -> None:
-    if target is not None and target.resolve() in {path.resolve() for path in kept if path is not None}:
-        raise UsageError(f"{what} {target} would replace a file that is needed: choose another name")
+def _refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path | None]) -> None:
+    needed = {path.resolve() for path in kept if path is not None}
+    for target in targets:
+        if target.resolve() in needed:
+            raise UsageError(f"{what} {target} would replace a file that is needed: choose another name")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _protect_one(protector, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any]:
@@ -398,7 +401,8 @@ def run_inspect(options: argparse.Namespace) -> int:
     from .inspection import comparison_picture, inspect_pair
     from .protection import read_region
 
-    _refuse_overwriting("--picture", options.picture, [options.original, options.protected, options.mask])
+    if options.picture:
+        _refuse_overwriting("--picture", [options.picture], [options.original, options.protected, options.mask])
     original, protected = image_files.read(options.original), image_files.read(options.protected)
     region = None
     if options.mask:

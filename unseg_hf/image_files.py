@@ -235,10 +235,14 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray
     Raises ImageFileError for colours and floats, and for what `read` refuses.
     """
     image, name = (source, "the mask") if isinstance(source, Image.Image) else _open(source)
-    upright, raw_mode, _ = _decode(image, name)
+    labels = _labels_of(*_decode(image, name)[:2], name)
+    return labels >= 128 if image.format in ("JPEG", "MPO") else labels
+
+
+def _labels_of(upright: Image.Image, raw_mode: str, name: str) -> np.ndarray:
     values = np.array(upright)
     if upright.mode in ("1", "L", "P", "I"):
-        return values >= 128 if image.format in ("JPEG", "MPO") else values
+        return values
     if upright.mode.startswith("I;16"):
         return values.astype(np.uint16)
     if upright.mode == "PA":
@@ -248,8 +252,7 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray
         if alpha is not None and (colour == colour[0, 0]).all() and (alpha != alpha[0, 0]).any():
             return alpha.copy()
         if (colour == colour[:, :, :1]).all():
-            grey = colour[:, :, 0].copy()
-            return grey >= 128 if image.format in ("JPEG", "MPO") else grey
+            return colour[:, :, 0].copy()
     problem = f"a mask of kind {upright.mode} with colours or fractions does not say which label a pixel has"
     raise _error(name, problem, "give a label map: a grey or palette PNG with one whole number for each label")
 

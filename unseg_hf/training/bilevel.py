@@ -169,7 +169,7 @@ def train(
     accelerator = accelerator or Accelerator()
     output_dir, checkpoint = Path(output_dir), Path(output_dir) / "checkpoint"
     if accelerator.num_processes > 1:
-        # With one kind of prompt a step, some parameters have no gradient in it, for which DDP waits forever.
+        # With one kind of prompt a step, some parameters have no gradient in it, which DDP does not take.
         raise ValueError(f"{accelerator.num_processes} processes: the loop runs on one; start it without a launcher")
     if resume and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no checkpoint to resume from; start without resume")
@@ -231,9 +231,7 @@ def train(
                             clean = output.image_embeddings.image_embeddings
                             losses["sam"] = _sam_loss(whole_generator.sam, clean, batch["mask"], config, random)
                             loss = loss + config.sam_loss_weight * losses["sam"]
-                    _step(
-                        accelerator, loss, generator, adam_g, config, f"generator loss is {{}} at step {progress.step}"
-                    )
+                    _step(accelerator, loss, generator, adam_g, config, "generator", progress.step)
 
                 # Surrogate phase: the noise is fixed, the surrogate learns the true masks from protected images.
                 if train_surrogate:
@@ -244,9 +242,7 @@ def train(
                             surrogate, protected.detach(), batch["mask"], batch["mask"], config, random
                         )
                     losses["surrogate"] = loss
-                    _step(
-                        accelerator, loss, surrogate, adam_s, config, f"surrogate loss is {{}} at step {progress.step}"
-                    )
+                    _step(accelerator, loss, surrogate, adam_s, config, "surrogate", progress.step)
 
             progress.step += 1
             log.add(losses, progress.step, total, (progress.step - began) * len(batch["mask"]), start, config)
@@ -295,10 +291,11 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images - mean) / std
 
 
-def _step(accelerator, loss, model, optimizer, config, what) -> None:
+def _step(accelerator, loss, model, optimizer, config, phase, step) -> None:
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"the {what.format(loss.item())}: lower the learning rates, or go on from the last checkpoint with others"
+            f"the {phase} loss is {loss.item()} at step {step}: lower the learning rates, or go on from the last "
+            "checkpoint with others"
         )
     accelerator.backward(loss)
     if config.max_gradient_norm and accelerator.sync_gradients:
@@ -310,18 +307,13 @@ def _step(accelerator, loss, model, optimizer, config, what) -> None:
 def _save(accelerator: Accelerator, checkpoint: Path) -> None:
     """Writes a checkpoint beside the old one and then takes its place, so that there is always a whole one."""
     partial, old = (checkpoint.with_name(checkpoint.name + suffix) for suffix in (".partial", ".old"))
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    shutil.rmtree(partial, ignore_errors=True)
     accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(old, ignore_errors=True)
-        if checkpoint.exists():
-            checkpoint.rename(old)
-        partial.rename(checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    shutil.rmtree(old, ignore_errors=True)
+    if checkpoint.exists():
+        checkpoint.rename(old)
+    partial.rename(checkpoint)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _Shuffled(torch.utils.data.Sampler):
