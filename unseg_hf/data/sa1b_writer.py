@@ -1,0 +1,118 @@
+"""Write images and their masks as SA-1B is published, for `unseg_hf.data.sa1b` and whatever else reads SA-1B."""
+
+import io
+import itertools
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .records import Record
+from .sa1b import run_length_coder
+
+
+def write_sa1b(
+    records: Iterable[Record],
+    folder: str | os.PathLike,
+    images_per_shard: int = 1000,
+    quality: int = 95,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Write `folder/sa_000000.tar`, `sa_000001.tar`, ..., each of which has its name once it is whole.
+
+    Masks are kept exactly, images are encoded as JPEG, in RGB. Images are numbered from 1 over all tars; a record's
+    own name is the json's `image.source_name`. Every mask gets a predicted IoU and a stability of 1. Empty masks are
+    left out, and so are, with a warning, records whose image cannot be decoded or is too large for JPEG.
+
+    Args:
+        records: images and masks of their size.
+        folder: made if need be.
+        images_per_shard: at least 1; the last tar may hold fewer.
+        quality: of JPEG, 1 to 100.
+        report: called with a line for each tar.
+
+    Returns:
+        Number of images written.
+
+    Raises:
+        FileExistsError: the folder holds such tars already.
+        ValueError: an argument is out of its range, or a mask has another size than its image.
+        ImportError: pycocotools is not installed.
+    """
+    if images_per_shard < 1 or not 1 <= quality <= 100:
+        raise ValueError(f"images_per_shard={images_per_shard} must be at least 1, quality={quality} in [1, 100]")
+    folder = Path(folder)
+    present = sorted(folder.glob("sa_*.tar"))
+    if present:
+        # Whoever reads the folder's tars would read those of two runs.
+        raise FileExistsError(f"{present[0]} exists: choose another folder, or remove the sa_*.tar in this one")
+    folder.mkdir(parents=True, exist_ok=True)
+    samples, written = _samples(records, quality), 0
+    for number in itertools.count():
+        target, before = folder / f"sa_{number:06d}.tar", written
+        partial = target.with_name(f"{target.name}.partial")
+        with tarfile.open(partial, "w") as tar:
+            for sample in itertools.islice(samples, images_per_shard):
+                for name, data in sample.items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                written += 1
+        if written == before:
+            partial.unlink()
+            return written
+        partial.rename(target)
+        report(f"{target}: {written - before} images")
+
+
+def _samples(records: Iterable[Record], quality: int) -> Iterator[dict[str, bytes]]:
+    """An image's two members, names and contents."""
+    image_id, annotation_ids = 1, itertools.count(1)
+    for record in records:
+        encoded = io.BytesIO()
+        try:
+            image = record.image.convert("RGB")
+            image.save(encoded, "JPEG", quality=quality)
+        except OSError as error:
+            warnings.warn(f"left out {record.name}: {error}", stacklevel=2)
+            continue
+        stem, annotations = f"sa_{image_id}", []
+        for mask in record.masks:
+            if mask.shape != (image.height, image.width):
+                raise ValueError(
+                    f"{record.name}: a mask has shape {mask.shape} and the image (height, width) "
+                    f"{(image.height, image.width)}; both must be the same"
+                )
+            if mask.any():
+                annotations.append({"id": next(annotation_ids), **_annotation(mask)})
+        described = {
+            "image_id": image_id,
+            "width": image.width,
+            "height": image.height,
+            "file_name": f"{stem}.jpg",
+            "source_name": record.name,
+        }
+        content = json.dumps({"image": described, "annotations": annotations}).encode()
+        yield {f"{stem}.jpg": encoded.getvalue(), f"{stem}.json": content}
+        image_id += 1
+
+
+def _annotation(mask: np.ndarray) -> dict[str, Any]:
+    coder = run_length_coder()
+    code = coder.encode(np.asfortranarray(mask, np.uint8))
+    rows, columns = np.nonzero(mask)
+    middle = len(rows) // 2
+    return {
+        "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
+        "bbox": coder.toBbox(code).tolist(),
+        "area": len(rows),
+        "predicted_iou": 1.0,
+        "stability_score": 1.0,
+        "point_coords": [[float(columns[middle]), float(rows[middle])]],
+        "crop_box": [0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])],
+    }
