@@ -4,26 +4,50 @@ Published unlearnable noises mostly die under recompression, resizing or greysca
 2023); a generator that meets them in training has to find noise that lives through them.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 
+POSTPROCESSINGS = ("greyscale", "crop", "resize", "blur", "bit_depth", "jpeg")
+"""All kinds, in the order in which they happen to a picture."""
 
-def random_postprocess(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Greyscale, resizing, blur and JPEG, each or not, in the order in which they happen to a picture.
+
+def random_postprocess(
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    kinds: Collection[str],
+    probability: float,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of `kinds`, or not, in the order of `POSTPROCESSINGS`.
+
+    The same numbers are drawn whatever the kinds and the probability, so that neither changes what happens to the
+    others, nor what is drawn after this call.
 
     Args:
         images: `(batch, 3, height, width)` float in [0, 1], sides multiples of 32.
-        probability: of each of them; the whole batch gets the same.
+        masks: `(batch, height, width)`, 0 or 1.
+        kinds: from `POSTPROCESSINGS`.
+        probability: of each of them, 0 to 1; the whole batch gets the same.
         generator: the source of randomness, on the CPU.
 
     Returns:
-        `(batch, 3, h, w)` in [0, 1]; smaller after a resize, sides multiples of 32.
+        Images `(batch, 3, h, w)` in [0, 1], smaller after a resize, sides multiples of 32; and masks `(batch, height,
+        width)`, which follow a crop and nothing else. The arguments themselves where nothing happens.
     """
-    for treatment in (greyscale, resize, blur, jpeg):
-        chance, strength = torch.rand(2, generator=generator).tolist()
-        if chance < probability:
-            images = treatment(images, strength)
-    return images
+    draws = torch.rand(len(POSTPROCESSINGS), 2, generator=generator).tolist()
+    treatments = {"greyscale": greyscale, "resize": resize, "blur": blur, "bit_depth": bit_depth, "jpeg": jpeg}
+    # Where a crop lies takes more numbers: they come from a source of their own.
+    place = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    for kind, (chance, strength) in zip(POSTPROCESSINGS, draws, strict=True):
+        if kind not in kinds or chance >= probability:
+            continue
+        if kind == "crop":
+            images, masks = crop(images, masks, strength, place)
+        else:
+            images = treatments[kind](images, strength)
+    return images, masks
 
 
 def jpeg(images: torch.Tensor, strength: float) -> torch.Tensor:
@@ -32,6 +56,43 @@ def jpeg(images: torch.Tensor, strength: float) -> torch.Tensor:
 
     quality = torch.tensor([95 - 55 * strength], device=images.device)
     return jpeg_codec_differentiable(images.float(), quality).clamp(0, 1)
+
+
+def bit_depth(images: torch.Tensor, strength: float) -> torch.Tensor:
+    """Rounding to 6 bits (strength 0) down to 4 bits (strength 1) a channel; gradients pass as if there were none."""
+    highest = 2 ** round(6 - 2 * strength) - 1
+    rounded = (images * highest).round() / highest
+    return images + (rounded - images).detach()
+
+
+def crop(
+    images: torch.Tensor, masks: torch.Tensor, strength: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One random box for the batch, enlarged to the size of the whole; images and masks move together.
+
+    Args:
+        images: `(batch, 3, height, width)` float in [0, 1].
+        masks: `(batch, height, width)`, 0 or 1.
+        strength: the box has between 1 (strength 0) and 1/2 (strength 1) of each side.
+        generator: the source of randomness, on the CPU.
+
+    Returns:
+        Images and masks of the same shapes; the arguments themselves where a mask would lose its last pixel.
+    """
+    size = images.shape[-2:]
+    box = [round(side * (1 - strength / 2)) for side in size]
+    top, left = (
+        int(torch.randint(side - part + 1, (), generator=generator)) for side, part in zip(size, box, strict=True)
+    )
+    rows, columns = slice(top, top + box[0]), slice(left, left + box[1])
+    kept = masks[:, rows, columns]
+    if not kept.flatten(1).any(1).all():
+        return images, masks
+    images = F.interpolate(
+        images[:, :, rows, columns], size, mode="bilinear", align_corners=False, antialias=True
+    ).clamp(0, 1)
+    # "nearest-exact" has the pixel centres of the bilinear one; "nearest" is off by up to half a pixel.
+    return images, F.interpolate(kept.unsqueeze(1), size, mode="nearest-exact").squeeze(1)
 
 
 def resize(images: torch.Tensor, strength: float) -> torch.Tensor:

@@ -1,17 +1,29 @@
 """Surrogate segmenters: what the generator's noise is trained against."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
-from transformers import SamConfig, SamModel
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel, SamConfig, SamModel, ViTMAEModel
 
 from ..evaluation.victims import UNet
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """`(batch, 3, h, w)` in [0, 1] to what SAM's encoder and the surrogates see."""
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
 
 
 class SamSurrogate(nn.Module):
     """SAM's architecture from scratch, prompted, as in UnSeg; one mask a prompt.
 
     Args:
-        config: sizes; `image_size` of `vision_config` may differ from the generator's.
+        config: sizes; `image_size` of `vision_config` may differ from the generator's, see `sam_config_at`.
         prompt_size: side of the square whose pixels the prompts count, the generator's input.
     """
 
@@ -22,6 +34,31 @@ class SamSurrogate(nn.Module):
         # Read, but outside the surrogate's loss: left trainable, they would be unused parameters under DDP.
         self.sam.mask_decoder.iou_prediction_head.requires_grad_(False)
         self.sam.shared_image_embedding.requires_grad_(False)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, image_size: int, prompt_size: int) -> "SamSurrogate":
+        """A pretrained SAM at another input size.
+
+        The position embedding and the relative positions of the global layers are interpolated, everything else is
+        loaded as it is.
+
+        Args:
+            checkpoint: a SAM checkpoint, folder or Hub id.
+            image_size: side of the surrogate's input in pixels, a multiple of the patch size.
+            prompt_size: side of the square whose pixels the prompts count, the generator's input.
+
+        Raises:
+            ValueError: `image_size` is no multiple of the patch size, or the checkpoint is not a SAM.
+        """
+        original = _pretrained(SamModel, checkpoint)
+        surrogate = cls(sam_config_at(original.config, image_size), prompt_size)
+        weights = original.state_dict()
+        for name, new in surrogate.sam.state_dict().items():
+            if weights[name].shape != new.shape:
+                resize = _resized_grid if name.endswith("pos_embed") else _resized_table
+                weights[name] = resize(weights[name], new.shape)
+        surrogate.sam.load_state_dict(weights)
+        return surrogate
 
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
         """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')`; prompts in pixels of `prompt_size`."""
@@ -52,6 +89,145 @@ class UNetSurrogate(nn.Module):
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
         """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')`; the prompts are not looked at."""
         return self.unet(_resized(images, self.image_size))[:, 0]
+
+
+class Surrogates(nn.ModuleList):
+    """Surrogates that see the same images and prompts; a single one is the list of one."""
+
+    def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')` of each surrogate, h' and w' its own."""
+        return [surrogate(images, prompts) for surrogate in self]
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """In training, activations inside the layers of SAM encoders are computed again in the backward pass, not kept."""
+    for module in network.modules():
+        if isinstance(module, SamModel):
+            # transformers 5.23 renamed it; the old name warns until 6.0 and is the only one before.
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+
+@contextmanager
+def frozen(surrogate: nn.Module) -> Iterator[nn.Module]:
+    """Nothing of the surrogate changes inside: no gradients, no running statistics; outputs are as without it.
+
+    Everything is restored at the end. The backward pass belongs inside too: checkpointed activations are computed in
+    it, by the same rules as in the forward pass.
+    """
+    parameters = [(parameter, parameter.requires_grad) for parameter in surrogate.parameters()]
+    norms = [(module, module.track_running_stats) for module in surrogate.modules() if isinstance(module, _BatchNorm)]
+    try:
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        for norm, _ in norms:
+            # Not a momentum of 0, with which the count of batches would still go on.
+            norm.track_running_stats = False
+        yield surrogate
+    finally:
+        for parameter, required in parameters:
+            parameter.requires_grad_(required)
+        for norm, tracked in norms:
+            norm.track_running_stats = tracked
+
+
+def sam_config_at(config: SamConfig, image_size: int) -> SamConfig:
+    """A SAM's configuration at another input size, from which a model with random weights can be trained.
+
+    Args:
+        config: of any SAM; it is left as it is.
+        image_size: side of the input in pixels, a multiple of the patch size.
+
+    Raises:
+        ValueError: `image_size` is no multiple of the patch size.
+    """
+    patch = config.vision_config.patch_size
+    if image_size < patch or image_size % patch:
+        raise ValueError(f"image_size={image_size}: must be a multiple of {patch}, the side of SAM's patches")
+    values = config.to_dict()
+    values["vision_config"] |= {
+        "image_size": image_size,
+        # SAM's own 1e-10 suits weights that are loaded; nothing would train from it.
+        "initializer_range": 0.02,
+        # Standard deviation of the random frequencies that encode positions, 1 in SAM. SamVisionConfig derives half
+        # the width, with which neighbouring pixels have nothing in common. Loaded frequencies are not scaled by it.
+        "scale": 1,
+    }
+    values["prompt_encoder_config"]["image_size"] = image_size
+    del values["prompt_encoder_config"]["image_embedding_size"]  # derived from the image size
+    return SamConfig(**values)
+
+
+@torch.no_grad()
+def load_mae_encoder(surrogate: SamSurrogate, checkpoint: str) -> None:
+    """Start a surrogate's vision encoder from the encoder of a masked autoencoder (MAE), as the authors' code does.
+
+    The grid of position embeddings is interpolated; relative positions and the neck, which MAE has not, stay as they
+    are.
+
+    Args:
+        surrogate: its encoder is changed in place.
+        checkpoint: a ViT-MAE checkpoint such as `facebook/vit-mae-base`, folder or Hub id.
+
+    Raises:
+        ValueError: the two encoders differ in size, or the checkpoint is not a ViT-MAE.
+    """
+    mae, encoder = _pretrained(ViTMAEModel, checkpoint), surrogate.sam.vision_encoder
+    theirs, ours = mae.config, encoder.config
+    for name, value, needed in (
+        ("width", theirs.hidden_size, ours.hidden_size),
+        ("number of layers", theirs.num_hidden_layers, ours.num_hidden_layers),
+        ("number of attention heads", theirs.num_attention_heads, ours.num_attention_heads),
+        ("MLP width", theirs.intermediate_size, ours.mlp_dim),
+        ("patch size", theirs.patch_size, ours.patch_size),
+        ("bias of queries, keys and values", theirs.qkv_bias, ours.qkv_bias),
+        ("absolute position embedding", True, ours.use_abs_pos),
+    ):
+        if value != needed:
+            raise ValueError(
+                f"{name}: {value} in {checkpoint}, {needed} in the surrogate's encoder; choose another MAE, or give "
+                "the surrogate the sizes of this one"
+            )
+
+    encoder.patch_embed.projection.load_state_dict(mae.embeddings.patch_embeddings.projection.state_dict())
+    positions = mae.embeddings.position_embeddings[:, 1:]  # without the class token's
+    side = round(positions.shape[1] ** 0.5)
+    encoder.pos_embed.copy_(_resized_grid(positions.unflatten(1, (side, side)), encoder.pos_embed.shape))
+    for layer, source in zip(encoder.layers, mae.layers, strict=True):
+        projections = [source.attention.q_proj, source.attention.k_proj, source.attention.v_proj]
+        layer.attn.qkv.weight.copy_(torch.cat([projection.weight for projection in projections]))
+        if ours.qkv_bias:
+            layer.attn.qkv.bias.copy_(torch.cat([projection.bias for projection in projections]))
+        for module, other in (
+            (layer.attn.proj, source.attention.o_proj),
+            (layer.layer_norm1, source.layernorm_before),
+            (layer.layer_norm2, source.layernorm_after),
+            (layer.mlp.lin1, source.mlp.fc1),
+            (layer.mlp.lin2, source.mlp.fc2),
+        ):
+            module.load_state_dict(other.state_dict())
+
+
+def _pretrained(model_class: type[PreTrainedModel], checkpoint: str) -> PreTrainedModel:
+    """A model in float32; transformers would only warn where weights are missing and leave them random."""
+    model, loading = model_class.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{checkpoint} lacks {len(loading['missing_keys'])} weights of a {model_class.__name__}, such as "
+            f"{min(loading['missing_keys'])}: name a checkpoint of that model"
+        )
+    return model
+
+
+def _resized_grid(grid: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Position embeddings `(1, height, width, channels)`, interpolated to `shape`."""
+    size = shape[1:3]
+    return nn.functional.interpolate(grid.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
+
+
+def _resized_table(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Relative positions `(2 * grid - 1, channels)`, interpolated to `shape` as SAM does where lengths differ."""
+    return nn.functional.interpolate(table.T.unsqueeze(0), shape[0], mode="linear")[0].T
 
 
 def _resized(images: torch.Tensor, size: int) -> torch.Tensor:
