@@ -1,22 +1,27 @@
-"""The training script, run for real on a tiny generator."""
+"""The training script and the data scripts beside it, run for real on tiny generators."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import TOKEN, HubServer
 from PIL import Image
 
 from unseg_hf import Protector
 
 SCRIPTS = Path(__file__).parent.parent / "training_scripts"
+TINY, PAPER = (["--config", SCRIPTS / "configs" / name] for name in ("tiny.json", "paper-vit-b.json"))
 SMALL = [
     "--image_size", "64", "--hidden_size", "32", "--layers", "2", "--heads", "2", "--decoder_size", "32",
-    "--surrogate_size", "32", "--surrogate_width", "4", "--batch_size", "2", "--points", "64", "--log_every", "1",
+    "--surrogate_width", "4", "--batch_size", "2", "--points", "64", "--log_every", "1",
 ]  # fmt: skip
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def parquet(tmp_path_factory):
     from datasets import Image as ImageFeature
 
     rng = np.random.default_rng(0)
-    masks = [np.zeros((40, 60), np.uint8) for _ in range(4)]
+    masks = [np.zeros((40, 60), np.uint8) for _ in range(6)]
     for i, mask in enumerate(masks):
         mask[5 + i : 25, 10 : 40 + i] = 1
     rows = {
@@ -37,69 +42,139 @@ def parquet(tmp_path_factory):
     return str(path)
 
 
-def run(*arguments):
+def run(*arguments, script="train_generator.py", launcher=(), **environment):
     return subprocess.run(
-        [sys.executable, SCRIPTS / "train_generator.py", *map(str, arguments)],
+        [sys.executable, *launcher, str(SCRIPTS / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT | environment,
     )
 
 
+def steps_of(folder):
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [entry["step"] for entry in log if "images_per_second" in entry]
+
+
 @pytest.mark.slow
-def test_the_script_trains_a_generator_that_protects_and_goes_on_where_it_stopped(parquet, tmp_path):
-    request = ["--config", SCRIPTS / "configs" / "tiny.json", *SMALL, "--train_files", parquet]
-    request += ["--mask_kinds", "binary", "--output_dir", tmp_path / "run"]
-    done = run(*request, "--epochs", 1)
-    assert done.returncode == 0, done.stderr
-    assert "step 2/2" in done.stdout
+def test_a_run_from_start_to_hub(parquet, tmp_path):
+    with HubServer() as hub:
+        done = run(
+            *TINY, *SMALL, "--surrogate_size", 32, "--train_data", parquet, "--validation_data", parquet,
+            "--validation_size", 4, "--epochs", 2, "--validate_every", 2, "--output_dir", tmp_path / "run",
+            "--push_to_hub", "--hub_model_id", "tiny-generator",
+            HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (repository,) = hub.repositories
+        assert f"uploaded to {hub.url}/{repository}" in done.stdout
+    folder = tmp_path / "run"
+    assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (folder / "validation").iterdir()} == {f"step-0000000{n}.png" for n in (2, 4, 6)}
+    assert any(path.name.startswith("events.out.tfevents") for path in (folder / "logs").rglob("*"))
     assert {"config.json", "model.safetensors", "processor_config.json", "modeling_unseg.py", "pipeline_unseg.py"} <= {
-        path.name for path in (tmp_path / "run").iterdir()
+        path.name for path in folder.iterdir()
     }
-    protector = Protector.from_pretrained(tmp_path / "run")
+    card = (folder / "README.md").read_text()
+    assert f'model="{repository}"' in card
+    assert "surrogate iou protected" in card
+    assert str(Path(parquet).parent.parent) not in card  # a reader of the card need not know the folders of a machine
+    protector = Protector.from_pretrained(folder)
     assert protector.model.config.epsilon == pytest.approx(8 / 255)
     protected = protector.protect(np.full((40, 60, 3), 128, np.uint8), whole_image=True)
     assert 0 < protected.report["max_noise"] <= 8
 
-    done = run(*request, "--epochs", 2, "--resume", "True", "--save_code", "False")
-    assert done.returncode == 0, done.stderr
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/training_log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
-
 
 @pytest.mark.slow
-def test_a_frozen_sam_checkpoint_with_the_papers_recipe(parquet, tmp_path, tiny_sam_config):
-    from transformers import SamModel
+def test_the_papers_recipe_in_two_processes_on_tars_and_a_tree(parquet, tmp_path, tiny_sam_config):
+    """A pretrained SAM, a surrogate with a pretrained encoder, SA-1B's tars and HQSeg's folders, weighted."""
+    from transformers import SamModel, ViTMAEConfig, ViTMAEModel
 
     SamModel(tiny_sam_config()).save_pretrained(tmp_path / "sam")
+    mae = ViTMAEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16
+    )
+    ViTMAEModel(mae).save_pretrained(tmp_path / "mae")
+    written = run(
+        "--data", parquet, "--output", tmp_path / "tars", "--images_per_shard", 2, script="write_sa1b.py"
+    )  # fmt: skip
+    assert written.returncode == 0, written.stderr
+    folder = tmp_path / "hqseg" / "cascade_psp" / "ecssd"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[5 : 25 + i, 10:40] = 255
+        Image.fromarray(mask).save(folder / f"{i}.png")
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
     done = run(
-        "--config", SCRIPTS / "configs" / "paper-vit-b.json", *SMALL, "--sam", tmp_path / "sam", "--surrogate", "sam",
-        "--train_files", parquet, "--mask_kinds", "binary", "--output_dir", tmp_path / "run", "--epochs", 2,
-        "--save_code", "False",
+        *PAPER, *SMALL, "--sam", tmp_path / "sam", "--surrogate_size", 32, "--surrogate_encoder", tmp_path / "mae",
+        "--train_data", f"sa1b:{tmp_path}/tars/*.tar,weight=2", f"hqseg:{tmp_path}/hqseg,parts=ecssd,weight=1",
+        "--epoch_size", 4, "--epochs", 5, "--output_dir", tmp_path / "run", "--save_code", "False",
+        "--gradient_checkpointing", "--tracker", "none", "--workers", 1,
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    saved = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "model.safetensors" in saved
-    assert "modeling_unseg.py" not in saved
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert done.stdout.count("step 5/5") == 1  # one process speaks
+    assert "modeling_unseg.py" not in {path.name for path in (tmp_path / "run").iterdir()}
     before, after = SamModel.from_pretrained(tmp_path / "sam"), Protector.from_pretrained(tmp_path / "run").model.sam
     for name, value in before.state_dict().items():
         assert (value == after.state_dict()[name]).all(), name
 
 
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_goes_on(parquet, tmp_path):
+    request = [
+        *TINY, *SMALL, "--surrogate", "unet", "sam", "--surrogate_size", 32, 64, "--train_data", parquet,
+        "--output_dir", tmp_path / "run", "--epochs", 40, "--tracker", "none", "--save_code", "False",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, (SCRIPTS / "train_generator.py", *request))],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "with --resume goes on" in out
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    stopped = int(checkpoint.name.removeprefix("step-"))
+    assert 3 <= stopped < 120
+    assert not (tmp_path / "run/config.json").exists()
+
+    start = time.time()
+    done = run(*request, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path / "run") == list(range(1, 121))
+    assert (tmp_path / "run/model.safetensors").stat().st_mtime > start - 1
+    other = run(*request, "--resume", "--learning_rate", 1)
+    assert other.returncode == 1
+    assert "learning_rate is 1.0, was 0.0003" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train_files", "a", "b", "--mask_kinds", "binary"], "1 values for 2 --train_files"),
-        (["--train_files", "nowhere.parquet", "--mask_kinds", "binary"], "nowhere.parquet"),
-        (["--train_files", "a", "--mask_kinds", "binary", "--surrogate", "vgg"], "must be sam or unet"),
-        (["--train_files", "a", "--mask_kinds", "binary", "--alternation", "week"], "alternation='week'"),
+        (["--train_data", "nowhere.parquet"], "nowhere.parquet"),
+        (["--train_data", "PARQUET,maskss=regions"], "no option 'maskss'"),
+        (["--train_data", "PARQUET", "--surrogate", "vgg"], "must be sam or unet"),
+        (["--train_data", "PARQUET", "--surrogate", "sam", "unet"], "1 values for 2 surrogates"),
+        (["--train_data", "PARQUET", "--alternation", "week"], "alternation='week'"),
+        (["--train_data", "PARQUET", "--tracker", "paper"], "--tracker paper"),
+        (["--train_data", "PARQUET", "--push_to_hub"], "needs --hub_model_id"),
     ],
 )
-def test_requests_that_make_no_sense_are_named(arguments, message, tmp_path, monkeypatch):
+def test_requests_that_make_no_sense_are_named(arguments, message, parquet, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import train_generator
 
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError), match=message):
-        train_generator.main([*SMALL, *arguments, "--output_dir", str(tmp_path / "run")])
+    arguments = [argument.replace("PARQUET", parquet) for argument in arguments]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_generator.main([*SMALL, "--tracker", "none", *arguments, "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

@@ -1,91 +1,124 @@
 """Train a generator of unlearnable noise by the bilevel loop of UnSeg.
 
-The embedded default (two cores, under an hour):
+The embedded default, on two cores:
 
     python training_scripts/train_generator.py --config training_scripts/configs/tiny.json \
-        --train_files ecssd/train.parquet bsds500/train.parquet --mask_kinds binary regions \
-        --output_dir runs/unseg-tiny
+        --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions --output_dir runs/unseg-tiny
 
-The paper's recipe on a pretrained SAM (one GPU):
+The paper's recipe on a pretrained SAM, on eight GPUs, and the same on shards of SA-1B:
 
-    python training_scripts/train_generator.py --config training_scripts/configs/paper-vit-b.json \
-        --train_files hqseg44k.parquet --mask_kinds binary --output_dir runs/paper-vit-b
+    accelerate launch --num_processes 8 training_scripts/train_generator.py \
+        --config training_scripts/configs/paper-vit-b.json --train_data hqseg:HQSeg-44K --output_dir runs/paper
+    accelerate launch --num_processes 8 training_scripts/train_generator.py \
+        --config training_scripts/configs/paper-vit-b.json --train_data "sa1b:sa1b/*.tar,min_area=0.01" \
+        --epoch_size 44320 --output_dir runs/paper-sa1b
 
-Every value of a configuration file can be overridden behind it. An interrupted run goes on with `--resume True`.
+Data are named as [KIND:]LOCATION[,option=value]...; unseg_hf/data/sources.py lists kinds and options. What follows a
+configuration file overrides it. A run that was interrupted, in whatever way, goes on with the same command and
+--resume.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
-class GeneratorArguments:
-    sam: str | None = field(
-        default=None,
-        metadata={"help": "SAM checkpoint to build on, frozen (folder or Hub id); none: a new, small SAM."},
+class ModelArguments:
+    """What decides the result, beside the loop's own settings and the data."""
+
+    sam: str | None = _setting(
+        None, "SAM or UnSeg checkpoint to start from, folder or Hub id; none: a new, small SAM."
     )
-    image_size: int = field(default=256, metadata={"help": "Input side of a new SAM, in pixels."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of a new SAM's vision encoder."})
-    layers: int = field(default=6, metadata={"help": "Layers of a new SAM's vision encoder."})
-    heads: int = field(default=4, metadata={"help": "Attention heads of a new SAM's vision encoder."})
-    decoder_size: int = field(default=128, metadata={"help": "Width of a new SAM's decoder."})
-    surrogate: str = field(
-        default="sam", metadata={"help": "'sam': SAM's architecture from scratch, prompted (the paper's); 'unet'."}
+    train_sam: bool = _setting(False, "Train the SAM of that checkpoint, too; a new one always is.")
+    image_size: int = _setting(256, "Input side of a new SAM, in pixels.")
+    hidden_size: int = _setting(128, "Width of a new SAM's vision encoder.")
+    layers: int = _setting(6, "Layers of a new SAM's vision encoder.")
+    heads: int = _setting(4, "Attention heads of a new SAM's vision encoder.")
+    decoder_size: int = _setting(128, "Width of a new SAM's decoder.")
+    surrogate: list[str] = field(
+        default_factory=lambda: ["sam"],
+        metadata={
+            "help": "One or several of 'sam' (the generator's SAM architecture, prompted; the paper's) and 'unet' (a "
+            "small U-Net that sees no prompt), trained side by side."
+        },
     )
-    surrogate_size: int = field(default=512, metadata={"help": "Input side of the surrogate, in pixels."})
-    surrogate_width: int = field(default=16, metadata={"help": "Channels of a 'unet' surrogate at full resolution."})
-    protect_epsilon: float = field(
-        default=8 / 255, metadata={"help": "Budget inside the mask that the finished generator protects with, 0 to 1."}
+    surrogate_size: list[int] = field(
+        default_factory=lambda: [512], metadata={"help": "Input side of each surrogate, in pixels."}
     )
-    protect_epsilon_background: float = field(
-        default=2 / 255, metadata={"help": "The same outside the mask, 0 to protect_epsilon."}
+    surrogate_checkpoint: str | None = _setting(
+        None, "SAM checkpoint that a 'sam' surrogate starts from; none: scratch."
     )
-    proposal_iou: float = field(
-        default=0.88,
-        metadata={"help": "Predicted IoU above which the finished generator proposes a segment by itself."},
+    surrogate_encoder: str | None = _setting(
+        None, "MAE ViT checkpoint that the encoder of a 'sam' surrogate starts from (the authors': vit-mae-base)."
     )
-    proposal_stability: float = field(
-        default=0.95, metadata={"help": "Stability (IoU at the thresholds +1 and -1) above which it does."}
+    surrogate_width: int = _setting(16, "Channels of a 'unet' surrogate at half size.")
+    protect_epsilon: float = _setting(
+        8 / 255, "Budget inside the mask that the finished generator protects with, 0 to 1."
     )
+    protect_epsilon_background: float = _setting(2 / 255, "The same outside the mask, 0 to protect_epsilon.")
+    proposal_iou: float = _setting(
+        0.88, "Predicted IoU above which the finished generator proposes a segment by itself."
+    )
+    proposal_stability: float = _setting(0.95, "Stability (IoU at the thresholds +1 and -1) above which it does.")
 
 
 @dataclass
 class DataArguments:
-    train_files: list[str] = field(metadata={"help": "Parquet files with an image column and a label image column."})
-    mask_kinds: list[str] = field(
-        metadata={"help": "For each file 'binary' (one mask: not zero) or 'regions' (one mask a label value)."}
+    """What decides the samples."""
+
+    train_data: list[str] = field(metadata={"help": "Sources of images and masks, [KIND:]LOCATION[,option=value]..."})
+    epoch_size: int | None = _setting(
+        None, "Images an epoch; none: all, which streamed sources cannot tell and weighted ones need not mean."
     )
-    output_dir: str = field(metadata={"help": "Gets the generator, the log, and a checkpoint for --resume."})
-    min_scale: float = field(default=0.1, metadata={"help": "Large-scale jitter: smallest factor on the input side."})
-    max_scale: float = field(default=2.0, metadata={"help": "Large-scale jitter: largest factor on the input side."})
-    max_regions: int = field(
-        default=1, metadata={"help": "A mask of 'regions' is the union of 1 to this many regions."}
+    min_scale: float = _setting(0.1, "Large-scale jitter: smallest factor on the input side.")
+    max_scale: float = _setting(2.0, "Large-scale jitter: largest factor on the input side.")
+    max_masks: int = _setting(1, "A sample's mask is the union of 1 to this many masks of its image.")
+
+
+@dataclass
+class RunArguments:
+    """How and where the run happens; a resumed run may change all of it."""
+
+    output_dir: str = field(metadata={"help": "Gets the generator, its card, logs/, validation/ and checkpoints/."})
+    resume: bool = _setting(False, "Go on from the newest checkpoint in output_dir.")
+    validation_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Sources of held-out images, named as train_data; none: no validation."},
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in output_dir."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "'no' or 'bf16'; bf16 pays on GPUs and on CPUs with bf16 matrix units only."}
+    validation_size: int = _setting(64, "Held-out images looked at in a validation.")
+    mixed_precision: str = _setting("no", "'no' or 'bf16'; bf16 pays on GPUs and on CPUs with bf16 matrix units only.")
+    workers: int = _setting(0, "Processes that load data, for each training process.")
+    gradient_checkpointing: bool = _setting(
+        False, "Compute activations again in the backward pass instead of keeping them: less memory, a third slower."
     )
-    workers: int = field(default=0, metadata={"help": "Processes that load data."})
-    save_code: bool = field(
-        default=True, metadata={"help": "Save the model's code beside the weights, for trust_remote_code."}
-    )
+    compile: bool = _setting(False, "torch.compile the encoder and the surrogates; needs a C++ compiler on CPUs.")
+    tracker: str = _setting("tensorboard", "'tensorboard', 'trackio', 'wandb' or 'none'.")
+    save_code: bool = _setting(True, "Save the model's code beside the weights, for trust_remote_code.")
+    push_to_hub: bool = _setting(False, "Upload the finished generator with its card to hub_model_id.")
+    hub_model_id: str | None = _setting(None, "'user/name' on the Hub.")
+    hub_private: bool = _setting(False, "Make a new repository on the Hub private.")
 
 
 def parse(arguments: list[str]):
-    """The three groups of settings; `--config FILE.json` is read first, what follows it overrides it."""
+    """The four groups of settings; `--config FILE.json` is read first, what follows it overrides it."""
     from transformers import HfArgumentParser
 
-    from unseg_hf.training.bilevel import BilevelConfig
+    from unseg_hf.training.configuration_bilevel import BilevelConfig
 
     if "--config" in arguments:
         at = arguments.index("--config")
         values = json.loads(Path(arguments[at + 1]).read_text())
         words = [w for k, v in values.items() for w in (f"--{k}", *map(str, v if isinstance(v, list) else [v]))]
         arguments = words + arguments[:at] + arguments[at + 2 :]
-    parser = HfArgumentParser((GeneratorArguments, DataArguments, BilevelConfig), description=__doc__.splitlines()[0])
-    return parser.parse_args_into_dataclasses(arguments)
+    groups = (ModelArguments, DataArguments, RunArguments, BilevelConfig)
+    return HfArgumentParser(groups, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(arguments)
 
 
 def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decoder_size: int):
@@ -118,92 +151,191 @@ def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decod
     )
 
 
-def resized(config, image_size: int):
-    """A SAM configuration for another input size and weights from scratch."""
-    from transformers import SamConfig
+def build_generator(args: ModelArguments):
+    """The generator, with a new noise head unless the checkpoint has one."""
+    from unseg_hf.configuration_unseg import UnSegConfig
+    from unseg_hf.modeling_unseg import UnSegModel
 
-    values = config.to_dict()
-    values["vision_config"] |= {"image_size": image_size, "initializer_range": 0.02, "scale": 1}
-    values["prompt_encoder_config"]["image_size"] = image_size
-    del values["prompt_encoder_config"]["image_embedding_size"]  # derived from the image size
-    return SamConfig(**values)
+    finished = {
+        "epsilon": args.protect_epsilon,
+        "epsilon_background": args.protect_epsilon_background,
+        "proposal_iou": args.proposal_iou,
+        "proposal_stability": args.proposal_stability,
+    }
+    if args.sam:
+        return UnSegModel.from_pretrained(args.sam, freeze_sam=not args.train_sam, **finished)
+    sizes = (args.image_size, args.hidden_size, args.layers, args.heads, args.decoder_size)
+    return UnSegModel(UnSegConfig(sam_config=sam_config(*sizes), freeze_sam=False, **finished))
+
+
+def build_surrogates(args: ModelArguments, generator):
+    """The surrogates, those of SAM's architecture shaped like the generator's."""
+    from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate, load_mae_encoder, sam_config_at
+
+    if len(args.surrogate) != len(args.surrogate_size):
+        raise ValueError(
+            f"--surrogate_size has {len(args.surrogate_size)} values for {len(args.surrogate)} surrogates: pass one "
+            "for each"
+        )
+    prompt_size = generator.config.sam_config.vision_config.image_size
+    surrogates = Surrogates()
+    for kind, size in zip(args.surrogate, args.surrogate_size, strict=True):
+        if kind == "unet":
+            surrogates.append(UNetSurrogate(args.surrogate_width, size))
+        elif kind != "sam":
+            raise ValueError(f"--surrogate {kind}: must be sam or unet")
+        elif args.surrogate_checkpoint:
+            surrogates.append(SamSurrogate.from_checkpoint(args.surrogate_checkpoint, size, prompt_size))
+        else:
+            surrogates.append(SamSurrogate(sam_config_at(generator.config.sam_config, size), prompt_size))
+        if kind == "sam" and args.surrogate_encoder:
+            load_mae_encoder(surrogates[-1], args.surrogate_encoder)
+    return surrogates
+
+
+def build_accelerator(run: RunArguments, config):
+    """Devices, processes, precision and the tracker."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+    if run.tracker not in ("tensorboard", "trackio", "wandb", "none"):
+        raise ValueError(f"--tracker {run.tracker}: must be tensorboard, trackio, wandb or none")
+    if run.tracker != "none":
+        try:
+            __import__(run.tracker)
+        except ImportError as error:
+            raise ValueError(
+                f"--tracker {run.tracker} is not installed: pip install {run.tracker}, or pass --tracker none"
+            ) from error
+    return Accelerator(
+        mixed_precision=run.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if run.tracker == "none" else run.tracker,
+        project_config=ProjectConfiguration(run.output_dir, logging_dir=str(Path(run.output_dir) / "logs")),
+        # With one kind of prompt in a step, some parameters have no gradient in it.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def model_card(run: RunArguments, decisive: dict, data, image_size: int, hours: float) -> str:
+    """`model_card.md`, filled with what is known at the end of a run."""
+    from importlib.metadata import version
+
+    from unseg_hf.training.publishing import fill_model_card
+
+    def public(value):
+        """A local path without the folders that are nobody's business."""
+        return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
+
+    settings = {name: public(value) for name, value in decisive.items() if name != "train_data"}
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "unseg-hf"))
+    log = [json.loads(line) for line in (Path(run.output_dir) / "training_log.jsonl").read_text().splitlines()]
+    validations = [entry for entry in log if "images_per_second" not in entry]
+    results = "No victim has been trained yet: `training_scripts/evaluate_protection.py` does, beside control noises."
+    if validations:
+        figures = {name.replace("_", " "): value for name, value in validations[-1].items() if name != "step"}
+        results += (
+            f"\n\nThe surrogates, on {run.validation_size} held-out images at the end of training (mean IoU). They "
+            "were trained on protected images alone, so a gap says that they read the noise:\n\n| | IoU |\n|---|---|\n"
+        ) + "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
+    name = run.hub_model_id or Path(run.output_dir).resolve().name
+    return fill_model_card(
+        (Path(__file__).parent.parent / "model_card.md").read_text(),
+        name=name.split("/")[-1],
+        model_id=name,
+        data="\n".join(f"- {public(s.name)}" + (f": {s.size} images" if s.size else "") for s in data.sources),
+        settings=f"{log[-1]['step']} steps; the last run of the command took {hours:.1f} hours. {packages}.\n\n"
+        f"```json\n{json.dumps(settings, indent=2)}\n```",
+        results=results,
+        limits=f"- Sees images at {image_size} px; the noise is enlarged from a quarter of that.\n"
+        "- Nothing is claimed of victims, data and post-processing other than those that the results name.\n"
+        "- Whoever has many protected images may find and remove what their noises have in common.",
+        licence="Apache-2.0, as SAM's. The training data have licences of their own.",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    model_args, data_args, config = parse(sys.argv[1:] if arguments is None else arguments)
+    model_args, data_args, run, config = parse(sys.argv[1:] if arguments is None else arguments)
 
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
-    from transformers import pipeline
 
-    from unseg_hf.configuration_unseg import UnSegConfig
-    from unseg_hf.data.records import InteractiveSegmentation, Source
-    from unseg_hf.modeling_unseg import UnSegModel
+    from unseg_hf.data.interactive import InteractiveSegmentation
+    from unseg_hf.data.sources import parse_source
     from unseg_hf.processing_unseg import UnSegProcessor
     from unseg_hf.training.bilevel import train
-    from unseg_hf.training.surrogates import SamSurrogate, UNetSurrogate
+    from unseg_hf.training.publishing import check_hub, push_generator, save_generator
+    from unseg_hf.training.surrogates import checkpoint_activations
 
-    if len(data_args.train_files) != len(data_args.mask_kinds):
-        raise SystemExit(
-            f"--mask_kinds has {len(data_args.mask_kinds)} values for {len(data_args.train_files)} --train_files: "
-            "pass one for each file"
-        )
-    if model_args.surrogate not in ("sam", "unet"):
-        raise SystemExit(f"--surrogate {model_args.surrogate}: must be sam or unet")
-    accelerator = Accelerator(mixed_precision=data_args.mixed_precision)
+    accelerator = build_accelerator(run, config)
+    if run.push_to_hub:
+        if not run.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name")
+        # Before hours of training, not after them.
+        run.hub_model_id = check_hub(run.hub_model_id)
+    sources = [parse_source(spec) for spec in data_args.train_data]
+    held_out = [parse_source(spec) for spec in run.validation_data]
     set_seed(config.seed)
-
-    finished = {
-        "epsilon": model_args.protect_epsilon,
-        "epsilon_background": model_args.protect_epsilon_background,
-        "proposal_iou": model_args.proposal_iou,
-        "proposal_stability": model_args.proposal_stability,
-    }
-    sizes = (model_args.hidden_size, model_args.layers, model_args.heads, model_args.decoder_size)
-    if model_args.sam:
-        generator = UnSegModel.from_pretrained(model_args.sam, **finished)
-    else:
-        generator = UnSegModel(
-            UnSegConfig(sam_config=sam_config(model_args.image_size, *sizes), freeze_sam=False, **finished)
-        )
+    generator = build_generator(model_args)
+    surrogates = build_surrogates(model_args, generator)
     image_size = generator.config.sam_config.vision_config.image_size
-    if model_args.surrogate == "sam":
-        # On a pretrained SAM the surrogate has its architecture at another size, as in the paper.
-        architecture = (
-            resized(generator.config.sam_config, model_args.surrogate_size)
-            if model_args.sam
-            else sam_config(model_args.surrogate_size, *sizes)
-        )
-        surrogate = SamSurrogate(architecture, prompt_size=image_size)
-    else:
-        surrogate = UNetSurrogate(model_args.surrogate_width, model_args.surrogate_size)
-
-    sources = [Source(path, kind) for path, kind in zip(data_args.train_files, data_args.mask_kinds, strict=True)]
     data = InteractiveSegmentation(
-        sources, image_size, (data_args.min_scale, data_args.max_scale), data_args.max_regions, config.seed
+        sources,
+        image_size,
+        (data_args.min_scale, data_args.max_scale),
+        data_args.max_masks,
+        data_args.epoch_size,
+        config.seed,
     )
-    train(
+    validation = None
+    if held_out:
+        validation = InteractiveSegmentation(held_out, image_size, (1.0, 1.0), epoch_size=run.validation_size)
+    if run.gradient_checkpointing:
+        checkpoint_activations(surrogates)
+        if not generator.config.freeze_sam:
+            checkpoint_activations(generator)
+    if run.compile:
+        # In place: the names of the weights stay as they are.
+        generator.sam.vision_encoder.compile()
+        for surrogate in surrogates:
+            surrogate.compile()
+
+    decisive = asdict(model_args) | asdict(data_args) | {"mixed_precision": run.mixed_precision}
+    everything = asdict(config) | decisive
+    accelerator.init_trackers(
+        "unseg", {name: value if isinstance(value, int | float) else str(value) for name, value in everything.items()}
+    )
+    start = time.perf_counter()
+    finished = train(
         generator,
-        surrogate,
+        surrogates,
         data,
         config,
-        data_args.output_dir,
+        run.output_dir,
         accelerator,
-        resume=data_args.resume,
-        num_workers=data_args.workers,
+        validation=validation,
+        settings=decisive,
+        resume=run.resume,
+        num_workers=run.workers,
         report=accelerator.print,
     )
+    accelerator.end_training()
+    if not finished:
+        accelerator.print(f"stopped; the same command with --resume goes on from {run.output_dir}/checkpoints")
+        raise SystemExit(130)
     if accelerator.is_main_process:
+        card = model_card(run, everything, data, image_size, (time.perf_counter() - start) / 3600)
         processor = UnSegProcessor.for_image_size(image_size)
-        if data_args.save_code:
-            # Through the pipeline, which adds its own code and its name in the configuration.
-            pipeline("image-protection", model=generator, processor=processor).save_pretrained(data_args.output_dir)
-        else:
-            UnSegConfig._auto_class = UnSegModel._auto_class = UnSegProcessor._auto_class = None
-            generator.save_pretrained(data_args.output_dir)
-            processor.save_pretrained(data_args.output_dir)
-        accelerator.print(f"generator saved to {data_args.output_dir}")
+        save_generator(generator, processor, run.output_dir, card, with_code=run.save_code)
+        accelerator.print(f"generator saved to {run.output_dir}")
+        if run.push_to_hub:
+            accelerator.print(f"uploaded to {push_generator(run.output_dir, run.hub_model_id, run.hub_private)}")
 
 
 if __name__ == "__main__":
-    main()
+    from unseg_hf.training.publishing import HubError
+
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, HubError) as error:
+        # What these say is for the user; where it was said is not.
+        sys.exit(f"train_generator: {error}")

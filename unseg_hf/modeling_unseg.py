@@ -182,7 +182,8 @@ class UnSegModel(UnSegPreTrainedModel):
         encoder = self.sam.vision_encoder
         trained = pixel_values.requires_grad or any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            encoded = encoder(pixel_values.to(self.dtype), output_hidden_states=True)
+            # The one layer that is read: all of them would stay in memory.
+            encoded = encoder(pixel_values.to(self.dtype), output_hidden_states=[self.config.fusion_layer])
         return UnSegImageEmbeddings(
             image_embeddings=encoded.last_hidden_state,
             noise_features=self.noise_head.image_features(

@@ -1,4 +1,4 @@
-"""The bilevel loop: a generator of noise and a surrogate segmenter, trained against the same masks.
+"""The bilevel loop: a generator of noise and surrogate segmenters, trained against the same masks.
 
     delta = generator(image, prompt) * (epsilon * mask + epsilon_background * (1 - mask))
     min over generator, min over surrogate of loss(surrogate(clip(image + delta, 0, 1), prompt'), target)
@@ -6,120 +6,36 @@
 UnSeg (NeurIPS 2024), section 3. The paper's recipe is one setting of `BilevelConfig`; everything else is an option.
 """
 
-import json
-import shutil
-import time
+import math
+import signal
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..configuration_unseg import check_epsilon
-from ..data.records import InteractiveSegmentation
+from ..data.interactive import InteractiveSegmentation
 from ..modeling_unseg import UnSegModel
+from .checkpoints import Checkpoints
+from .configuration_bilevel import BilevelConfig
 from .losses import interactive_loss, point_loss
 from .postprocessing import random_postprocess
-from .prompts import PROMPT_KINDS, choose_kinds, make_prompts
+from .prompts import choose_kinds, make_prompts
+from .run_log import RunLog
+from .surrogates import Surrogates, frozen, normalise
+from .validation import validate
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _setting(default, text: str):
-    """A setting with the help text that scripts show."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class BilevelConfig:
-    """Settings of the loop; the defaults are the paper's (UnSeg, section 4.1, and the authors' code).
-
-    Raises:
-        ValueError: values that contradict each other, naming them.
-    """
-
-    epochs: int = _setting(27, "Passes over the data.")
-    batch_size: int = _setting(4, "Images a step and process.")
-    learning_rate: float = _setting(1e-4, "Of the generator's Adam.")
-    surrogate_learning_rate: float = _setting(1e-4, "Of the surrogate's Adam.")
-    max_gradient_norm: float = _setting(0.0, "Gradients are clipped to this norm; 0 does not clip (the paper's).")
-    schedule: str = _setting(
-        "step",
-        "'step' divides both rates by 10 at decay_at (the paper's); 'cosine' warms up over 100 steps, decays to 0.",
-    )
-    decay_at: float = _setting(20 / 27, "Share of all steps after which 'step' decays.")
-    alternation: str = _setting(
-        "epoch",
-        "'epoch': the surrogate in every fourth epoch, the first included, the generator in the others (the paper's); "
-        "'step': both in every step, on the same noise.",
-    )
-    label_modification: bool = _setting(
-        True, "The generator's target is an all-ones mask (the paper's), not the mask."
-    )
-    epsilon: float = _setting(
-        1 / 255, "Budget in training inside the mask, 0 to 1. The paper protects with a larger one."
-    )
-    epsilon_background: float = _setting(0.25 / 255, "Budget in training outside the mask, 0 to epsilon.")
-    epsilon_start: float = _setting(1.0, "The budget starts at this multiple and falls linearly to 1 ...")
-    epsilon_warmup: float = _setting(0.0, "... over this share of all steps.")
-    prompt_kinds: list[str] = field(
-        default_factory=lambda: list(PROMPT_KINDS),
-        metadata={"help": "Kinds of prompts; the generator gets a random subset of them, the surrogate one."},
-    )
-    postprocess_probability: float = _setting(
-        0.0,
-        "Probability of each of greyscale, resizing, blur and JPEG between noise and surrogate (the paper has none).",
-    )
-    cast_weight: float = _setting(
-        0.0,
-        "Weight of the squared local mean of the noise. Without it a small generator ends in one colour cast for "
-        "every image, which greyscale and white balance remove (the paper has none).",
-    )
-    sam_loss_weight: float = _setting(
-        0.0,
-        "Weight of SAM's own segmentation loss, for a SAM trained from random weights; a frozen one has none.",
-    )
-    points: int = _setting(12_544, "Points a mask in the loss.")
-    seed: int = _setting(0, "Of every random choice.")
-    log_every: int = _setting(50, "Steps between two lines of the log.")
-    save_every: int = _setting(0, "Steps between two checkpoints; 0 saves only at the end.")
-
-    def __post_init__(self):
-        check_epsilon(self.epsilon, self.epsilon_background)
-        for name, value, allowed in (
-            ("alternation", self.alternation, ("epoch", "step")),
-            ("schedule", self.schedule, ("step", "cosine")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
-        if not self.prompt_kinds or set(self.prompt_kinds) - set(PROMPT_KINDS):
-            raise ValueError(f"prompt_kinds={self.prompt_kinds}: needs at least one of {', '.join(PROMPT_KINDS)}")
-        if self.epsilon_start < 1:
-            raise ValueError(
-                f"epsilon_start={self.epsilon_start}: must be at least 1, the multiple the budget falls from"
-            )
-
-    def trains(self, epoch: int) -> tuple[bool, bool]:
-        """Whether the generator, and whether the surrogate, is trained in an epoch."""
-        if self.alternation == "step":
-            return True, True
-        return epoch % 4 != 0, epoch % 4 == 0
-
-    def budget(self, progress: float) -> tuple[float, float]:
-        """(epsilon, epsilon_background) after a share `progress` of all steps."""
-        left = max(0.0, 1 - progress / self.epsilon_warmup) if self.epsilon_warmup > 0 else 0.0
-        multiple = 1 + (self.epsilon_start - 1) * left
-        return self.epsilon * multiple, self.epsilon_background * multiple
-
-    def rate(self, progress: float, step: int) -> float:
-        """Multiple of the learning rates after a share `progress` of all steps."""
-        if self.schedule == "step":
-            return 0.1 if progress >= self.decay_at else 1.0
-        return min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+# What may change when a run is resumed: it decides what is written, not what is trained.
+_FREE_SETTINGS = ("log_every", "validate_every", "save_every", "keep_checkpoints")
 
 
 @dataclass
@@ -135,219 +51,277 @@ class Progress:
         self.step = state["step"]
 
 
+class _Generator(nn.Module):
+    """All that one step asks of the generator, in the one forward that data-parallel training allows."""
+
+    def __init__(self, model: UnSegModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor, prompts: dict, sam_prompts: dict | None = None):
+        """The noise `(batch, 3, h, w)`, and what SAM itself answers to `sam_prompts`: masks and predicted IoUs."""
+        output = self.model(pixel_values=normalise(images), **prompts)
+        if sam_prompts is None:
+            return output.noise[:, 0], None, None
+        clean = output.image_embeddings.image_embeddings
+        found = self.model.sam(image_embeddings=clean, multimask_output=True, **sam_prompts)
+        return output.noise[:, 0], found.pred_masks[:, 0], found.iou_scores[:, 0]
+
+
 def train(
     generator: UnSegModel,
-    surrogate: nn.Module,
+    surrogates: Surrogates,
     data: InteractiveSegmentation,
     config: BilevelConfig,
     output_dir: str | Path,
     accelerator: Accelerator | None = None,
+    *,
+    validation: InteractiveSegmentation | None = None,
+    settings: dict[str, Any] | None = None,
     resume: bool = False,
     num_workers: int = 0,
     report: Callable[[str], None] = print,
-) -> None:
-    """Train `generator` in place; `surrogate` is thrown away afterwards.
+) -> bool:
+    """Train `generator` in place; the surrogates are thrown away afterwards.
+
+    SIGINT and SIGTERM end the run after the step that is going on, with a checkpoint; a second one ends it at once.
 
     Args:
         generator: its SAM is trained too where `generator.config.freeze_sam` is False.
-        surrogate: `surrogate(images, prompts)` gives logits; `SamSurrogate` and `UNetSurrogate` do.
+        surrogates: trained side by side on the same noise.
         data: images and masks, at the generator's input size.
         config: settings.
-        output_dir: gets `training_log.jsonl`, a line every `log_every` steps, and `checkpoint/`, all that an exact
-            resume needs.
-        accelerator: devices, processes and precision; a plain `Accelerator()` by default.
-        resume: go on from `output_dir/checkpoint`.
+        output_dir: gets `training_log.jsonl`, a line every `log_every` steps, `validation/`, and `checkpoints/`, all
+            that an exact resume needs.
+        accelerator: devices, processes, precision, trackers; a plain `Accelerator()` by default. Its gradient
+            accumulation must be the config's.
+        validation: held-out images for `validate`.
+        settings: what else decides the result (data, architecture); compared, with `config`, when a run is resumed.
+        resume: go on from the newest checkpoint.
         num_workers: data loading processes.
         report: called with a line of progress every `log_every` steps.
 
+    Returns:
+        Whether the run is over; False if a signal ended it before its time.
+
     Raises:
-        FloatingPointError: a loss that is not finite, naming the step and phase.
+        FloatingPointError: a loss that is not finite, naming the step, the phase and the images.
         FileNotFoundError: `resume` without a checkpoint.
         FileExistsError: a checkpoint without `resume`.
-        ValueError: less data than a batch, or several processes.
+        ValueError: less data than a step needs, or a resumed run with other settings.
     """
-    accelerator = accelerator or Accelerator()
-    output_dir, checkpoint = Path(output_dir), Path(output_dir) / "checkpoint"
-    if accelerator.num_processes > 1:
-        # With one kind of prompt a step, some parameters have no gradient in it, which DDP does not take.
-        raise ValueError(f"{accelerator.num_processes} processes: the loop runs on one; start it without a launcher")
-    if resume and not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: no checkpoint to resume from; start without resume")
-    if checkpoint.exists() and not resume:
-        raise FileExistsError(f"{checkpoint} is an earlier run's: resume it, or choose another output folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = accelerator or Accelerator(gradient_accumulation_steps=config.gradient_accumulation_steps)
+    per_step, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
+    if accelerator.gradient_accumulation_steps != per_step:
+        raise ValueError(
+            f"the accelerator accumulates over {accelerator.gradient_accumulation_steps} batches, the settings say "
+            f"gradient_accumulation_steps={per_step}: make them the same"
+        )
+    steps_an_epoch = len(data) // (config.batch_size * per_step * world)
+    if steps_an_epoch == 0:
+        raise ValueError(
+            f"an epoch of {len(data)} images is less than one step of batch_size={config.batch_size} x "
+            f"{per_step} batches x {world} processes"
+        )
+    total = min(config.max_steps or math.inf, steps_an_epoch * config.epochs)
 
-    # Shuffled by epoch and seed alone, so that an epoch can be entered in its middle.
-    sampler = _Shuffled(data, config.seed)
-    loader = DataLoader(data, config.batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
-    adam_g = torch.optim.Adam((p for p in generator.parameters() if p.requires_grad), config.learning_rate)
-    adam_s = torch.optim.Adam((p for p in surrogate.parameters() if p.requires_grad), config.surrogate_learning_rate)
-    generator, surrogate, adam_g, adam_s, loader = accelerator.prepare(generator, surrogate, adam_g, adam_s, loader)
+    wrapped = _Generator(generator)
+    adam_g = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), config.learning_rate)
+    adam_s = torch.optim.Adam((p for p in surrogates.parameters() if p.requires_grad), config.surrogate_learning_rate)
+    wrapped, trained_surrogates, adam_g, adam_s = accelerator.prepare(wrapped, surrogates, adam_g, adam_s)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
+    decisive = {name: value for name, value in asdict(config).items() if name not in _FREE_SETTINGS}
+    checkpoints = Checkpoints(
+        Path(output_dir) / "checkpoints",
+        accelerator,
+        decisive | {"processes": world} | (settings or {}),
+        config.keep_checkpoints,
+        generator.sam if generator.config.freeze_sam else None,
+    )
+    latest = checkpoints.latest()
+    if resume and latest is None:
+        raise FileNotFoundError(f"{checkpoints.folder}: no checkpoint to resume from; start without resume")
+    if latest and not resume:
+        raise FileExistsError(f"{latest} is an earlier run's: resume it, or choose another output folder")
     if resume:
-        accelerator.load_state(str(checkpoint))
-
-    if len(loader) == 0:
-        raise ValueError(f"batch_size={config.batch_size} with {len(data)} images: not one full batch an epoch")
-    total, start = len(loader) * config.epochs, time.perf_counter()
-    began = progress.step
-    log = _Log(output_dir / "training_log.jsonl", accelerator, report)
-    surrogate_parameters = [p for p in surrogate.parameters() if p.requires_grad]
-    whole_generator = accelerator.unwrap_model(generator)
-    trains_sam = config.sam_loss_weight > 0 and not whole_generator.config.freeze_sam
+        checkpoints.load(latest)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    log = RunLog(Path(output_dir), accelerator, progress.step, total, config.log_every, report)
     generator.train()
-    surrogate.train()
+    surrogates.train()
 
-    for epoch in range(progress.step // len(loader), config.epochs):
-        skip = progress.step - epoch * len(loader)
-        batches = accelerator.skip_first_batches(loader, skip) if skip else loader
-        batches.set_epoch(epoch)  # reaches the data set, which draws its crops and its order from it
-        for batch in batches:
-            share = progress.step / total
-            for optimizer, base in ((adam_g, config.learning_rate), (adam_s, config.surrogate_learning_rate)):
-                for group in optimizer.param_groups:
-                    group["lr"] = base * config.rate(share, progress.step)
-            train_generator, train_surrogate = config.trains(epoch)
-            random = torch.Generator().manual_seed(config.seed * 1_000_003 + progress.step)
-            losses = {}
+    with _signals() as stopped:
+        while progress.step < total:
+            epoch = progress.step // steps_an_epoch
+            skip = progress.step % steps_an_epoch * per_step
+            # Its order comes from seed and epoch alone, so that an epoch can be entered in its middle.
+            batches = data.batches(epoch, config.batch_size, rank, world, skip)
+            loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers)
+            for number, batch in enumerate(loader, skip):
+                images = send_to_device({k: v for k, v in batch.items() if k != "name"}, accelerator.device)
+                random = _random(config.seed, epoch, number, rank)
+                share = progress.step / total
+                for optimizer, base in ((adam_g, config.learning_rate), (adam_s, config.surrogate_learning_rate)):
+                    for group in optimizer.param_groups:
+                        group["lr"] = base * config.rate(share, progress.step)
+                train_generator, train_surrogates = config.trains(epoch, progress.step)
+                losses = {}
 
-            # One accumulate block for both phases: with two, one of them would never step.
-            with accelerator.accumulate(generator, surrogate):
-                # Generator phase: the surrogate is fixed, the noise moves towards what it reads as the target.
-                for parameter in surrogate_parameters:
-                    parameter.requires_grad_(not train_generator)
-                with torch.set_grad_enabled(train_generator), accelerator.autocast():
-                    protected, output = _protect(generator, batch, config, share, random)
-                if train_generator:
-                    with accelerator.autocast():
-                        target = torch.ones_like(batch["mask"]) if config.label_modification else batch["mask"]
-                        loss = _segmentation_loss(surrogate, protected, batch["mask"], target, config, random)
-                        losses["generator"] = loss.detach()
-                        if config.cast_weight:
-                            losses["cast"] = _colour_cast(output.noise)
-                            loss = loss + config.cast_weight * losses["cast"]
-                        if trains_sam:
-                            clean = output.image_embeddings.image_embeddings
-                            losses["sam"] = _sam_loss(whole_generator.sam, clean, batch["mask"], config, random)
-                            loss = loss + config.sam_loss_weight * losses["sam"]
-                    _step(accelerator, loss, generator, adam_g, config, "generator", progress.step)
-
-                # Surrogate phase: the noise is fixed, the surrogate learns the true masks from protected images.
-                if train_surrogate:
-                    for parameter in surrogate_parameters:
-                        parameter.requires_grad_(True)
-                    with accelerator.autocast():
-                        loss = _segmentation_loss(
-                            surrogate, protected.detach(), batch["mask"], batch["mask"], config, random
+                # One accumulate block for both phases: with two, one of them would never step.
+                with accelerator.accumulate(wrapped, trained_surrogates):
+                    with torch.set_grad_enabled(train_generator):
+                        protected, noise, sam_loss = _protect(wrapped, generator, images, config, share, random)
+                    losses["noise"] = noise.detach().abs().mean()  # no loss, but it tells of a generator gone silent
+                    if train_generator:
+                        # Generator phase: the surrogates are fixed, the noise moves towards what they read as the
+                        # target. They are not called through their data-parallel wrapper, which would wait for
+                        # gradients of theirs.
+                        with frozen(surrogates):
+                            loss = losses["generator"] = _segmentation_loss(
+                                surrogates, protected, images["mask"], config.label_modification, config, random
+                            )
+                            if config.cast_weight:
+                                losses["cast"] = _colour_cast(noise)
+                                loss = loss + config.cast_weight * losses["cast"]
+                            if sam_loss is not None:
+                                losses["sam"] = sam_loss
+                                loss = loss + config.sam_loss_weight * sam_loss
+                            where = progress.step, "generator", batch["name"]
+                            _update(accelerator, loss, wrapped, adam_g, config, *where)
+                    if train_surrogates:
+                        # Surrogate phase: the noise is fixed, the surrogates learn the masks from protected images.
+                        losses["surrogate"] = loss = _segmentation_loss(
+                            trained_surrogates, protected.detach(), images["mask"], False, config, random
                         )
-                    losses["surrogate"] = loss
-                    _step(accelerator, loss, surrogate, adam_s, config, "surrogate", progress.step)
+                        where = progress.step, "surrogate", batch["name"]
+                        _update(accelerator, loss, trained_surrogates, adam_s, config, *where)
 
-            progress.step += 1
-            log.add(losses, progress.step, total, (progress.step - began) * len(batch["mask"]), start, config)
-            if config.save_every and progress.step % config.save_every == 0:
-                _save(accelerator, checkpoint)
-    _save(accelerator, checkpoint)
+                log.add(losses, len(images["mask"]) * world)
+                if not accelerator.sync_gradients:
+                    continue
+                progress.step += 1
+                log.step(progress.step)
+                ends = progress.step == total or stopped(accelerator)
+                if validation and (progress.step == total or _due(config.validate_every, progress.step)):
+                    if accelerator.is_main_process:
+                        log.validation(
+                            progress.step, *_validate(generator, surrogates, validation, config, accelerator)
+                        )
+                    accelerator.wait_for_everyone()
+                if ends or _due(config.save_every, progress.step):
+                    checkpoints.save(progress.step)
+                if ends:
+                    log.close()
+                    return progress.step == total
+    log.close()
+    return True
 
 
-def _protect(generator, batch, config, share, random):
-    """Protected images in [0, 1], with gradients into the generator, and the generator's output."""
-    images, masks = batch["image"], batch["mask"]
+def _random(seed: int, epoch: int, number: int, rank: int) -> torch.Generator:
+    """The source of all random choices of one batch."""
+    state = np.random.SeedSequence((seed, epoch, number, rank)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _protect(wrapped, generator, batch, config, share, random):
+    """Protected images in [0, 1], with gradients into the generator, the noise, and SAM's own loss if it has one."""
     kinds = choose_kinds(config.prompt_kinds, several=True, generator=random)
-    output = generator(pixel_values=normalise(images), **make_prompts(masks, kinds, random))
-    noise = F.interpolate(output.noise[:, 0].float(), images.shape[-2:], mode="bilinear", align_corners=False)
-    epsilon, background = config.budget(share)
-    budget = epsilon * masks + background * (1 - masks)
-    return (images + noise * budget.unsqueeze(1)).clamp(0, 1), output
+    prompts = make_prompts(batch["mask"], kinds, random)
+    if config.sam_loss_weight == 0 or generator.config.freeze_sam or not torch.is_grad_enabled():
+        noise, _, _ = wrapped(batch["image"], prompts)
+        return apply_budget(batch, noise, *config.budget(share)), noise, None
+    # One point or a box, so that a SAM from random weights learns to propose masks.
+    if torch.rand((), generator=random) < 0.5:
+        sam_prompts = make_prompts(batch["mask"], ("box",), random)
+    else:
+        sam_prompts = make_prompts(batch["mask"], ("points",), random, points=1)
+    noise, found, ious = wrapped(batch["image"], prompts, sam_prompts)
+    sam_loss = interactive_loss(found, ious, batch["mask"], random, config.points // 4)
+    return apply_budget(batch, noise, *config.budget(share)), noise, sam_loss
 
 
-def _segmentation_loss(surrogate, protected, masks, target, config, random):
-    """How far the surrogate is from `target` on protected images, after what the web may do to them."""
-    seen = random_postprocess(protected, config.postprocess_probability, random)
+def apply_budget(batch: dict, noise: torch.Tensor, epsilon: float, background: float) -> torch.Tensor:
+    """Noise `(batch, 3, h, w)` in [-1, 1] on a batch's images; padding, which no published image has, stays black."""
+    noise = F.interpolate(noise.float(), batch["image"].shape[-2:], mode="bilinear", align_corners=False)
+    budget = (epsilon * batch["mask"] + background * (1 - batch["mask"])) * batch["inside"]
+    return (batch["image"] + noise * budget.unsqueeze(1)).clamp(0, 1)
+
+
+def _segmentation_loss(surrogates, protected, masks, all_ones, config, random):
+    """How far the surrogates are from their target on protected images, after what the web may do to them."""
+    seen, masks = random_postprocess(protected, masks, config.postprocessings, config.postprocess_probability, random)
     kinds = choose_kinds(config.prompt_kinds, several=False, generator=random)
-    logits = surrogate(normalise(seen), make_prompts(masks, kinds, random))
-    return point_loss(logits, target, random, config.points).mean()
+    target = torch.ones_like(masks) if all_ones else masks
+    found = surrogates(normalise(seen), make_prompts(masks, kinds, random))
+    return torch.stack([point_loss(logits, target, random, config.points).mean() for logits in found]).mean()
 
 
 def _colour_cast(noise):
-    """Mean square of what is left of the noise when each 8 x 8 cells are averaged; 1 for a saturated cast."""
-    return F.avg_pool2d(noise.flatten(0, 1).float(), 8, stride=1).square().mean()
+    """The share of the noise's energy that is left when each 8 x 8 cells are averaged: 1 for a cast, 0 for a texture.
+
+    A share, not the energy itself: that would reward a generator for falling silent, from which it does not come back.
+    """
+    noise = noise.float()
+    return F.avg_pool2d(noise, 8, stride=1).square().mean() / noise.square().mean().clamp(min=1e-6)
 
 
-def _sam_loss(sam, image_embeddings, masks, config, random):
-    """SAM's own loss for one point or a box, so that a SAM from random weights learns to propose masks."""
-    if torch.rand((), generator=random) < 0.5:
-        prompts = make_prompts(masks, ("box",), random)
-    else:
-        prompts = make_prompts(masks, ("points",), random, points=1)
-    output = sam(image_embeddings=image_embeddings, multimask_output=True, **prompts)
-    return interactive_loss(output.pred_masks[:, 0], output.iou_scores[:, 0], masks, random, config.points // 4)
-
-
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """`(batch, 3, h, w)` in [0, 1] to what SAM's encoder and the surrogates see."""
-    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
-
-
-def _step(accelerator, loss, model, optimizer, config, phase, step) -> None:
-    if not torch.isfinite(loss):
+def _update(accelerator, loss, model, optimizer, config, step, phase, names) -> None:
+    """One backward pass, and one step of the optimizer where the gradients of a step are complete."""
+    norm = loss.detach()
+    if torch.isfinite(loss):
+        accelerator.backward(loss)
+        if config.max_gradient_norm and accelerator.sync_gradients:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            norm = accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
+    if not torch.isfinite(norm):
+        what = "loss" if norm is loss or not torch.isfinite(loss) else "norm of the gradients"
         raise FloatingPointError(
-            f"the {phase} loss is {loss.item()} at step {step}: lower the learning rates, or go on from the last "
-            "checkpoint with others"
+            f"the {phase} {what} is {norm.item()} at step {step}, with {', '.join(names)}: look at these images, or "
+            "lower the learning rates and go on from the last checkpoint's generator"
         )
-    accelerator.backward(loss)
-    if config.max_gradient_norm and accelerator.sync_gradients:
-        accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_gradient_norm)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def _save(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Writes a checkpoint beside the old one and then takes its place, so that there is always a whole one."""
-    partial, old = (checkpoint.with_name(checkpoint.name + suffix) for suffix in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    accelerator.save_state(str(partial))
-    shutil.rmtree(old, ignore_errors=True)
-    if checkpoint.exists():
-        checkpoint.rename(old)
-    partial.rename(checkpoint)
-    shutil.rmtree(old, ignore_errors=True)
+def _validate(generator, surrogates, data, config, accelerator):
+    def protect(batch, kinds, random):
+        output = generator(pixel_values=normalise(batch["image"]), **make_prompts(batch["mask"], kinds, random))
+        return apply_budget(batch, output.noise[:, 0], config.epsilon, config.epsilon_background)
+
+    with accelerator.autocast():
+        return validate(protect, surrogates, data, config.batch_size, config.prompt_kinds, accelerator.device)
 
 
-class _Shuffled(torch.utils.data.Sampler):
-    """A new order each epoch, from the seed and the data's epoch alone."""
+@contextmanager
+def _signals():
+    """Gives a function that says whether any process has been told to stop."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda accelerator: False
+        return
 
-    def __init__(self, data: InteractiveSegmentation, seed: int):
-        self.data, self.seed = data, seed
+    def ask(number, frame):
+        asked.set()
+        for caught, handler in before.items():
+            signal.signal(caught, handler)  # the second one ends the process at once
 
-    def __len__(self) -> int:
-        return len(self.data)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def __iter__(self):
-        order = torch.Generator().manual_seed(self.seed * 7919 + self.data.epoch)
-        yield from torch.randperm(len(self.data), generator=order).tolist()
+    def stopped(accelerator: Accelerator) -> bool:
+        if accelerator.num_processes == 1:
+            return asked.is_set()
+        if asked.is_set():
+            accelerator.set_trigger()
+        return accelerator.check_trigger()
 
-
-class _Log:
-    """Running means of the losses, to a file and to `report`."""
-
-    def __init__(self, path: Path, accelerator: Accelerator, report: Callable[[str], None]):
-        self.path, self.accelerator, self.report = path, accelerator, report
-        self.sums: dict[str, list[torch.Tensor]] = {}
-
-    def add(self, losses, step, total, images, start, config) -> None:
-        for name, loss in losses.items():
-            self.sums.setdefault(name, []).append(loss.detach())
-        if step % config.log_every and step != total:
-            return
-        means = {name: torch.stack(values).mean().item() for name, values in self.sums.items()}
-        self.sums.clear()
-        if not self.accelerator.is_main_process:
-            return
-        rate = images * self.accelerator.num_processes / (time.perf_counter() - start)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "images_per_second": round(rate, 2), **means}) + "\n")
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        self.report(f"step {step}/{total}  {figures}  {rate:.1f} images/s")
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

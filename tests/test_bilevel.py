@@ -1,0 +1,439 @@
+"""The bilevel loop on tiny networks and pictures: what it trains, and that nothing can make it lose its way."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from unseg_hf.data.interactive import InteractiveSegmentation
+from unseg_hf.data.records import Record
+from unseg_hf.training import bilevel, checkpoints
+from unseg_hf.training.bilevel import apply_budget, train
+from unseg_hf.training.configuration_bilevel import BilevelConfig
+from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate
+
+
+class Discs:
+    """Twelve pictures of a disc on a gradient."""
+
+    name, weight, size = "discs", None, 12
+
+    def order(self, random, rank, world):
+        return iter(random.permutation(self.size)[rank::world].tolist())
+
+    def load(self, index):
+        rows, columns = np.mgrid[:64, :64]
+        disc = (rows - 44 + 2 * index) ** 2 + (columns - 20 - 2 * index) ** 2 < 12**2
+        shade = columns * 2 + 10 * index
+        pixels = np.stack([shade, shade // 2, 200 - shade], -1) + disc[..., None] * 30
+        return Record(f"disc {index}", Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), [disc])
+
+
+def networks(build_generator, tiny_sam_config, kinds=("unet",), freeze_sam=False):
+    generator = build_generator(freeze_sam=freeze_sam)
+    torch.manual_seed(1)
+    surrogates = Surrogates(
+        UNetSurrogate(width=4, image_size=32)
+        if kind == "unet"
+        else SamSurrogate(tiny_sam_config(image_size=64), prompt_size=64)
+        for kind in kinds
+    )
+    return generator, surrogates
+
+
+@pytest.fixture
+def small_run(build_generator, tiny_sam_config):
+    """A function: trains tiny networks; gives generator, surrogates and log."""
+
+    def run(
+        folder, kinds=("unet",), freeze_sam=False, resume=False, report=lambda line: None, validation=None, **config
+    ):
+        generator, surrogates = networks(build_generator, tiny_sam_config, kinds, freeze_sam)
+        data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+        defaults = {"epochs": 2, "batch_size": 4, "points": 256, "log_every": 1, "schedule": "cosine"}
+        config = BilevelConfig(**(defaults | {"sam_loss_weight": 1.0} | config))
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=config.gradient_accumulation_steps)
+        train(
+            generator, surrogates, data, config, folder, accelerator,
+            resume=resume, report=report, validation=validation,
+        )  # fmt: skip
+        log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+        return generator, surrogates, log
+
+    return run
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def buffers(model):
+    return torch.cat([b.detach().flatten().float() for b in model.buffers()])
+
+
+class TestSettings:
+    def test_the_papers_turns(self):
+        config = BilevelConfig()
+        turns = [config.trains(epoch, step=epoch * 100) for epoch in range(8)]
+        assert turns == [(False, True), (True, False), (True, False), (True, False)] * 2
+        assert len({config.trains(5, step) for step in range(20)}) == 1
+
+    def test_turns_by_step_with_a_ratio(self):
+        config = BilevelConfig(alternation="step", surrogate_turns=2, generator_turns=1)
+        assert [config.trains(0, step)[0] for step in range(6)] == [False, False, True] * 2
+        assert BilevelConfig(alternation="joint").trains(0, 0) == (True, True)
+
+    def test_the_budget_falls_to_its_end_and_stays(self):
+        config = BilevelConfig(epsilon=0.02, epsilon_background=0.005, epsilon_start=4, epsilon_warmup=0.6)
+        assert config.budget(0.0) == pytest.approx((0.08, 0.02))
+        assert config.budget(0.3) == pytest.approx((0.05, 0.0125))
+        assert config.budget(0.6) == config.budget(1.0) == pytest.approx((0.02, 0.005))
+
+    def test_rates(self):
+        paper = BilevelConfig()
+        assert [paper.rate(epoch / 27, 0) for epoch in (0, 19, 20, 26)] == [1.0, 1.0, 0.1, 0.1]
+        cosine = BilevelConfig(schedule="cosine")
+        assert cosine.rate(0.0, 0) == pytest.approx(0.01)
+        assert cosine.rate(0.5, 500) == pytest.approx(0.5)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"alternation": "week"}, "alternation='week'"),
+            ({"prompt_kinds": ["text"]}, "prompt_kinds"),
+            ({"postprocessings": ["fax"]}, "postprocessings"),
+            ({"epsilon": 0.1, "epsilon_background": 0.2}, "epsilon_background <= epsilon"),
+            ({"epsilon_start": 0.5}, "epsilon_start=0.5"),
+            ({"surrogate_turns": 0}, "surrogate_turns=0"),
+            ({"keep_checkpoints": -1}, "keep_checkpoints=-1"),
+            ({"postprocess_probability": 2.0}, "postprocess_probability"),
+        ],
+    )
+    def test_contradicting_settings_are_named(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            BilevelConfig(**settings)
+
+
+class TestPhases:
+    def test_noise_keeps_to_the_budget_and_off_the_padding(self):
+        mask, inside = torch.zeros(1, 16, 16), torch.ones(1, 16, 16)
+        mask[:, :8], inside[..., 12:] = 1, 0
+        batch = {"image": torch.full((1, 3, 16, 16), 0.5), "mask": mask, "inside": inside}
+        noise = apply_budget(batch, torch.ones(1, 3, 4, 4), 0.04, 0.01) - 0.5
+        assert noise[0, :, :8, :12] == pytest.approx(0.04, abs=1e-6)
+        assert noise[0, :, 8:, :12] == pytest.approx(0.01, abs=1e-6)
+        assert not noise[..., 12:].any()
+
+    def test_each_turn_moves_its_own_network_alone(self, small_run, build_generator, tiny_sam_config, tmp_path):
+        fresh_generator, fresh_surrogates = networks(build_generator, tiny_sam_config)
+        # Three steps an epoch: the first epoch is the surrogates', the second the generator's.
+        generator, surrogates, log = small_run(tmp_path / "one", epochs=1)
+        assert torch.equal(weights(generator), weights(fresh_generator))
+        assert not torch.equal(weights(surrogates), weights(fresh_surrogates))
+        assert set(log[0]) == {"step", "images_per_second", "noise", "surrogate"}
+        # The same first epoch, as cosine is not, with a constant rate.
+        constant = {"schedule": "step", "decay_at": 1.0}
+        _, first, _ = small_run(tmp_path / "first", epochs=1, **constant)
+        generator, surrogates, log = small_run(tmp_path / "both", epochs=2, **constant)
+        assert not torch.equal(weights(generator), weights(fresh_generator))
+        assert torch.equal(weights(surrogates), weights(first))
+        assert torch.equal(buffers(surrogates), buffers(first))  # running means of batch norm, too
+        assert "generator" in log[-1]
+        assert "surrogate" not in log[-1]
+
+    @pytest.mark.parametrize("kinds", [("unet",), ("sam",), ("unet", "sam")])
+    def test_noise_learns_to_show_the_mask(self, small_run, tmp_path, kinds):
+        _, _, log = small_run(
+            tmp_path, kinds, epochs=25, schedule="step", decay_at=1.0, alternation="joint", label_modification=False,
+            epsilon=0.3, epsilon_background=0.05, learning_rate=2e-3, surrogate_learning_rate=2e-3,
+            sam_loss_weight=0.0,
+        )  # fmt: skip
+        first, last = (np.mean([entry["surrogate"] for entry in part]) for part in (log[:3], log[-3:]))
+        assert last < 0.88 * first
+
+    def test_a_frozen_sam_is_not_touched_and_not_saved(self, small_run, build_generator, tmp_path):
+        before = build_generator(freeze_sam=True)
+        generator, _, _ = small_run(tmp_path, freeze_sam=True, alternation="joint", learning_rate=0.1)
+        assert torch.equal(weights(generator.sam), weights(before.sam))
+        assert not torch.equal(weights(generator.noise_head), weights(before.noise_head))
+        from safetensors import safe_open
+
+        with safe_open(tmp_path / "checkpoints/step-00000006/model_0.safetensors", "pt") as file:
+            names = list(file.keys())
+        assert names
+        assert all("noise_head" in name for name in names)
+
+    def test_accumulated_batches_make_one_step(self, small_run, tmp_path):
+        _, _, log = small_run(
+            tmp_path, alternation="joint", gradient_accumulation_steps=3, batch_size=2, epochs=3, save_every=1,
+            keep_checkpoints=0,
+        )  # fmt: skip
+        assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 6
+
+    def test_accumulating_equals_one_larger_batch(self, build_generator, tiny_sam_config, tmp_path, monkeypatch):
+        # Losses are means over batches of equal size, so that their gradients average. SAM surrogate: no batch norm.
+        # The same randomness for every batch, and a loss that looks at all pixels, in place of points of its own.
+        monkeypatch.setattr(bilevel, "_random", lambda *_: torch.Generator().manual_seed(0))
+        dense = torch.nn.functional.binary_cross_entropy_with_logits
+
+        def loss(logits, targets, random, count):
+            small = torch.nn.functional.adaptive_avg_pool2d(targets, logits.shape[-2:])
+            return dense(logits, small, reduction="none").mean((1, 2))
+
+        monkeypatch.setattr(bilevel, "point_loss", loss)
+        ends = []
+        for batches in (1, 2):
+            generator, surrogates = networks(build_generator, tiny_sam_config, ("sam",), freeze_sam=True)
+            config = BilevelConfig(
+                batch_size=4 // batches, gradient_accumulation_steps=batches, max_steps=1, alternation="joint",
+                prompt_kinds=["box"],
+            )  # fmt: skip
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=batches)
+            data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+            torch.optim.Adam, adam = torch.optim.SGD, torch.optim.Adam
+            try:
+                train(generator, surrogates, data, config, tmp_path / str(batches), accelerator, report=str)
+            finally:
+                torch.optim.Adam = adam
+            ends.append((weights(generator), weights(surrogates)))
+        for one, other in zip(*ends, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+    def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(self, small_run, tmp_path):
+        with pytest.raises(FloatingPointError, match=r"generator loss is nan at step \d+, with discs: disc \d+, "):
+            small_run(tmp_path, epochs=20, alternation="joint", learning_rate=float("inf"))
+
+    def test_less_data_than_a_step_needs_is_said(self, small_run, tmp_path):
+        with pytest.raises(ValueError, match=r"an epoch of 12 images is less than one step of batch_size=13"):
+            small_run(tmp_path, batch_size=13)
+        assert not (tmp_path / "checkpoints").exists()
+
+
+class TestValidation:
+    def test_figures_and_pictures_of_held_out_images(self, small_run, tmp_path):
+        held_out = InteractiveSegmentation([Discs()], 64, (1.0, 1.0), epoch_size=6)
+        options = {
+            "alternation": "joint",
+            "epochs": 30,
+            "schedule": "step",
+            "decay_at": 1.0,
+            "label_modification": False,
+        }
+        strong = {"epsilon": 0.5, "epsilon_background": 0.0, "learning_rate": 2e-3, "surrogate_learning_rate": 1e-2}
+        options["label_modification"] = False
+        lines = []
+        _, _, log = small_run(
+            tmp_path / "run", ("unet", "unet"), report=lines.append, validation=held_out, validate_every=40, **options,
+            **strong,
+        )  # fmt: skip
+        found = [entry for entry in log if "surrogate_0_iou_clean" in entry]
+        assert [entry["step"] for entry in found] == [40, 80, 90]
+        # They saw nothing but protected images, on which the mask is all that has noise.
+        assert found[-1]["surrogate_0_iou_protected"] > found[-1]["surrogate_0_iou_clean"] + 0.05
+        assert any("surrogate_1_iou_protected" in line for line in lines)
+        with Image.open(tmp_path / "run/validation/step-00000090.png") as sheet:
+            assert sheet.width == (4 + 2 * 2) * 68 + 4
+            pixels = np.asarray(sheet.convert("RGB"))
+        assert len(np.unique(pixels)) > 100
+
+    def test_looking_changes_nothing(self, small_run, tmp_path):
+        held_out = InteractiveSegmentation([Discs()], 64, (1.0, 1.0), epoch_size=5)
+        with_it, other, _ = small_run(tmp_path / "a", alternation="joint", validation=held_out, validate_every=1)
+        without, another, _ = small_run(tmp_path / "b", alternation="joint")
+        assert torch.equal(weights(with_it), weights(without))
+        assert torch.equal(buffers(other), buffers(another))
+
+
+EVERYTHING = {
+    "alternation": "step", "surrogate_turns": 1, "generator_turns": 1, "postprocess_probability": 0.5,
+    "epsilon_start": 4.0, "epsilon_warmup": 0.5, "epochs": 4, "save_every": 2, "max_gradient_norm": 1.0,
+}  # fmt: skip
+
+
+def in_child(function):
+    """Exit status of a forked process; negative for a signal."""
+
+    def run():
+        torch.set_num_threads(1)
+        function()
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def die_at(call, module, name, after=False):
+    """The process kills itself, as `kill -9` would, at the call-th call of module.name."""
+    original, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(name)
+        if after:
+            original(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return None if after else original(*args, **kwargs)
+
+    setattr(module, name, dying)
+
+
+class TestInterruptions:
+    def finish(self, small_run, folder, **options):
+        generator, surrogates, _ = small_run(folder, **(EVERYTHING | options))
+        torch.save((generator.state_dict(), surrogates.state_dict()), folder / "end.pt")
+
+    def digest(self, folder):
+        generator, surrogates = torch.load(folder / "end.pt")
+        tensors = [*generator.values(), *surrogates.values()]
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+    def test_killed_in_any_phase_and_resumed_it_ends_with_the_same_weights(self, small_run, tmp_path):
+        assert in_child(lambda: self.finish(small_run, tmp_path / "whole")) == 0
+        cut = tmp_path / "cut"
+
+        def killed(*where, **when):
+            def run():
+                die_at(*where, **when)
+                self.finish(small_run, cut, resume=any(cut.glob("checkpoints/step-*")))
+
+            assert in_child(run) == -signal.SIGKILL
+            for checkpoint in cut.glob("checkpoints/step-*"):
+                assert (checkpoint / "settings.json").is_file()  # the last thing that is written
+
+        killed(1, checkpoints, "save_file")  # in the first checkpoint: nothing to resume
+        killed(2, checkpoints, "save_file")
+        killed(5, bilevel, "_update")  # after a checkpoint, in the surrogates' phase
+        killed(4, bilevel, "_update", after=True)  # in the generator's, its step done and not counted
+        killed(1, bilevel, "random_postprocess")
+        killed(1, Path, "rename")  # the checkpoint whole and not yet in its place
+        killed(1, Path, "rename", after=True)
+        killed(2, Path, "rename", after=True)  # an old one half removed
+        killed(1, checkpoints.shutil, "rmtree")
+        killed(2, checkpoints.shutil, "rmtree")
+        assert in_child(lambda: self.finish(small_run, cut, resume=True)) == 0
+        assert self.digest(cut) == self.digest(tmp_path / "whole")
+        steps = [json.loads(line)["step"] for line in (cut / "training_log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 13))
+        names = sorted(path.name for path in (cut / "checkpoints").iterdir())
+        assert names == ["step-00000010", "step-00000012"]
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_saves_and_stops_between_two_steps(self, small_run, tmp_path, number):
+        assert in_child(lambda: self.finish(small_run, tmp_path / "whole", save_every=0)) == 0
+
+        def stop_at_5(line):
+            if line.startswith("step 5/"):
+                os.kill(os.getpid(), number)
+
+        def cut():
+            before = signal.getsignal(number)
+            _, _, log = small_run(tmp_path / "cut", report=stop_at_5, **EVERYTHING | {"save_every": 0})
+            assert len(log) == 5
+            assert signal.getsignal(number) is before
+
+        assert in_child(cut) == 0
+        assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step-00000005"]
+        assert in_child(lambda: self.finish(small_run, tmp_path / "cut", resume=True, save_every=0)) == 0
+        assert self.digest(tmp_path / "cut") == self.digest(tmp_path / "whole")
+
+    def test_a_finished_run_resumes_to_its_end(self, small_run, tmp_path):
+        generator, _, log = small_run(tmp_path, alternation="joint")
+        again, _, log_again = small_run(tmp_path, alternation="joint", resume=True)
+        assert torch.equal(weights(generator), weights(again))
+        assert log == log_again
+
+    def test_resume_and_start_are_not_mistaken_for_each_other(self, small_run, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+            small_run(tmp_path / "new", resume=True)
+        small_run(tmp_path / "old")
+        with pytest.raises(FileExistsError, match="step-00000006 is an earlier run's: resume it"):
+            small_run(tmp_path / "old")
+
+    def test_other_settings_are_named_before_anything_is_trained(self, small_run, tmp_path):
+        small_run(tmp_path, epochs=1)
+        with pytest.raises(ValueError, match=r"batch_size is 2, was 4; learning_rate is 0.1, was 0.0001"):
+            small_run(tmp_path, epochs=1, resume=True, batch_size=2, learning_rate=0.1)
+        small_run(tmp_path, epochs=1, resume=True, log_every=5)  # what is written may change
+
+    def test_another_frozen_sam_is_noticed(self, small_run, tmp_path, monkeypatch):
+        small_run(tmp_path, freeze_sam=True)
+        monkeypatch.setattr(checkpoints, "fingerprint", lambda module: "another")
+        with pytest.raises(ValueError, match="frozen_weights is 'another'"):
+            small_run(tmp_path, freeze_sam=True, resume=True)
+
+
+TWO_PROCESSES = """
+    import sys
+    import torch
+    sys.path.insert(0, {tests!r})
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+    from conftest import tiny_sam_config, build_generator
+    from test_bilevel import Discs, networks
+    from unseg_hf.data.interactive import InteractiveSegmentation
+    from unseg_hf.training.bilevel import train
+    from unseg_hf.training.checkpoints import fingerprint
+    from unseg_hf.training.configuration_bilevel import BilevelConfig
+
+    sam_config = tiny_sam_config.__wrapped__()
+    generator, surrogates = networks(build_generator.__wrapped__(sam_config), sam_config, ("unet", "sam"))
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, kwargs_handlers=handlers)
+    config = BilevelConfig(
+        epochs=4, batch_size=1, gradient_accumulation_steps=2, points=128, sam_loss_weight=1.0, max_gradient_norm=1.0,
+        alternation={alternation!r}, log_every=1, save_every=3, postprocess_probability=0.3,
+        surrogate_turns=1, generator_turns=1,
+    )
+    data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+    def report(line):
+        if {stop!r} and line.startswith({stop!r}):
+            import os, signal
+            os.kill(os.getpid(), signal.SIGTERM)
+    finished = train(generator, surrogates, data, config, {folder!r}, accelerator, resume={resume!r}, report=report)
+    print("RANK", accelerator.process_index, finished, fingerprint(generator),
+          hash(tuple(float(p.sum()) for p in surrogates.parameters())), flush=True)
+"""
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    def run(self, tmp_path, folder, alternation, resume=False, stop=""):
+        program = tmp_path / "program.py"
+        tests = str(Path(__file__).parent)
+        values = {"tests": tests, "alternation": alternation, "folder": str(folder), "resume": resume, "stop": stop}
+        program.write_text(textwrap.dedent(TWO_PROCESSES.format(**values)))
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program],
+            capture_output=True, text=True, timeout=300, check=False,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [line.split()[2:] for line in sorted(done.stdout.splitlines()) if line.startswith("RANK")]
+
+    @pytest.mark.parametrize("alternation", ["joint", "step"])
+    def test_both_end_with_the_same_weights_also_when_resumed(self, tmp_path, alternation):
+        first, second = self.run(tmp_path, tmp_path / "whole", alternation)
+        assert first == second
+        assert first[0] == "True"
+        steps = [json.loads(line)["step"] for line in (tmp_path / "whole/training_log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 13))  # 12 images an epoch, 4 a step over both processes
+        if alternation == "joint":
+            # One of the two is told to stop: both do, at the same step.
+            assert [end[0] for end in self.run(tmp_path, tmp_path / "cut", alternation, stop="step 5/")] == [
+                "False"
+            ] * 2
+            assert self.run(tmp_path, tmp_path / "cut", alternation, resume=True) == [first, second]

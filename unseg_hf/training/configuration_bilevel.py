@@ -1,0 +1,121 @@
+"""Settings of the bilevel loop, with the paper's as defaults."""
+
+import math
+from dataclasses import dataclass, field
+
+from ..configuration_unseg import check_epsilon
+from .postprocessing import POSTPROCESSINGS
+from .prompts import PROMPT_KINDS
+
+
+def _setting(default, text: str):
+    """A setting with the help text that scripts show."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class BilevelConfig:
+    """Settings of the loop; the defaults are the paper's (UnSeg, section 4.1, and the authors' code).
+
+    Raises:
+        ValueError: values that contradict each other, naming them.
+    """
+
+    epochs: int = _setting(27, "Passes over the data.")
+    max_steps: int = _setting(0, "The run, and with it every schedule, ends after this many steps; 0: after epochs.")
+    batch_size: int = _setting(4, "Images a batch and process.")
+    gradient_accumulation_steps: int = _setting(1, "Batches a step.")
+    learning_rate: float = _setting(1e-4, "Of the generator's Adam.")
+    surrogate_learning_rate: float = _setting(1e-4, "Of the surrogates' Adam.")
+    max_gradient_norm: float = _setting(0.0, "Gradients are clipped to this norm; 0 does not clip (the paper's).")
+    schedule: str = _setting(
+        "step",
+        "'step' divides both rates by 10 at decay_at (the paper's); 'cosine' warms up over 100 steps, decays to 0.",
+    )
+    decay_at: float = _setting(20 / 27, "Share of all steps after which 'step' decays.")
+    alternation: str = _setting(
+        "epoch",
+        "Whose turn it is changes by 'epoch' (the paper's) or by 'step'; 'joint': both in every step, on the same "
+        "noise.",
+    )
+    surrogate_turns: int = _setting(1, "Epochs or steps that the surrogates are trained, ...")
+    generator_turns: int = _setting(3, "... and that the generator is trained after them.")
+    label_modification: bool = _setting(
+        True, "The generator's target is an all-ones mask (the paper's), not the mask."
+    )
+    epsilon: float = _setting(
+        1 / 255, "Budget in training inside the mask, 0 to 1. The paper protects with a larger one."
+    )
+    epsilon_background: float = _setting(0.25 / 255, "Budget in training outside the mask, 0 to epsilon.")
+    epsilon_start: float = _setting(1.0, "The budget starts at this multiple and falls linearly to 1 ...")
+    epsilon_warmup: float = _setting(0.0, "... over this share of all steps.")
+    prompt_kinds: list[str] = field(
+        default_factory=lambda: list(PROMPT_KINDS),
+        metadata={"help": "Kinds of prompts; the generator gets a random subset of them, the surrogates one."},
+    )
+    postprocessings: list[str] = field(
+        default_factory=lambda: list(POSTPROCESSINGS),
+        metadata={"help": "What may happen to protected images before the surrogates see them ..."},
+    )
+    postprocess_probability: float = _setting(0.0, "... each with this probability (the paper has none).")
+    cast_weight: float = _setting(
+        0.0,
+        "Weight of the squared local mean of the noise. Without it a small generator ends in one colour cast for "
+        "every image, which greyscale and white balance remove (the paper has none).",
+    )
+    sam_loss_weight: float = _setting(
+        0.0,
+        "Weight of SAM's own segmentation loss, for a SAM trained from random weights; a frozen one has none.",
+    )
+    points: int = _setting(12_544, "Points a mask in the loss.")
+    seed: int = _setting(0, "Of every random choice.")
+    log_every: int = _setting(50, "Steps between two lines of the log.")
+    validate_every: int = _setting(0, "Steps between two validations; 0 validates only at the end.")
+    save_every: int = _setting(0, "Steps between two checkpoints; 0 saves only at the end.")
+    keep_checkpoints: int = _setting(2, "Checkpoints that stay, the newest; 0 keeps all.")
+
+    def __post_init__(self):
+        check_epsilon(self.epsilon, self.epsilon_background)
+        for name, value, allowed in (
+            ("alternation", self.alternation, ("epoch", "step", "joint")),
+            ("schedule", self.schedule, ("step", "cosine")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+        for name, values, allowed in (
+            ("prompt_kinds", self.prompt_kinds, PROMPT_KINDS),
+            ("postprocessings", self.postprocessings, POSTPROCESSINGS),
+        ):
+            if not values or set(values) - set(allowed):
+                raise ValueError(f"{name}={values}: needs at least one of {', '.join(allowed)}, and nothing else")
+        if self.epsilon_start < 1:
+            raise ValueError(
+                f"epsilon_start={self.epsilon_start}: must be at least 1, the multiple the budget falls from"
+            )
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "surrogate_turns", "points", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("generator_turns", "max_steps", "validate_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+        if not 0 <= self.postprocess_probability <= 1:
+            raise ValueError(f"postprocess_probability={self.postprocess_probability}: must be from 0 to 1")
+
+    def trains(self, epoch: int, step: int) -> tuple[bool, bool]:
+        """Whether the generator, and whether the surrogates, are trained in a step of an epoch."""
+        if self.alternation == "joint":
+            return True, True
+        turn = (epoch if self.alternation == "epoch" else step) % (self.surrogate_turns + self.generator_turns)
+        return turn >= self.surrogate_turns, turn < self.surrogate_turns
+
+    def budget(self, progress: float) -> tuple[float, float]:
+        """(epsilon, epsilon_background) after a share `progress` of all steps."""
+        left = max(0.0, 1 - progress / self.epsilon_warmup) if self.epsilon_warmup > 0 else 0.0
+        multiple = 1 + (self.epsilon_start - 1) * left
+        return self.epsilon * multiple, self.epsilon_background * multiple
+
+    def rate(self, progress: float, step: int) -> float:
+        """Multiple of the learning rates after a share `progress` of all steps."""
+        if self.schedule == "step":
+            return 0.1 if progress >= self.decay_at else 1.0
+        return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(progress * math.pi))

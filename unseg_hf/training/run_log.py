@@ -1,0 +1,88 @@
+"""What a training run says while it goes on: a progress bar, lines, `training_log.jsonl`, and trackers."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+
+class RunLog:
+    """Means of the losses since the last line, on the main process.
+
+    Args:
+        folder: gets `training_log.jsonl` and `validation/`.
+        accelerator: its trackers get every line, too.
+        first: step that the run begins with; lines of later steps, of a run that was killed, are removed.
+        total: step that it ends with.
+        every: steps between two lines.
+        report: called with each line, as text.
+    """
+
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, first: int, total: int, every: int, report: Callable[[str], None]
+    ):
+        self.folder, self.accelerator, self.every, self.report = folder, accelerator, every, report
+        self.total, self._images, self._since = total, 0, time.perf_counter()
+        self._losses: dict[str, list[torch.Tensor]] = {}
+        self._file = folder / "training_log.jsonl"
+        self._bar = tqdm(
+            total=total, initial=first, unit="step", disable=None if accelerator.is_main_process else True
+        )
+        if accelerator.is_main_process and self._file.exists():
+            lines = self._file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+            partial = self._file.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(self._file)
+
+    def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
+        """Count a batch: its losses, scalars, and its images, those of all processes."""
+        self._images += images
+        for name, loss in losses.items():
+            self._losses.setdefault(name, []).append(loss.detach())
+
+    def step(self, step: int) -> None:
+        """A step is over."""
+        self._bar.update()
+        if step % self.every and step != self.total:
+            return
+        means = {name: torch.stack(values).mean().item() for name, values in self._losses.items()}
+        now = time.perf_counter()
+        rate = self._images / (now - self._since)
+        self._losses, self._images, self._since = {}, 0, now
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()} | {"images/s": f"{rate:.1f}"})
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        self._write(step, {**means, "images_per_second": round(rate, 2)}, f"{figures}  {rate:.1f} images/s")
+
+    def validation(self, step: int, figures: dict[str, float], pictures: Image.Image) -> None:
+        """Figures and a sheet of pictures of held-out images."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.folder / "validation"
+        folder.mkdir(exist_ok=True)
+        pictures.save(folder / f"step-{step:08d}.png")
+        self._write(step, figures, "  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.asarray(pictures)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"validation": [pictures]}, step=step)
+        self._since = time.perf_counter()  # the time that validation took is not training's
+
+    def close(self) -> None:
+        """End the progress bar."""
+        self._bar.close()
+
+    def _write(self, step: int, figures: dict[str, float], text: str) -> None:
+        self.accelerator.log(figures, step=step)
+        if self.accelerator.is_main_process:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            with tqdm.external_write_mode():
+                self.report(f"step {step}/{self.total}  {text}")
