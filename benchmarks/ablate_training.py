@@ -79,7 +79,7 @@ def train(folder: Path, ecssd: str, bsds: str, seed: int, changes: dict, output:
 
         settings["sam"] = folder.with_name(f"{folder.name}-sam")
         UnSegModel.from_pretrained(output / f"{slug(BASE)}-{seed}").sam.save_pretrained(settings["sam"])
-    if (folder / "checkpoints").is_dir():
+    if any(folder.glob("checkpoints/step-*")):
         settings["resume"] = True
     command = [sys.executable, SCRIPTS / "train_generator.py", "--config", SCRIPTS / "configs" / "tiny.json"]
     command += ["--train_data", ecssd, f"{bsds},masks=regions"]

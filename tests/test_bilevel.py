@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from unseg_hf.data.interactive import InteractiveSegmentation
@@ -56,9 +57,7 @@ def networks(build_generator, tiny_sam_config, kinds=("unet",), freeze_sam=False
 def small_run(build_generator, tiny_sam_config):
     """A function: trains tiny networks; gives generator, surrogates and log."""
 
-    def run(
-        folder, kinds=("unet",), freeze_sam=False, resume=False, report=lambda line: None, validation=None, **config
-    ):
+    def run(folder, kinds=("unet",), freeze_sam=False, resume=False, report=str, validation=None, workers=0, **config):
         generator, surrogates = networks(build_generator, tiny_sam_config, kinds, freeze_sam)
         data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
         defaults = {"epochs": 2, "batch_size": 4, "points": 256, "log_every": 1, "schedule": "cosine"}
@@ -66,7 +65,7 @@ def small_run(build_generator, tiny_sam_config):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=config.gradient_accumulation_steps)
         train(
             generator, surrogates, data, config, folder, accelerator,
-            resume=resume, report=report, validation=validation,
+            resume=resume, report=report, validation=validation, num_workers=workers,
         )  # fmt: skip
         log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
         return generator, surrogates, log
@@ -117,7 +116,9 @@ class TestSettings:
             ({"epsilon_start": 0.5}, "epsilon_start=0.5"),
             ({"surrogate_turns": 0}, "surrogate_turns=0"),
             ({"keep_checkpoints": -1}, "keep_checkpoints=-1"),
-            ({"postprocess_probability": 2.0}, "postprocess_probability"),
+            ({"postprocess_probability": 2.0}, "postprocess_probability=2.0: must be from 0 to 1"),
+            ({"max_gradient_norm": -1.0}, "max_gradient_norm=-1.0"),
+            ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ],
     )
     def test_contradicting_settings_are_named(self, settings, message):
@@ -182,6 +183,21 @@ class TestPhases:
         assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
         assert len(list((tmp_path / "checkpoints").iterdir())) == 6
 
+    def test_no_gradient_is_carried_into_another_epoch(self, small_run, tmp_path):
+        # Twelve batches an epoch are two steps of five, and two batches that are left.
+        options = {"alternation": "epoch", "generator_turns": 1, "batch_size": 1, "gradient_accumulation_steps": 5}
+        whole, surrogates, log = small_run(tmp_path / "whole", epochs=4, **options)
+        assert ["surrogate" in entry for entry in log] == [True, True, False, False] * 2
+
+        def stop_at_3(line):
+            if line.startswith("step 3/"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        small_run(tmp_path / "cut", epochs=4, report=stop_at_3, **options)
+        resumed, other, _ = small_run(tmp_path / "cut", epochs=4, resume=True, **options)
+        assert torch.equal(weights(resumed), weights(whole))
+        assert torch.equal(weights(other), weights(surrogates))
+
     def test_accumulating_equals_one_larger_batch(self, build_generator, tiny_sam_config, tmp_path, monkeypatch):
         # Losses are means over batches of equal size, so that their gradients average. SAM surrogate: no batch norm.
         # The same randomness for every batch, and a loss that looks at all pixels, in place of points of its own.
@@ -212,8 +228,43 @@ class TestPhases:
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
     def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(self, small_run, tmp_path):
-        with pytest.raises(FloatingPointError, match=r"generator loss is nan at step \d+, with discs: disc \d+, "):
+        with pytest.raises(FloatingPointError, match=r"generator loss is nan at step \d+, .*with discs: disc \d+, "):
             small_run(tmp_path, epochs=20, alternation="joint", learning_rate=float("inf"))
+
+    def test_gradients_that_are_not_finite_are_not_applied(self, build_generator, tiny_sam_config, tmp_path):
+        generator, surrogates = networks(build_generator, tiny_sam_config)
+        before = weights(generator)
+        generator.noise_head.noise_tokens.weight.register_hook(lambda gradient: gradient * float("nan"))
+        data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+        config = BilevelConfig(epochs=1, alternation="joint", points=64, save_every=1)
+        with pytest.raises(FloatingPointError, match=r"generator norm of the gradients is nan at step 0.*with discs"):
+            train(generator, surrogates, data, config, tmp_path, Accelerator(cpu=True), report=str)
+        assert torch.equal(weights(generator), before)
+        assert not (tmp_path / "checkpoints").exists()
+
+    def test_bfloat16_trains_about_as_float32_does(self, build_generator, tiny_sam_config, tmp_path):
+        ends = {}
+        for precision in ("no", "bf16"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            try:
+                accelerator = Accelerator(cpu=True, mixed_precision=precision)
+                generator, surrogates = networks(build_generator, tiny_sam_config, ("unet", "sam"))
+                data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+                config = BilevelConfig(
+                    epochs=1, alternation="joint", points=256, log_every=1, sam_loss_weight=1.0,
+                    postprocess_probability=0.5,
+                )  # fmt: skip
+                train(
+                    generator, surrogates, data, config, tmp_path / precision, accelerator, validation=data, report=str
+                )
+            finally:
+                AcceleratorState._reset_state(reset_partial_state=True)
+            assert {p.dtype for p in (*generator.parameters(), *surrogates.parameters())} == {torch.float32}
+            lines = (tmp_path / precision / "training_log.jsonl").read_text().splitlines()
+            ends[precision] = json.loads(lines[0])
+        assert ends["bf16"] != ends["no"]
+        for name in ("generator", "surrogate", "sam", "noise"):
+            assert ends["bf16"][name] == pytest.approx(ends["no"][name], rel=0.05)
 
     def test_less_data_than_a_step_needs_is_said(self, small_run, tmp_path):
         with pytest.raises(ValueError, match=r"an epoch of 12 images is less than one step of batch_size=13"):
@@ -232,7 +283,6 @@ class TestValidation:
             "label_modification": False,
         }
         strong = {"epsilon": 0.5, "epsilon_background": 0.0, "learning_rate": 2e-3, "surrogate_learning_rate": 1e-2}
-        options["label_modification"] = False
         lines = []
         _, _, log = small_run(
             tmp_path / "run", ("unet", "unet"), report=lines.append, validation=held_out, validate_every=40, **options,
@@ -350,6 +400,20 @@ class TestInterruptions:
         assert in_child(lambda: self.finish(small_run, tmp_path / "cut", resume=True, save_every=0)) == 0
         assert self.digest(tmp_path / "cut") == self.digest(tmp_path / "whole")
 
+    def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(self, small_run, tmp_path):
+        """As launchers and schedulers send it."""
+
+        def stop_at_5(line):
+            if line.startswith("step 5/"):
+                os.killpg(0, signal.SIGTERM)
+
+        def cut():
+            os.setpgrp()
+            small_run(tmp_path, report=stop_at_5, workers=2, **EVERYTHING | {"save_every": 0})
+
+        assert in_child(cut) == 0
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
     def test_a_finished_run_resumes_to_its_end(self, small_run, tmp_path):
         generator, _, log = small_run(tmp_path, alternation="joint")
         again, _, log_again = small_run(tmp_path, alternation="joint", resume=True)
@@ -381,6 +445,7 @@ TWO_PROCESSES = """
     import torch
     sys.path.insert(0, {tests!r})
     from accelerate import Accelerator
+from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
     from conftest import tiny_sam_config, build_generator
     from test_bilevel import Discs, networks

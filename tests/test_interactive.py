@@ -227,7 +227,7 @@ class TestPasses:
 
     def test_more_processes_than_images_are_refused(self, plain):
         data = InteractiveSegmentation([plain(1)], 16, epoch_size=4)
-        with pytest.raises(ValueError, match="1 images for 2 processes"):
+        with pytest.raises(ValueError, match="no records for process 1 of 2"):
             draws(data, rank=1, world=2)
 
 

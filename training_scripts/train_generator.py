@@ -18,6 +18,7 @@ configuration file overrides it. A run that was interrupted, in whatever way, go
 --resume.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -59,6 +60,10 @@ class ModelArguments:
         None, "MAE ViT checkpoint that the encoder of a 'sam' surrogate starts from (the authors': vit-mae-base)."
     )
     surrogate_width: int = _setting(16, "Channels of a 'unet' surrogate at half size.")
+    mixed_precision: str | None = _setting(
+        None,
+        "'no' or 'bf16'; none: as the launcher says. bf16 pays on GPUs and on CPUs with bf16 matrix units only.",
+    )
     protect_epsilon: float = _setting(
         8 / 255, "Budget inside the mask that the finished generator protects with, 0 to 1."
     )
@@ -84,7 +89,7 @@ class DataArguments:
 
 @dataclass
 class RunArguments:
-    """How and where the run happens; a resumed run may change all of it."""
+    """Where and how the run happens; a resumed run may change all of it."""
 
     output_dir: str = field(metadata={"help": "Gets the generator, its card, logs/, validation/ and checkpoints/."})
     resume: bool = _setting(False, "Go on from the newest checkpoint in output_dir.")
@@ -93,7 +98,6 @@ class RunArguments:
         metadata={"help": "Sources of held-out images, named as train_data; none: no validation."},
     )
     validation_size: int = _setting(64, "Held-out images looked at in a validation.")
-    mixed_precision: str = _setting("no", "'no' or 'bf16'; bf16 pays on GPUs and on CPUs with bf16 matrix units only.")
     workers: int = _setting(0, "Processes that load data, for each training process.")
     gradient_checkpointing: bool = _setting(
         False, "Compute activations again in the backward pass instead of keeping them: less memory, a third slower."
@@ -112,13 +116,16 @@ def parse(arguments: list[str]):
 
     from unseg_hf.training.configuration_bilevel import BilevelConfig
 
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        values = json.loads(Path(arguments[at + 1]).read_text())
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    config, arguments = files.parse_known_args(arguments)
+    if config.config:
+        values = json.loads(Path(config.config).read_text())
         words = [w for k, v in values.items() for w in (f"--{k}", *map(str, v if isinstance(v, list) else [v]))]
-        arguments = words + arguments[:at] + arguments[at + 2 :]
+        arguments = words + arguments
     groups = (ModelArguments, DataArguments, RunArguments, BilevelConfig)
-    return HfArgumentParser(groups, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(arguments)
+    description = f"{__doc__.splitlines()[0]} --config FILE.json gives settings that the command line overrides."
+    return HfArgumentParser(groups, description=description).parse_args_into_dataclasses(arguments)
 
 
 def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decoder_size: int):
@@ -153,6 +160,8 @@ def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decod
 
 def build_generator(args: ModelArguments):
     """The generator, with a new noise head unless the checkpoint has one."""
+    import torch
+
     from unseg_hf.configuration_unseg import UnSegConfig
     from unseg_hf.modeling_unseg import UnSegModel
 
@@ -163,7 +172,8 @@ def build_generator(args: ModelArguments):
         "proposal_stability": args.proposal_stability,
     }
     if args.sam:
-        return UnSegModel.from_pretrained(args.sam, freeze_sam=not args.train_sam, **finished)
+        # In fp32, whatever it was stored in: so are the new weights, and the optimizer's steps.
+        return UnSegModel.from_pretrained(args.sam, freeze_sam=not args.train_sam, dtype=torch.float32, **finished)
     sizes = (args.image_size, args.hidden_size, args.layers, args.heads, args.decoder_size)
     return UnSegModel(UnSegConfig(sam_config=sam_config(*sizes), freeze_sam=False, **finished))
 
@@ -177,6 +187,10 @@ def build_surrogates(args: ModelArguments, generator):
             f"--surrogate_size has {len(args.surrogate_size)} values for {len(args.surrogate)} surrogates: pass one "
             "for each"
         )
+    if args.surrogate_checkpoint and args.surrogate_encoder:
+        raise ValueError("--surrogate_checkpoint and --surrogate_encoder were given: a surrogate starts from one")
+    if (start := args.surrogate_checkpoint or args.surrogate_encoder) and "sam" not in args.surrogate:
+        raise ValueError(f"{start} is for a sam surrogate, and --surrogate is {' '.join(args.surrogate)}")
     prompt_size = generator.config.sam_config.vision_config.image_size
     surrogates = Surrogates()
     for kind, size in zip(args.surrogate, args.surrogate_size, strict=True):
@@ -193,7 +207,7 @@ def build_surrogates(args: ModelArguments, generator):
     return surrogates
 
 
-def build_accelerator(run: RunArguments, config):
+def build_accelerator(model_args: ModelArguments, run: RunArguments, config):
     """Devices, processes, precision and the tracker."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
@@ -207,17 +221,22 @@ def build_accelerator(run: RunArguments, config):
             raise ValueError(
                 f"--tracker {run.tracker} is not installed: pip install {run.tracker}, or pass --tracker none"
             ) from error
-    return Accelerator(
-        mixed_precision=run.mixed_precision,
+    accelerator = Accelerator(
+        mixed_precision=model_args.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if run.tracker == "none" else run.tracker,
         project_config=ProjectConfiguration(run.output_dir, logging_dir=str(Path(run.output_dir) / "logs")),
         # With one kind of prompt in a step, some parameters have no gradient in it.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        # fp16 scales the loss, and the scaler's overflows would look like a run that went wrong.
+        raise ValueError(f"mixed precision {accelerator.mixed_precision}: must be no or bf16")
+    model_args.mixed_precision = accelerator.mixed_precision
+    return accelerator
 
 
-def model_card(run: RunArguments, decisive: dict, data, image_size: int, hours: float) -> str:
+def model_card(run: RunArguments, decisive: dict, data, validation, hours: float) -> str:
     """`model_card.md`, filled with what is known at the end of a run."""
     from importlib.metadata import version
 
@@ -232,11 +251,12 @@ def model_card(run: RunArguments, decisive: dict, data, image_size: int, hours: 
     log = [json.loads(line) for line in (Path(run.output_dir) / "training_log.jsonl").read_text().splitlines()]
     validations = [entry for entry in log if "images_per_second" not in entry]
     results = "No victim has been trained yet: `training_scripts/evaluate_protection.py` does, beside control noises."
-    if validations:
+    if validation and validations:
         figures = {name.replace("_", " "): value for name, value in validations[-1].items() if name != "step"}
         results += (
-            f"\n\nThe surrogates, on {run.validation_size} held-out images at the end of training (mean IoU). They "
-            "were trained on protected images alone, so a gap says that they read the noise:\n\n| | IoU |\n|---|---|\n"
+            f"\n\nThe surrogates, on {len(validation)} held-out images at the end of training (mean IoU, with the "
+            "budget of the training). They were trained on protected images alone, so a gap says that they read the "
+            "noise:\n\n| | IoU |\n|---|---|\n"
         ) + "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
     name = run.hub_model_id or Path(run.output_dir).resolve().name
     return fill_model_card(
@@ -247,7 +267,7 @@ def model_card(run: RunArguments, decisive: dict, data, image_size: int, hours: 
         settings=f"{log[-1]['step']} steps; the last run of the command took {hours:.1f} hours. {packages}.\n\n"
         f"```json\n{json.dumps(settings, indent=2)}\n```",
         results=results,
-        limits=f"- Sees images at {image_size} px; the noise is enlarged from a quarter of that.\n"
+        limits=f"- Sees images at {data.image_size} px; the noise is enlarged from a quarter of that.\n"
         "- Nothing is claimed of victims, data and post-processing other than those that the results name.\n"
         "- Whoever has many protected images may find and remove what their noises have in common.",
         licence="Apache-2.0, as SAM's. The training data have licences of their own.",
@@ -266,10 +286,10 @@ def main(arguments: list[str] | None = None) -> None:
     from unseg_hf.training.publishing import check_hub, push_generator, save_generator
     from unseg_hf.training.surrogates import checkpoint_activations
 
-    accelerator = build_accelerator(run, config)
-    if run.push_to_hub:
-        if not run.hub_model_id:
-            raise ValueError("--push_to_hub needs --hub_model_id user/name")
+    accelerator = build_accelerator(model_args, run, config)
+    if run.push_to_hub and not run.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id user/name")
+    if run.push_to_hub and accelerator.is_main_process:
         # Before hours of training, not after them.
         run.hub_model_id = check_hub(run.hub_model_id)
     sources = [parse_source(spec) for spec in data_args.train_data]
@@ -288,7 +308,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     validation = None
     if held_out:
-        validation = InteractiveSegmentation(held_out, image_size, (1.0, 1.0), epoch_size=run.validation_size)
+        sizes = [source.size for source in held_out]
+        count = run.validation_size if None in sizes else min(run.validation_size, sum(sizes))
+        validation = InteractiveSegmentation(held_out, image_size, (1.0, 1.0), epoch_size=count)
     if run.gradient_checkpointing:
         checkpoint_activations(surrogates)
         if not generator.config.freeze_sam:
@@ -299,10 +321,13 @@ def main(arguments: list[str] | None = None) -> None:
         for surrogate in surrogates:
             surrogate.compile()
 
-    decisive = asdict(model_args) | asdict(data_args) | {"mixed_precision": run.mixed_precision}
+    decisive = asdict(model_args) | asdict(data_args) | {"epoch_size": len(data)}
     everything = asdict(config) | decisive
+    name = Path(run.output_dir).resolve().name
     accelerator.init_trackers(
-        "unseg", {name: value if isinstance(value, int | float) else str(value) for name, value in everything.items()}
+        "unseg",
+        config={k: v if isinstance(v, int | float) else str(v) for k, v in everything.items()},
+        init_kwargs={"trackio": {"name": name, "resume": "allow"}, "wandb": {"name": name}},
     )
     start = time.perf_counter()
     finished = train(
@@ -323,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.print(f"stopped; the same command with --resume goes on from {run.output_dir}/checkpoints")
         raise SystemExit(130)
     if accelerator.is_main_process:
-        card = model_card(run, everything, data, image_size, (time.perf_counter() - start) / 3600)
+        card = model_card(run, everything, data, validation, (time.perf_counter() - start) / 3600)
         processor = UnSegProcessor.for_image_size(image_size)
         save_generator(generator, processor, run.output_dir, card, with_code=run.save_code)
         accelerator.print(f"generator saved to {run.output_dir}")

@@ -76,8 +76,8 @@ def _bytes(code: dict[str, Any]) -> dict[str, Any]:
 class Sa1bSource:
     """SA-1B, a part of it, or any tars of its layout, as a source of `unseg_hf.data.interactive`.
 
-    A pass goes through the tars in random order and shuffles their pairs in a buffer. With fewer tars than processes
-    each process reads all of them and leaves out the others' pairs.
+    A pass goes through the tars in random order and shuffles their pairs in a buffer. Streamed tars are dealt to the
+    processes; where they are fewer than processes, and of local tars, each process leaves out the others' pairs.
 
     Args:
         location: a tar, a pattern with `*` for several, or a list of them. Tars are local, `http(s)://` (no patterns),
@@ -152,7 +152,8 @@ class Sa1bSource:
             OSError: a tar cannot be opened, or its connection broke.
         """
         shards = [self.shards[index] for index in random.permutation(len(self.shards))]
-        dealt = len(shards) >= world
+        # Pairs of local tars are dealt one by one, so that every process has its share; a stream is read by one.
+        dealt = len(shards) >= world and any(map(is_remote, shards))
         pairs = itertools.chain.from_iterable(map(read_pairs, shards[rank::world] if dealt else shards))
         if not dealt:
             pairs = itertools.islice(pairs, rank, None, world)

@@ -6,6 +6,7 @@
 UnSeg (NeurIPS 2024), section 3. The paper's recipe is one setting of `BilevelConfig`; everything else is an option.
 """
 
+import itertools
 import math
 import signal
 import threading
@@ -45,7 +46,7 @@ class Progress:
     step: int = 0
 
     def state_dict(self) -> dict:
-        return asdict(self)
+        return {"step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
@@ -74,7 +75,7 @@ def train(
     data: InteractiveSegmentation,
     config: BilevelConfig,
     output_dir: str | Path,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator,
     *,
     validation: InteractiveSegmentation | None = None,
     settings: dict[str, Any] | None = None,
@@ -93,8 +94,9 @@ def train(
         config: settings.
         output_dir: gets `training_log.jsonl`, a line every `log_every` steps, `validation/`, and `checkpoints/`, all
             that an exact resume needs.
-        accelerator: devices, processes, precision, trackers; a plain `Accelerator()` by default. Its gradient
-            accumulation must be the config's.
+        accelerator: devices, processes, precision, trackers. Its gradient accumulation must be the config's, and with
+            several processes it needs `DistributedDataParallelKwargs(find_unused_parameters=True)`: with one kind of
+            prompt in a step, some parameters have no gradient in it.
         validation: held-out images for `validate`.
         settings: what else decides the result (data, architecture); compared, with `config`, when a run is resumed.
         resume: go on from the newest checkpoint.
@@ -110,7 +112,6 @@ def train(
         FileExistsError: a checkpoint without `resume`.
         ValueError: less data than a step needs, or a resumed run with other settings.
     """
-    accelerator = accelerator or Accelerator(gradient_accumulation_steps=config.gradient_accumulation_steps)
     per_step, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     if accelerator.gradient_accumulation_steps != per_step:
         raise ValueError(
@@ -156,10 +157,19 @@ def train(
         while progress.step < total:
             epoch = progress.step // steps_an_epoch
             skip = progress.step % steps_an_epoch * per_step
-            # Its order comes from seed and epoch alone, so that an epoch can be entered in its middle.
+            # Its order comes from seed and epoch alone, so that an epoch can be entered in its middle. It ends with a
+            # whole step, so that no gradient is carried into another epoch or phase.
             batches = data.batches(epoch, config.batch_size, rank, world, skip)
-            loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers)
+            loader = DataLoader(
+                data,
+                batch_sampler=itertools.islice(batches, steps_an_epoch * per_step - skip),
+                num_workers=num_workers,
+                worker_init_fn=_ignore_signals,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+            names = []  # of the images of a step
             for number, batch in enumerate(loader, skip):
+                names += batch["name"]
                 images = send_to_device({k: v for k, v in batch.items() if k != "name"}, accelerator.device)
                 random = _random(config.seed, epoch, number, rank)
                 share = progress.step / total
@@ -188,30 +198,31 @@ def train(
                             if sam_loss is not None:
                                 losses["sam"] = sam_loss
                                 loss = loss + config.sam_loss_weight * sam_loss
-                            where = progress.step, "generator", batch["name"]
+                            where = progress.step, "generator", names
                             _update(accelerator, loss, wrapped, adam_g, config, *where)
                     if train_surrogates:
                         # Surrogate phase: the noise is fixed, the surrogates learn the masks from protected images.
                         losses["surrogate"] = loss = _segmentation_loss(
                             trained_surrogates, protected.detach(), images["mask"], False, config, random
                         )
-                        where = progress.step, "surrogate", batch["name"]
+                        where = progress.step, "surrogate", names
                         _update(accelerator, loss, trained_surrogates, adam_s, config, *where)
 
                 log.add(losses, len(images["mask"]) * world)
                 if not accelerator.sync_gradients:
                     continue
+                names.clear()
                 progress.step += 1
                 log.step(progress.step)
                 ends = progress.step == total or stopped(accelerator)
-                if validation and (progress.step == total or _due(config.validate_every, progress.step)):
-                    if accelerator.is_main_process:
-                        log.validation(
-                            progress.step, *_validate(generator, surrogates, validation, config, accelerator)
-                        )
-                    accelerator.wait_for_everyone()
-                if ends or _due(config.save_every, progress.step):
-                    checkpoints.save(progress.step)
+                with log.paused():
+                    if validation and (progress.step == total or _due(config.validate_every, progress.step)):
+                        if accelerator.is_main_process:
+                            found = _validate(generator, surrogates, validation, config, accelerator)
+                            log.validation(progress.step, *found)
+                        accelerator.wait_for_everyone()
+                    if ends or _due(config.save_every, progress.step):
+                        checkpoints.save(progress.step)
                 if ends:
                     log.close()
                     return progress.step == total
@@ -273,20 +284,22 @@ def _colour_cast(noise):
 
 def _update(accelerator, loss, model, optimizer, config, step, phase, names) -> None:
     """One backward pass, and one step of the optimizer where the gradients of a step are complete."""
-    norm = loss.detach()
-    if torch.isfinite(loss):
-        accelerator.backward(loss)
-        if config.max_gradient_norm and accelerator.sync_gradients:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            norm = accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
-    if not torch.isfinite(norm):
-        what = "loss" if norm is loss or not torch.isfinite(loss) else "norm of the gradients"
-        raise FloatingPointError(
-            f"the {phase} {what} is {norm.item()} at step {step}, with {', '.join(names)}: look at these images, or "
-            "lower the learning rates and go on from the last checkpoint's generator"
-        )
+    _refuse("loss", loss, step, phase, names)
+    accelerator.backward(loss)
+    if accelerator.sync_gradients:
+        # Without a limit the norm is looked at all the same: a loss can be finite and its gradients not.
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_gradient_norm or math.inf)
+        _refuse("norm of the gradients", norm, step, phase, names)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _refuse(what: str, value: torch.Tensor, step: int, phase: str, names: list[str]) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError(
+            f"the {phase} {what} is {value.item()} at step {step}, in this process with {', '.join(names)}: look at "
+            "these images, or start anew with lower learning rates"
+        )
 
 
 def _validate(generator, surrogates, data, config, accelerator):
@@ -296,6 +309,12 @@ def _validate(generator, surrogates, data, config, accelerator):
 
     with accelerator.autocast():
         return validate(protect, surrogates, data, config.batch_size, config.prompt_kinds, accelerator.device)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Launchers and schedulers send a signal to every process; the one that trains decides what it means."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

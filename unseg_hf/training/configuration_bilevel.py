@@ -60,8 +60,8 @@ class BilevelConfig:
     postprocess_probability: float = _setting(0.0, "... each with this probability (the paper has none).")
     cast_weight: float = _setting(
         0.0,
-        "Weight of the squared local mean of the noise. Without it a small generator ends in one colour cast for "
-        "every image, which greyscale and white balance remove (the paper has none).",
+        "Weight of the share of the noise's energy that local averaging leaves. Without it a small generator ends in "
+        "one colour cast for every image, which greyscale and white balance remove (the paper has none).",
     )
     sam_loss_weight: float = _setting(
         0.0,
@@ -95,11 +95,15 @@ class BilevelConfig:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "surrogate_turns", "points", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("generator_turns", "max_steps", "validate_every", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 0:
+        for name in (
+            "generator_turns", "max_steps", "validate_every", "save_every", "keep_checkpoints", "learning_rate",
+            "surrogate_learning_rate", "max_gradient_norm", "cast_weight", "sam_loss_weight",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
-        if not 0 <= self.postprocess_probability <= 1:
-            raise ValueError(f"postprocess_probability={self.postprocess_probability}: must be from 0 to 1")
+        for name in ("postprocess_probability", "decay_at", "epsilon_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
 
     def trains(self, epoch: int, step: int) -> tuple[bool, bool]:
         """Whether the generator, and whether the surrogates, are trained in a step of an epoch."""

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """Means of the losses since the last line, on the main process.
+    """Means of the losses since the last line, over all processes.
 
     Args:
         folder: gets `training_log.jsonl` and `validation/`.
@@ -52,7 +53,10 @@ class RunLog:
         self._bar.update()
         if step % self.every and step != self.total:
             return
-        means = {name: torch.stack(values).mean().item() for name, values in self._losses.items()}
+        means = {}
+        if self._losses:
+            own = torch.stack([torch.stack(values).mean() for values in self._losses.values()])
+            means = dict(zip(self._losses, self.accelerator.reduce(own, "mean").tolist(), strict=True))
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self._losses, self._images, self._since = {}, 0, now
@@ -61,9 +65,7 @@ class RunLog:
         self._write(step, {**means, "images_per_second": round(rate, 2)}, f"{figures}  {rate:.1f} images/s")
 
     def validation(self, step: int, figures: dict[str, float], pictures: Image.Image) -> None:
-        """Figures and a sheet of pictures of held-out images."""
-        if not self.accelerator.is_main_process:
-            return
+        """Figures and a sheet of pictures of held-out images; the main process calls this alone."""
         folder = self.folder / "validation"
         folder.mkdir(exist_ok=True)
         pictures.save(folder / f"step-{step:08d}.png")
@@ -71,9 +73,19 @@ class RunLog:
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"validation": np.asarray(pictures)[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "trackio":
+                import trackio
+
+                tracker.log({"validation": trackio.Image(pictures)}, step=step)
             else:
                 tracker.log_images({"validation": [pictures]}, step=step)
-        self._since = time.perf_counter()  # the time that validation took is not training's
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside takes no time of training's."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def close(self) -> None:
         """End the progress bar."""

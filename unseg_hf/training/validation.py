@@ -39,9 +39,9 @@ def validate(
     ious: dict[tuple[int, str], list[float]] = {}
     rows = []
     random = torch.Generator().manual_seed(0)
-    batches = data.batches(0, min(batch_size, len(data)))
-    for draws in batches:
-        batch = torch.utils.data.default_collate(data.__getitems__(draws))
+    draws = [draw for (draw,) in data.batches(0, batch_size=1)]
+    for start in range(0, len(draws), batch_size):
+        batch = torch.utils.data.default_collate(data.__getitems__(draws[start : start + batch_size]))
         batch = {name: value.to(device) for name, value in batch.items() if name != "name"}
         protected = protect(batch, (generator_kind,), random)
         prompts = make_prompts(batch["mask"], (surrogate_kind,), random)
