@@ -100,6 +100,8 @@ def test_saved_generator_is_whole_and_what_was_in_the_folder_stays(parts, folder
         "checkpoint/model.safetensors", "checkpoint/README.md", "log.jsonl", "notes.py"
     }  # fmt: skip
     assert all(files[name].decode() == f"mine: {name}" for name in files if "/" in name or name == "notes.py")
+    # Who may read one of them may read all.
+    assert len({(folder / name).stat().st_mode for name in (*WEIGHTS, *CODE, "README.md")}) == 1
     loaded = UnSegModel.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in parts[0].state_dict().items())
 

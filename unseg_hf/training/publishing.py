@@ -98,6 +98,8 @@ def save_generator(
             (partial / "README.md").write_text(card, encoding="utf-8")
         names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == "config.json", name))
         for name in names:
+            # safetensors keeps its files from other users, whatever the umask says.
+            shutil.copymode(partial / "config.json", partial / name)
             os.replace(partial / name, folder / name)
     finally:
         generator.train(training)

@@ -60,9 +60,9 @@ class RunLog:
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self._losses, self._images, self._since = {}, 0, now
-        self._bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()} | {"images/s": f"{rate:.1f}"})
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()} | {"images/s": f"{rate:.3g}"})
         figures = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        self._write(step, {**means, "images_per_second": round(rate, 2)}, f"{figures}  {rate:.1f} images/s")
+        self._write(step, {**means, "images_per_second": round(rate, 4)}, f"{figures}  {rate:.3g} images/s")
 
     def validation(self, step: int, figures: dict[str, float], pictures: Image.Image) -> None:
         """Figures and a sheet of pictures of held-out images; the main process calls this alone."""
