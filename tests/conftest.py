@@ -11,6 +11,15 @@ from unseg_hf import Protector, UnSegConfig, UnSegModel, UnSegProcessor
 IMAGE_SIZE = 64  # the embedding grid is 4 x 4, the noise 16 x 16
 
 
+@pytest.fixture
+def one_thread():
+    """Small models are trained faster, and the same everywhere, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_sam_config():
     """A function: the smallest sensible SAM; keywords change its vision encoder."""

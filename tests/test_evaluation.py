@@ -19,19 +19,13 @@ from transformers import SamConfig
 
 import unseg_hf
 from unseg_hf.evaluation import victims
+from unseg_hf.evaluation.controls import CONTROLS
 from unseg_hf.evaluation.protection_evaluation import ProtectionEvaluationConfig, evaluate_protection
-from unseg_hf.evaluation.published_images import ParquetRecords, publish, victim_arrays
+from unseg_hf.evaluation.published_images import ParquetRecords, noise_settings, publish, victim_arrays
 
 SCRIPT = Path(__file__).parents[1] / "training_scripts" / "evaluate_protection.py"
 BUDGET = {"epsilon": 8 / 255, "epsilon_background": 2 / 255}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def discs(count: int, height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +105,7 @@ def test_script_measures_the_files_writes_both_results_and_resumes(config: dict,
     assert cell in row.split(" | ")
     assert row.endswith("| 8/255 | 2/255 |")
     assert " ".join(as_arguments(config)) in table
+    assert "not weighted by the mask" not in table
 
     trained, tested = Mock(wraps=victims.train_victim), Mock(wraps=victims.foreground_iou)
     monkeypatch.setattr(victims, "train_victim", trained)
@@ -152,6 +147,43 @@ def test_victims_see_the_post_processed_files_and_binary_masks(config: dict, tmp
         assert np.abs(images[index] - resized.numpy()).max() <= 1.5
     untouched, _ = victim_arrays(records, 32, tmp_path / "stripes", "none")
     assert (untouched != images).any()
+
+
+def test_a_victim_sees_a_halved_image_whole_and_at_its_own_size(config: dict):
+    records = ParquetRecords(config["train"], limit=3)
+    images, masks = victim_arrays(records, 64, post_processing="half")
+    np.testing.assert_array_equal(masks, victim_arrays(records, 64)[1])
+    for index, record in enumerate(records):
+        pixels = torch.from_numpy(np.array(record.image)).permute(2, 0, 1)[None].float()
+        for size in ((22, 26), (64, 64)):
+            pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+        assert np.abs(images[index] - pixels[0].numpy()).max() <= 2
+
+
+@pytest.mark.parametrize("noise", CONTROLS)
+def test_every_control_is_published_with_its_budget(noise: str, config: dict, tmp_path: Path):
+    records = ParquetRecords(config["train"], limit=2)
+    measured = publish(records, noise, tmp_path / noise, **BUDGET)
+    settings = noise_settings(records, noise, **BUDGET, model=None)
+    outside = 8 if noise == "whole" else 2
+    assert (measured.max_inside, measured.max_outside) == (8, outside)
+    assert (settings["epsilon"], settings["epsilon_background"]) == (8 / 255, outside / 255)
+    for record in records:
+        file = np.asarray(PILImage.open(tmp_path / noise / f"{record.name}.png")).astype(int)
+        difference = np.abs(file - np.asarray(record.image))
+        np.testing.assert_array_equal(difference.max(axis=2), np.where(record.mask, 8, outside))
+
+
+def test_table_says_which_noise_has_a_larger_budget_and_holds_every_column(config: dict):
+    post_processings = ["none", "half", "greyscale+jpeg75"]
+    changes = {"noises": ["coarse", "whole"], "post_processings": post_processings, "seeds": ["0"]}
+    run_script(config, **changes)
+    table = (Path(config["output"]) / "results.md").read_text()
+    assert "| noise | none | half | greyscale+jpeg75 | PSNR (dB) |" in table
+    rows = {line.split(" | ")[0]: line for line in table.splitlines() if line.startswith("| ")}
+    assert rows["| coarse"].endswith("| 8/255 | 2/255 |")
+    assert rows["| whole (not weighted by the mask)"].endswith("| 8/255 | 8/255 |")
+    assert "not weighted by the mask has the bound 8/255 outside it too" in table
 
 
 def test_published_files_do_not_depend_on_the_other_images(config: dict, tmp_path: Path):
@@ -253,7 +285,7 @@ def test_unfit_data_are_refused_with_the_fix(changes: dict, message: str, config
     ("changes", "message"),
     [
         ({"noises": ["clean", "plaid"]}, "noises: unknown 'plaid'; use clean, generator, random, stripes"),
-        ({"post_processings": ["jpeg7"]}, "post_processings: unknown 'jpeg7'; use none, jpeg75"),
+        ({"post_processings": ["jpeg7"]}, "post_processings: unknown 'jpeg7'; use none, jpeg75, jpeg50, half"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; give at least one, and each only once"),
         ({"size": 40}, "size is 40; give a multiple of 16, at least 32"),
         ({"epsilon": 300.0}, "epsilon is 300.0 and epsilon_background 2.0; give grey levels"),

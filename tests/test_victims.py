@@ -4,13 +4,7 @@ from torchmetrics.classification import BinaryJaccardIndex
 
 from unseg_hf.evaluation.victims import foreground_iou, train_victim
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def discs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,49 +3,169 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import product
 
 import numpy as np
 
 STRIPE_PERIOD = 16
-"""Period of the `stripes` control, in pixels of the published image."""
+"""Period of the horizontal stripes of the `stripes` control, in pixels of the published image."""
+
+COARSE_CELL = 4
+"""Side of a cell of the `coarse` control, in pixels."""
+
+PATCH_CELL = 8
+"""Side of a cell of the `patches` control, in pixels."""
+
+IGNORED_CLASS = 255
+"""Class id of pixels that have no class."""
+
+UNWEIGHTED = ("whole",)
+"""Controls that are applied with `epsilon_background` = `epsilon`, so with a larger budget than all others."""
+
+CODES = 256
+"""Classes with a colour or stripes of their own; class ids beyond begin again at the first."""
+
+PATCH_CELLS = 64
+"""Cells down and across the image after which the `patches` control repeats itself."""
 
 
-def _random(height: int, width: int, seed: int) -> np.ndarray:
-    signs = np.random.default_rng(seed).integers(0, 2, size=(height, width, 3), dtype=np.int8)
-    return signs.astype(np.float32) * 2 - 1
+def _random_cells(labels: np.ndarray, seed: int, cell: int) -> np.ndarray:
+    height, width = labels.shape
+    signs = _signs(-(-height // cell), -(-width // cell), seed)
+    return signs.repeat(cell, axis=0).repeat(cell, axis=1)[:height, :width]
 
 
-def _stripes(height: int, width: int, seed: int) -> np.ndarray:
-    rows = np.where(np.arange(height) % STRIPE_PERIOD < STRIPE_PERIOD // 2, 1, -1).astype(np.float32)
-    return np.broadcast_to(rows[:, None, None], (height, width, 3)).copy()
+def _signs(rows: int, columns: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2, size=(rows, columns, 3), dtype=np.int8) * 2 - 1
 
 
-CONTROLS: dict[str, Callable[[int, int, int], np.ndarray]] = {"random": _random, "stripes": _stripes}
-"""Name of each control noise -> function of (height, width, seed)."""
+def _by_class(
+    labels: np.ndarray, seed: int, pattern: Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Each class's own pattern, whatever the seed; 0 where there is no class, as nothing is learned there."""
+    noise = np.zeros((*labels.shape, 3), np.float32)
+    for label in map(int, np.unique(labels)):
+        if label != IGNORED_CLASS:
+            rows, columns = np.nonzero(labels == label)
+            noise[rows, columns] = pattern(label, rows, columns)
+    return noise
 
 
-def control_noise(name: str, region: np.ndarray, seed: int) -> np.ndarray:
-    """Make a noise with no learning in it, at full amplitude everywhere.
+def _class_patches(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    # Cells of a grid of fixed size, so that images of all sizes begin with the same ones.
+    cells = _signs(PATCH_CELLS, PATCH_CELLS, label)
+    return cells[rows // PATCH_CELL % PATCH_CELLS, columns // PATCH_CELL % PATCH_CELLS]
 
-    The mask enters only through the amplitude, which the caller sets with
-    [`unseg_hf.protection.apply_noise`], the function that also applies the generator's noise: so a control and
-    the generator spend the same budget with the same weighting.
+
+def _class_colour(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return _colours()[label % CODES]
+
+
+def _class_stripes(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    down, across = _frequencies()[label % CODES]
+    return np.where((rows * down + columns * across) % 1 < 0.5, 1, -1)[:, None]
+
+
+def _stripes(labels: np.ndarray, seed: int) -> np.ndarray:
+    # For two classes one texture is enough: its amplitude tells the mask from the rest.
+    return _by_class(np.zeros_like(labels) if labels.dtype == bool else labels, seed, _class_stripes)
+
+
+@lru_cache(maxsize=1)
+def _colours() -> np.ndarray:
+    """RGB of each class: the corners of the cube [-1, 1]^3 in opposite pairs, then points of its surface."""
+    # Magenta and green come first: of the corners, those whose luminance differs least from that of their opposite.
+    pairs = [(1, -1, 1), (1, 1, -1), (1, -1, -1), (1, 1, 1)]
+    corners = [[sign * channel for channel in pair] for pair in pairs for sign in (-1, 1)]
+    surface = [colour for colour in product(np.linspace(-1, 1, 9), repeat=3) if np.abs(colour).max() == 1]
+    colours = np.array([*corners, *surface])
+    distances = np.linalg.norm(colours[:, None] - colours, axis=-1)
+    return colours[_farthest_first(distances, len(corners))]
+
+
+@lru_cache(maxsize=1)
+def _frequencies() -> np.ndarray:
+    """Frequency of each class's stripes, down and across, in cycles a pixel; the first is that of binary masks."""
+    # Periods of 10 to 25 pixels: less than a factor of 3 apart, so that the third harmonic of no square wave is the
+    # frequency of another.
+    polar = [(1 / STRIPE_PERIOD, 0.0), *product(np.linspace(1 / 25, 1 / 10, 13), np.arange(48) * np.pi / 48)]
+    frequencies = np.array([(radius * np.cos(angle), radius * np.sin(angle)) for radius, angle in polar])
+    # Of stripes nobody can say whether they run up or down.
+    distances = np.minimum(*(np.linalg.norm(frequencies[:, None] - sign * frequencies, axis=-1) for sign in (1, -1)))
+    return frequencies[_farthest_first(distances, 1)].round(12)
+
+
+def _farthest_first(distances: np.ndarray, given: int) -> list[int]:
+    """Indices of `CODES` points: the first `given` ones, then always the one farthest from all before it."""
+    # Rounded, so that another machine's last digit does not decide between points equally far away.
+    distances = distances.round(9)
+    chosen, nearest = list(range(given)), distances[:given].min(axis=0)
+    while len(chosen) < CODES:
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, distances[chosen[-1]])
+    return chosen
+
+
+CONTROLS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "random": partial(_random_cells, cell=1),
+    "stripes": _stripes,
+    "coarse": partial(_random_cells, cell=COARSE_CELL),
+    "colour": partial(_by_class, pattern=_class_colour),
+    "patches": partial(_by_class, pattern=_class_patches),
+    "whole": partial(_random_cells, cell=1),
+}
+"""Name of each control noise -> function of (labels, seed)."""
+
+
+def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Make a noise with no learning in it, at full amplitude.
+
+    The amplitude is set by the caller, with [`unseg_hf.protection.apply_noise`], the function that also applies the
+    generator's noise: so a control and the generator spend the same budget, `epsilon` in the mask and
+    `epsilon_background` outside. `whole` alone is to be applied with `epsilon_background` = `epsilon` (see
+    [`UNWEIGHTED`]): it says nothing of the mask, and spends more.
+
+    - `random`: an independent sign for each pixel and channel.
+    - `coarse`: an independent sign for each cell of 4 x 4 pixels and each channel.
+    - `whole`: as `random`; what differs is the budget.
+    - `stripes`: luminance stripes, a square wave. For a mask horizontal with a period of 16 pixels, the same inside
+      and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
+    - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
+      signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
+      and of `epsilon_background` outside.
+    - `patches`: for each class a random colour in each cell of 8 x 8 pixels, the same in every image, repeating itself
+      after 512 pixels; a mask has two classes, inside and outside.
+
+    Angles and periods, and the colours from the ninth on, are ordered so that each class gets the ones farthest from
+    those of the classes before it: the fewer classes a data set has, the more they differ.
 
     Args:
-        name: `random` (an independent sign for each pixel and channel) or `stripes` (horizontal luminance
-            stripes: a square wave down the image with a period of 16 pixels, the same in all channels and,
-            whatever the seed, in all images).
-        region: mask, shape `(height, width)`, bool; gives the noise its size.
-        seed: seed of the noise, at least 0.
+        name: one of [`CONTROLS`].
+        labels: class of each pixel, shape `(height, width)`: bool for a mask (True = inside), or whole numbers from 0
+            on, 255 = ignored. A mask of 0 and 255 goes in as `mask != 0`.
+        seed: seed of the image, at least 0. `stripes`, `colour` and `patches` depend on the labels alone: they are the
+            same in every image.
 
     Returns:
-        Noise, shape `(height, width, 3)`, float32, every value -1 or 1.
+        Noise, shape `(height, width, 3)`, float32 in [-1, 1]. Every value is -1 or 1, with two exceptions: `stripes`,
+        `colour` and `patches` are 0 at ignored pixels, and of the colours from the ninth class on only one channel
+        need be -1 or 1.
 
     Raises:
-        ValueError: unknown name, or a region that is not two-dimensional.
+        ValueError: unknown name, or labels that are not two-dimensional, not of whole numbers, or below 0.
+
+    Source:
+        `patches`: the synthetic perturbations (LSP, also called SynPer) of Yu et al., "Availability Attacks Create
+        Shortcuts", KDD 2022. Theirs, too, are cells of 8 x 8 pixels, but normally scattered around a centre of the
+        class and bounded by their L2 norm; here every image gets the centre itself, at the full bound.
     """
     if name not in CONTROLS:
         raise ValueError(f"unknown control noise {name!r}; use one of {', '.join(CONTROLS)}")
-    if region.ndim != 2:
-        raise ValueError(f"region has shape {region.shape}; pass one mask of shape (height, width)")
-    return CONTROLS[name](*region.shape, seed)
+    if labels.ndim != 2:
+        raise ValueError(f"labels have shape {labels.shape}; pass one mask or label map of shape (height, width)")
+    if labels.dtype.kind not in "bui":
+        raise ValueError(f"labels are {labels.dtype}; pass a mask as bool, a label map as integers")
+    if labels.min(initial=0) < 0:
+        raise ValueError(f"labels go down to {labels.min()}; number classes from 0, with {IGNORED_CLASS} = ignored")
+    return CONTROLS[name](labels, seed).astype(np.float32, copy=False)

@@ -12,14 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import unseg_hf
-from unseg_hf.evaluation.published_images import (
-    NOISES,
-    POST_PROCESSINGS,
-    ParquetRecords,
-    noise_settings,
-    publish,
-    victim_arrays,
-)
+from unseg_hf.evaluation.controls import UNWEIGHTED
+from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
+from unseg_hf.evaluation.published_images import NOISES, ParquetRecords, noise_settings, publish, victim_arrays
 
 
 @dataclass
@@ -58,7 +53,10 @@ class ProtectionEvaluationConfig:
     width: int = field(default=16, metadata={"help": "Channels of the victim's U-Net at half size."})
     epsilon: float = field(default=8.0, metadata={"help": "Bound of the noise in the mask, in grey levels of 255."})
     epsilon_background: float = field(
-        default=2.0, metadata={"help": "Bound of the noise outside the mask, in grey levels of 255."}
+        default=2.0,
+        metadata={
+            "help": f"Bound of the noise outside the mask, in grey levels of 255; {', '.join(UNWEIGHTED)}: epsilon."
+        },
     )
     max_train: int | None = field(
         default=None, metadata={"help": "Publish only the first N images, for a quick run; default: all."}
@@ -232,7 +230,8 @@ def results_table(results: dict[str, Any]) -> str:
     """Lay out the results of [`evaluate_protection`] as Markdown: rows = noises, columns = post-processings.
 
     A cell is the mean foreground IoU over the seeds with its smallest and largest value; `n of m` marks a cell whose
-    victims are not all trained yet.
+    victims are not all trained yet. Noises that are not weighted by the mask are marked as such, as their budget is
+    larger.
     """
     settings, grid = results["settings"], results["grid"]
     columns = ["noise", *grid["post_processings"], "PSNR (dB)", "largest change in the mask", "outside"]
@@ -242,9 +241,16 @@ def results_table(results: dict[str, Any]) -> str:
         cells = [_cell(results, noise, post_processing) for post_processing in grid["post_processings"]]
         psnr = "unchanged" if measured["mean_psnr"] is None else f"{measured['mean_psnr']:.1f}"
         bounds = [f"{measured[key]}/255" for key in ("max_inside", "max_outside")]
-        lines.append("| " + " | ".join([noise, *cells, psnr, *bounds]) + " |")
+        label = f"{noise} (not weighted by the mask)" if noise in UNWEIGHTED else noise
+        lines.append("| " + " | ".join([label, *cells, psnr, *bounds]) + " |")
     seeds = ", ".join(map(str, grid["seeds"]))
     few_seeds = "" if len(grid["seeds"]) >= 3 else " **Fewer than three seeds are too few for a claim.**"
+    larger_budget = (
+        f" A noise that is not weighted by the mask has the bound {settings['epsilon']:g}/255 outside it too, and so "
+        "spends more than the other rows."
+        if set(UNWEIGHTED) & set(grid["noises"])
+        else ""
+    )
     paragraphs = [
         "# Protection evaluation",
         f"Foreground IoU of victims on {settings['test_images']} clean test images (data-set level: sum of "
@@ -253,7 +259,7 @@ def results_table(results: dict[str, Any]) -> str:
         "images, post-processed as the column says. Lower is better protected, and a noise counts for as much as it "
         "does better than the controls. A victim that calls every pixel foreground would have "
         f"{results['all_foreground_iou']:.3f}. PSNR and largest change are measured on the published PNG files, "
-        "before post-processing.",
+        f"before post-processing.{larger_budget}",
         "\n".join(lines),
         f"```\n{results['command']}\n```",
         f"```json\n{json.dumps(settings, indent=2)}\n```",

@@ -15,24 +15,14 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 import unseg_hf
-from unseg_hf.evaluation.controls import CONTROLS, control_noise
+from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED, control_noise
+from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 
 NOISES = ("clean", "generator", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
 
 COLUMNS = ("name", "image", "mask")
 MANIFEST = "manifest.json"
-
-
-def jpeg75(image: Image.Image) -> Image.Image:
-    """Encode and decode an RGB image as Pillow's JPEG of quality 75 (its default chroma subsampling)."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return Image.open(buffer).convert("RGB")
-
-
-POST_PROCESSINGS: dict[str, Callable[[Image.Image], Image.Image]] = {"none": lambda image: image, "jpeg75": jpeg75}
-"""Name of what a web site does to a published image -> function from RGB image to RGB image of the same size."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +139,27 @@ class Measured:
         self.mean_psnr = psnr if self.mean_psnr is None else (self.mean_psnr * changed + psnr) / (changed + 1)
 
 
+def noise_budget(noise: str, epsilon: float, epsilon_background: float) -> tuple[float, float]:
+    """Bounds of a noise in the mask and outside it, in [0, 1]; arguments as for [`publish`].
+
+    `clean` spends nothing, and the controls of [`UNWEIGHTED`] spend `epsilon` outside the mask too.
+    """
+    if noise == "clean":
+        return 0.0, 0.0
+    return epsilon, epsilon if noise in UNWEIGHTED else epsilon_background
+
+
 def noise_settings(
     records: ParquetRecords, noise: str, epsilon: float, epsilon_background: float, model: str | None
 ) -> dict[str, str | float]:
-    """Everything that decides the pixels of published files, as a dict for JSON; arguments as for [`publish`]."""
+    """Everything that decides the pixels of published files, as a dict for JSON; arguments as for [`publish`].
+
+    `epsilon` and `epsilon_background` are the bounds that the noise is applied with, see [`noise_budget`].
+    """
     settings = {"noise": noise, "images": records.fingerprint(), "unseg_hf": unseg_hf.__version__}
     if noise != "clean":
-        settings |= {"epsilon": epsilon, "epsilon_background": epsilon_background}
+        bounds = noise_budget(noise, epsilon, epsilon_background)
+        settings |= zip(("epsilon", "epsilon_background"), bounds, strict=True)
     if noise == "generator":
         settings["model"] = _model_fingerprint(model)
     return settings
@@ -180,7 +184,7 @@ def publish(
         noise: one of [`NOISES`].
         folder: where the files go.
         epsilon: bound in the mask, in [0, 1] (8/255: eight grey levels).
-        epsilon_background: bound outside the mask, in [0, 1].
+        epsilon_background: bound outside the mask, in [0, 1]; for `whole` it is `epsilon`, whatever is given here.
         model: checkpoint for `generator`: a folder, a Hub id, or None for the embedded one.
 
     Raises:
@@ -195,7 +199,8 @@ def publish(
     if manifest and manifest["settings"] == settings and all((folder / file).is_file() for file in files.values()):
         return Measured(**manifest["measured"])
 
-    protect = _protection(noise, epsilon, epsilon_background, model)
+    bounds = noise_budget(noise, epsilon, epsilon_background)
+    protect = _protection(noise, *bounds, model)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -205,11 +210,8 @@ def publish(
         protect(record).save(file)
         with Image.open(file) as published:
             measured.add(np.asarray(record.image), np.asarray(published), record.mask)
-    bound_inside, bound_outside = (0, 0) if noise == "clean" else (epsilon, epsilon_background)
-    for where, largest, bound in (
-        ("in", measured.max_inside, bound_inside),
-        ("outside", measured.max_outside, bound_outside),
-    ):
+    largest_changes = (measured.max_inside, measured.max_outside)
+    for where, largest, bound in zip(("in", "outside"), largest_changes, bounds, strict=True):
         if largest > bound * 255 + 1e-6:
             raise ValueError(
                 f"{noise}: files in {partial} differ by {largest} grey levels {where} the mask, over the budget of "
@@ -266,6 +268,9 @@ def victim_arrays(
     records: ParquetRecords, size: int, folder: Path | None = None, post_processing: str = "none"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Load images as a victim sees them: post-processed, then resized to a square.
+
+    A post-processing may leave an image smaller than it was, even smaller than the square: masks are resized from
+    their own size, and both cover the whole picture, so that they stay aligned.
 
     Args:
         records: the images and their masks.
