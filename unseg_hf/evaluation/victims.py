@@ -128,22 +128,6 @@ def train_victim(
     return model.eval()
 
 
-def confusion_matrix(prediction: torch.Tensor, target: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Count the pixels of every (true class, predicted class) pair.
-
-    Args:
-        prediction: class ids, any shape, int64 in [0, num_classes - 1].
-        target: class ids, same shape, int64; pixels outside [0, num_classes - 1] (such as 255) are not counted.
-        num_classes: classes, background included.
-
-    Returns:
-        Counts, shape `(num_classes, num_classes)`, int64; row = true class, column = predicted class.
-    """
-    counted = (target >= 0) & (target < num_classes)
-    pairs = target[counted] * num_classes + prediction[counted]
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 @torch.no_grad()
 def foreground_iou(model: nn.Module, images: torch.Tensor, masks: torch.Tensor, batch_size: int = 64) -> float:
     """Test a two-class victim: the IoU of class 1 over the whole test set.
@@ -163,20 +147,20 @@ def foreground_iou(model: nn.Module, images: torch.Tensor, masks: torch.Tensor, 
     Raises:
         ValueError: the shapes do not fit, or no mask has a foreground pixel.
     """
+    from .metrics import SemanticSegmentation  # `evaluate` takes seconds to import, and training needs none of it
+
     _check_images_and_masks(images, masks)
     if not (masks == 1).any():
         raise ValueError("no test mask has a foreground pixel (value 1), so IoU says nothing; test on other images")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    counts = torch.zeros(2, 2, dtype=torch.int64)
+    metric = SemanticSegmentation(num_classes=2)
     for start in range(0, len(images), batch_size):
         logits = model(_pixel_values(images[start : start + batch_size], device))
-        counts += confusion_matrix(logits.argmax(1).cpu(), masks[start : start + batch_size], 2)
+        metric.add_batch(predictions=logits.argmax(1).cpu(), references=masks[start : start + batch_size])
     model.train(was_training)
-    intersection = counts[1, 1]
-    union = counts[1, :].sum() + counts[:, 1].sum() - intersection
-    return (intersection / union).item()
+    return metric.compute()["foreground_iou"]
 
 
 def _pixel_values(images: torch.Tensor, device: torch.device) -> torch.Tensor:
