@@ -445,7 +445,6 @@ TWO_PROCESSES = """
     import torch
     sys.path.insert(0, {tests!r})
     from accelerate import Accelerator
-from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
     from conftest import tiny_sam_config, build_generator
     from test_bilevel import Discs, networks
