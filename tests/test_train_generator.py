@@ -165,6 +165,14 @@ def test_ctrl_c_saves_and_resume_goes_on(parquet, tmp_path):
         (["--train_data", "PARQUET,maskss=regions"], "no option 'maskss'"),
         (["--train_data", "PARQUET", "--surrogate", "vgg"], "must be sam or unet"),
         (["--train_data", "PARQUET", "--surrogate", "sam", "unet"], "1 values for 2 surrogates"),
+        (
+            ["--train_data", "PARQUET", "--surrogate", "unet", "--surrogate_size", "100"],
+            "100: a U-Net needs a multiple",
+        ),
+        (
+            ["--train_data", "PARQUET", "--surrogate", "unet", "--surrogate_encoder", "mae"],
+            "mae is for a sam surrogate",
+        ),
         (["--train_data", "PARQUET", "--alternation", "week"], "alternation='week'"),
         (["--train_data", "PARQUET", "--tracker", "paper"], "--tracker paper"),
         (["--train_data", "PARQUET", "--push_to_hub"], "needs --hub_model_id"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, SamConfig, SamModel, ViTMAEModel
 
-from ..evaluation.victims import UNet
+from ..evaluation.victims import SIZE_MULTIPLE, UNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -78,12 +78,17 @@ class UNetSurrogate(nn.Module):
     """A small U-Net that sees no prompt: what it knows of the mask, it reads from the picture or the noise.
 
     Args:
-        width: channels at full resolution.
+        width: channels at half resolution.
         image_size: the square that images are resized to, a multiple of 16.
+
+    Raises:
+        ValueError: `image_size` is no multiple of 16.
     """
 
     def __init__(self, width: int, image_size: int):
         super().__init__()
+        if image_size % SIZE_MULTIPLE:
+            raise ValueError(f"surrogate size {image_size}: a U-Net needs a multiple of {SIZE_MULTIPLE}")
         self.unet, self.image_size = UNet(num_classes=1, width=width), image_size
 
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
