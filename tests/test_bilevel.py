@@ -209,21 +209,22 @@ class TestPhases:
             return dense(logits, small, reduction="none").mean((1, 2))
 
         monkeypatch.setattr(bilevel, "point_loss", loss)
+        # Adam's first step has the size of its rate whatever the gradient's.
+        monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
         ends = []
         for batches in (1, 2):
             generator, surrogates = networks(build_generator, tiny_sam_config, ("sam",), freeze_sam=True)
             config = BilevelConfig(
                 batch_size=4 // batches, gradient_accumulation_steps=batches, max_steps=1, alternation="joint",
-                prompt_kinds=["box"],
+                prompt_kinds=["box"], learning_rate=1.0, surrogate_learning_rate=1.0, epsilon=0.1,
             )  # fmt: skip
             accelerator = Accelerator(cpu=True, gradient_accumulation_steps=batches)
             data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
-            torch.optim.Adam, adam = torch.optim.SGD, torch.optim.Adam
-            try:
-                train(generator, surrogates, data, config, tmp_path / str(batches), accelerator, report=str)
-            finally:
-                torch.optim.Adam = adam
+            before = weights(generator), weights(surrogates)
+            train(generator, surrogates, data, config, tmp_path / str(batches), accelerator, report=str)
             ends.append((weights(generator), weights(surrogates)))
+            for old, new in zip(before, ends[-1], strict=True):
+                assert (new - old).abs().max() > 1e-4  # so that the tolerance below could tell
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 

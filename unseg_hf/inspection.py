@@ -73,14 +73,28 @@ def comparison_picture(original: Picture, protected: Picture) -> Image.Image:
         "protected": Image.fromarray(protected.rgb8()),
         f"noise x {factor:.0f}": amplified_noise(original, protected, factor),
     }
-    gap, caption = 8, 24
-    width, height = original.width, original.height
-    sheet = Image.new("RGB", (3 * width + 4 * gap, height + caption + gap), "white")
+    return captioned([list(panels.values())], list(panels), gap=8, caption=24, font_size=14)
+
+
+def captioned(rows: list[list[Image.Image]], titles: list[str], gap: int, caption: int, font_size: int) -> Image.Image:
+    """Pictures of one size in rows, with a title over each column.
+
+    Args:
+        rows: RGB pictures, as many in each row as there are titles.
+        titles: of the columns.
+        gap: pixels between pictures and around them.
+        caption: pixels for the titles.
+        font_size: of the titles, in pixels.
+    """
+    width, height = rows[0][0].size
+    size = (len(titles) * (width + gap) + gap, len(rows) * (height + gap) + caption)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (text, panel) in enumerate(panels.items()):
-        left = gap + i * (width + gap)
-        draw.text((left, 4), text, fill="black", font_size=14)
-        sheet.paste(panel, (left, caption))
+    for column, title in enumerate(titles):
+        left = gap + column * (width + gap)
+        draw.text((left, caption // 6), title, fill="black", font_size=font_size)
+        for line, pictures in enumerate(rows):
+            sheet.paste(pictures[column], (left, caption + line * (height + gap)))
     return sheet
 
 

@@ -112,6 +112,7 @@ def train(
         FileExistsError: a checkpoint without `resume`.
         ValueError: less data than a step needs, or a resumed run with other settings.
     """
+    output_dir = Path(output_dir)
     per_step, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     if accelerator.gradient_accumulation_steps != per_step:
         raise ValueError(
@@ -134,7 +135,7 @@ def train(
     accelerator.register_for_checkpointing(progress)
     decisive = {name: value for name, value in asdict(config).items() if name not in _FREE_SETTINGS}
     checkpoints = Checkpoints(
-        Path(output_dir) / "checkpoints",
+        output_dir / "checkpoints",
         accelerator,
         decisive | {"processes": world} | (settings or {}),
         config.keep_checkpoints,
@@ -148,8 +149,8 @@ def train(
     if resume:
         checkpoints.load(latest)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    log = RunLog(Path(output_dir), accelerator, progress.step, total, config.log_every, report)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    log = RunLog(output_dir, accelerator, progress.step, total, config.log_every, report)
     generator.train()
     surrogates.train()
 

@@ -122,6 +122,3 @@ def fingerprint(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-__all__ = ["Checkpoints", "fingerprint"]

@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.nn import functional as F
 
 from ..data.interactive import InteractiveSegmentation
+from ..inspection import captioned
 from .prompts import PROMPT_KINDS, make_prompts
 from .surrogates import normalise
 
@@ -80,12 +81,6 @@ def _grey(masks: torch.Tensor) -> torch.Tensor:
 
 def _sheet(rows: list[torch.Tensor], titles: list[str]) -> Image.Image:
     """Rows of panels `(panels, 3, size, size)` in [0, 1], with a caption over each column."""
-    size, gap, caption = rows[0].shape[-1], 4, 16
-    sheet = Image.new("RGB", (len(titles) * (size + gap) + gap, len(rows) * (size + gap) + caption), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (size + gap), 2), title, fill="black", font_size=11)
-        for line, panels in enumerate(rows):
-            pixels = (panels[column].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            sheet.paste(Image.fromarray(pixels), (gap + column * (size + gap), caption + line * (size + gap)))
-    return sheet
+    pixels = [(panels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for panels in rows]
+    pictures = [[Image.fromarray(panel) for panel in panels] for panels in pixels]
+    return captioned(pictures, titles, gap=4, caption=16, font_size=11)
