@@ -88,14 +88,16 @@ def train(folder: Path, ecssd: str, bsds: str, seed: int, changes: dict, output:
 
 
 def evaluate(output: Path, parts: dict[str, str], noises: list[str], seed: int, model: str | None) -> None:
-    from unseg_hf.evaluation.protection_evaluation import ProtectionEvaluationConfig, evaluate_protection
+    from unseg_hf.evaluation.audit import Audit, AuditConfig
+    from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
 
-    evaluate_protection(
-        ProtectionEvaluationConfig(
-            train=parts["victim"], test=parts["test"], output=str(output), model=model, noises=noises,
-            post_processings=["none"], seeds=[seed], epochs=VICTIM_EPOCHS,
-        )
+    train = LabelledImages(DatasetRows(parts["victim"]))
+    test = LabelledImages(DatasetRows(parts["test"]), like=train)
+    config = AuditConfig(
+        output=output, model=model, noises=noises, treatments=["none"], victims=["unet"], seeds=[seed],
+        epochs=VICTIM_EPOCHS,
     )  # fmt: skip
+    Audit(config, train, test).run()
 
 
 def summarise(output: Path, seeds: list[int]) -> None:
@@ -105,12 +107,12 @@ def summarise(output: Path, seeds: list[int]) -> None:
         for cell in CELLS:
             file = output / f"{slug(cell)}-{seed}" / "victim" / "results.json"
             if file.is_file():
-                for victim in json.loads(file.read_text())["victims"]:
-                    ious.setdefault(cell, {})[seed] = victim["foreground_iou"]
+                for victim in json.loads(file.read_text())["cells"]:
+                    ious.setdefault(cell, {})[seed] = victim["scores"]["foreground_iou"]
         file = output / f"controls-{seed}" / "results.json"
         if file.is_file():
-            for victim in json.loads(file.read_text())["victims"]:
-                ious.setdefault(f"control: {victim['noise']}", {})[seed] = victim["foreground_iou"]
+            for victim in json.loads(file.read_text())["cells"]:
+                ious.setdefault(f"control: {victim['noise']}", {})[seed] = victim["scores"]["foreground_iou"]
     lines = ["| recipe | IoU of victims on clean images, mean | by seed |", "|---|---|---|"]
     for name, values in ious.items():
         by_seed = ", ".join(f"{seed}: {value:.3f}" for seed, value in values.items())

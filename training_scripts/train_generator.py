@@ -250,7 +250,7 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "unseg-hf"))
     log = [json.loads(line) for line in (Path(run.output_dir) / "training_log.jsonl").read_text().splitlines()]
     validations = [entry for entry in log if "images_per_second" not in entry]
-    results = "No victim has been trained yet: `training_scripts/evaluate_protection.py` does, beside control noises."
+    results = "No victim has been trained yet: `unseg audit` does, beside control noises."
     if validation and validations:
         figures = {name.replace("_", " "): value for name, value in validations[-1].items() if name != "step"}
         results += (

@@ -3,12 +3,15 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .evaluation.audit_command import add_audit
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels; the background gets a quarter
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
@@ -29,8 +32,13 @@ class Task:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 if an image failed, 2 for a request that makes no sense."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
+    options.command_line = shlex.join(["unseg", *(sys.argv[1:] if arguments is None else arguments)])
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a command whose options have been parsed; errors that a user can mend become one line."""
     try:
         return options.run(options)
     except (UsageError, ValueError, OSError, RuntimeError) as error:
@@ -38,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("unseg: stopped; run it again to go on, finished images are skipped", file=sys.stderr)
+        print("unseg: stopped; run it again to go on, what is finished is kept", file=sys.stderr)
         return 130
 
 
@@ -107,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--picture", type=Path, metavar="FILE", help="write original, protected and amplified noise as PNG"
     )
     look.add_argument("--json", action="store_true", help="print JSON")
+
+    _add_model_options(add_audit(commands))
     return parser
 
 
@@ -228,7 +238,7 @@ def plan(
         if item.is_dir():
             # An output folder inside the input would be protected again by the next run.
             inside = output.resolve() if item.resolve() in output.resolve().parents else None
-            for path in _images_in(item, unreadable):
+            for path in images_in(item, unreadable):
                 if inside is None or inside not in path.resolve().parents:
                     found.setdefault(path, path.relative_to(item))
         else:
@@ -249,7 +259,7 @@ def plan(
         raise UsageError(f"{output} is no {format} file: name it {output.with_suffix(f'.{format}')}")
     suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[wanted]
 
-    mask_of = _match_masks(masks, found)
+    mask_of = match_masks(masks, found)
     sharing = Counter(relative.with_suffix("") for relative in found.values())
     tasks = []
     for source, relative in found.items():
@@ -261,7 +271,7 @@ def plan(
     return tasks
 
 
-def _match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path]:
+def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path]:
     """The mask file of each image: by its path below the folder, or by its name where that is unique on both sides."""
     if masks is None:
         return {}
@@ -272,7 +282,7 @@ def _match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Pat
             raise UsageError(f"one mask file for {len(images)} images: pass a folder with a mask for each")
         return dict.fromkeys(images, masks)
     unreadable: list[str] = []
-    paths = [path.relative_to(masks) for path in _images_in(masks, unreadable)]
+    paths = [path.relative_to(masks) for path in images_in(masks, unreadable)]
     if unreadable:
         raise UsageError(unreadable[0])
     by_path = {path.with_suffix(""): path for path in paths}
@@ -288,7 +298,7 @@ def _match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Pat
     }
 
 
-def _images_in(folder: Path, unreadable: list[str]) -> list[Path]:
+def images_in(folder: Path, unreadable: list[str]) -> list[Path]:
     def complain(error: OSError) -> None:
         unreadable.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
 

@@ -1,137 +1,73 @@
-"""Images as they are published: a data set's training images, protected or with a control noise, as PNG files."""
+"""Images as they are published, as PNG files; and as a victim gets to see them, after somebody's treatment."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 
 import unseg_hf
 from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED, control_noise
+from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
+from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 
-NOISES = ("clean", "generator", *CONTROLS)
+NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
 
-COLUMNS = ("name", "image", "mask")
+REMOVAL_PREFIX = "removal:"
+DENOISER = f"{REMOVAL_PREFIX}denoiser"
+TREATMENTS = (*POST_PROCESSINGS, *(REMOVAL_PREFIX + name for name in REMOVALS))
+"""What may happen to published images before a victim is trained on them."""
+
 MANIFEST = "manifest.json"
+SSIM_IMAGES = 50
+"""SSIM, which takes longer than protecting, is measured on so many images."""
 
-
-@dataclass(frozen=True)
-class Record:
-    """One image: its name, the RGB image, and its mask, shape `(height, width)`, bool, True = foreground."""
-
-    name: str
-    image: Image.Image
-    mask: np.ndarray
-
-
-class ParquetRecords(Sequence):
-    """The rows of a Parquet file with the columns `name`, `image` and `mask`, decoded one by one.
-
-    Args:
-        path: file in the Hugging Face image layout. A mask is an image of the same size as its image, with 0 =
-            background and one other value = foreground; names are different and fit for file names.
-        limit: number of rows to take from the start; None = all.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a column is missing, there is no row, a name is repeated or is no file name; or, when a row is
-            read, its mask is not a binary mask of the size of the image.
-    """
-
-    def __init__(self, path: str | Path, limit: int | None = None) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is no file; give a Parquet file with the columns {', '.join(COLUMNS)}")
-        missing = [column for column in COLUMNS if column not in pq.read_schema(path).names]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; rename its columns to {', '.join(COLUMNS)}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"the limit of {limit} images leaves none of {path}; take at least 1, or None for all")
-        rows = pq.read_table(path, columns=list(COLUMNS)).slice(0, limit).to_pydict()
-        self.path = path
-        self.names = [str(name) for name in rows["name"]]
-        self.images = _encoded_images(path, "image", rows["image"])
-        self.masks = _encoded_images(path, "mask", rows["mask"])
-        if not self.names:
-            raise ValueError(f"{path} has no rows; give a data set with at least one image")
-        for name in self.names:
-            if not name or Path(name).name != name or "\\" in name:
-                raise ValueError(f"{path}: the name {name!r} is no file name; rename it, without folders")
-        if len(set(self.names)) < len(self.names):
-            repeated = next(name for name in self.names if self.names.count(name) > 1)
-            raise ValueError(f"{path}: the name {repeated!r} stands in several rows; make names unique")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Record:
-        name = self.names[index]
-        # Upright, as `datasets` decodes it, and without metadata, which could turn or recolour the published file.
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(self.images[index]))).convert("RGB")
-        image = Image.fromarray(np.asarray(image))
-        mask = np.asarray(Image.open(io.BytesIO(self.masks[index])))
-        if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"{self.path}: the mask of {name!r} has shape {mask.shape}, its image {(image.height, image.width)}; "
-                "give one-channel masks of the size of the image"
-            )
-        foreground = np.unique(mask[mask != 0])
-        if len(foreground) > 1:
-            raise ValueError(
-                f"{self.path}: the mask of {name!r} has several foreground values, {foreground[:5].tolist()}; "
-                "this evaluation is for binary masks: keep 0 and one other value"
-            )
-        return Record(name, image, mask != 0)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the names, images and masks: the same data have the same one, wherever the file lies."""
-        digest = hashlib.sha256()
-        for row in zip(self.names, self.images, self.masks, strict=True):
-            for part in (row[0].encode(), *row[1:]):
-                digest.update(hashlib.sha256(part).digest())
-        return digest.hexdigest()
-
-
-def _encoded_images(path: str | Path, column: str, cells: list) -> list[bytes]:
-    if not all(isinstance(cell, dict) and cell.get("bytes") for cell in cells):
-        raise ValueError(
-            f"{path}: the column {column!r} has rows without image bytes; write it with the Image() feature of "
-            "datasets and the files embedded"
-        )
-    return [cell["bytes"] for cell in cells]
+ATTACKER_IMAGES = 200
+"""Images that somebody who trains a denoiser protects for it, at most."""
 
 
 @dataclass
 class Measured:
     """What a noise did to the published files, compared with the originals.
 
-    `max_inside` and `max_outside` are the largest absolute differences in the mask and outside it, in grey levels of
-    255; `mean_psnr` is the mean of the images' PSNR in dB, None if no image was changed; `unchanged` counts the
-    images without any difference, which `mean_psnr` leaves out.
+    `max_inside` and `max_outside` are the largest absolute differences in the region and outside it, in grey levels of
+    255; `mean_psnr` is the mean of the images' PSNR in dB, None if no image was changed; `mean_ssim` that of the first
+    `ssim_images` images' SSIM; `unchanged` counts the images without any difference, which `mean_psnr` leaves out.
     """
 
     images: int = 0
     max_inside: int = 0
     max_outside: int = 0
     mean_psnr: float | None = None
+    mean_ssim: float | None = None
+    ssim_images: int = 0
     unchanged: int = 0
 
     def add(self, original: np.ndarray, published: np.ndarray, region: np.ndarray) -> None:
-        """Count one image: two arrays of shape `(height, width, 3)`, uint8, and its mask `(height, width)`, bool."""
+        """Count one image: two arrays of shape `(height, width, 3)`, uint8, and its region `(height, width)`, bool."""
         difference = np.abs(original.astype(np.int16) - published)
         self.max_inside = max(self.max_inside, int(difference[region].max(initial=0)))
         self.max_outside = max(self.max_outside, int(difference[~region].max(initial=0)))
         changed = self.images - self.unchanged
         self.images += 1
+        if self.ssim_images < SSIM_IMAGES:
+            from unseg_hf.image_files import from_array
+            from unseg_hf.protection import compare
+
+            ssim = compare(from_array(original), from_array(published), region)["ssim"]
+            self.mean_ssim = ((self.mean_ssim or 0.0) * self.ssim_images + ssim) / (self.ssim_images + 1)
+            self.ssim_images += 1
         if not difference.any():
             self.unchanged += 1
             return
@@ -140,9 +76,9 @@ class Measured:
 
 
 def noise_budget(noise: str, epsilon: float, epsilon_background: float) -> tuple[float, float]:
-    """Bounds of a noise in the mask and outside it, in [0, 1]; arguments as for [`publish`].
+    """Bounds of a noise in the region and outside it, in [0, 1]; arguments as for [`publish`].
 
-    `clean` spends nothing, and the controls of [`UNWEIGHTED`] spend `epsilon` outside the mask too.
+    `clean` spends nothing, and the controls of [`UNWEIGHTED`] spend `epsilon` outside the region too.
     """
     if noise == "clean":
         return 0.0, 0.0
@@ -150,71 +86,72 @@ def noise_budget(noise: str, epsilon: float, epsilon_background: float) -> tuple
 
 
 def noise_settings(
-    records: ParquetRecords, noise: str, epsilon: float, epsilon_background: float, model: str | None
+    images: LabelledImages, noise: str, epsilon: float, epsilon_background: float, model: str | None
 ) -> dict[str, str | float]:
     """Everything that decides the pixels of published files, as a dict for JSON; arguments as for [`publish`].
 
     `epsilon` and `epsilon_background` are the bounds that the noise is applied with, see [`noise_budget`].
     """
-    settings = {"noise": noise, "images": records.fingerprint(), "unseg_hf": unseg_hf.__version__}
+    settings = {"noise": noise, "images": images.fingerprint(), "unseg_hf": unseg_hf.__version__}
     if noise != "clean":
         bounds = noise_budget(noise, epsilon, epsilon_background)
         settings |= zip(("epsilon", "epsilon_background"), bounds, strict=True)
-    if noise == "generator":
+    if noise.startswith("generator"):
         settings["model"] = _model_fingerprint(model)
     return settings
 
 
 def publish(
-    records: ParquetRecords,
+    images: LabelledImages,
     noise: str,
     folder: Path,
     *,
     epsilon: float,
     epsilon_background: float,
     model: str | None = None,
+    device: str = "cpu",
 ) -> Measured:
-    """Write every image with its noise as `<folder>/<name>.png`, and measure those files against the originals.
+    """Write every image with its noise as `<folder>/<number>.png`, and measure those files against the originals.
 
     Does nothing if the folder's manifest says that it is complete with the same settings. Otherwise the files are
     written to a temporary folder, which then takes the place of the folder: a folder is complete or not there.
 
     Args:
-        records: the images, and the masks that weight the noise.
+        images: the images, whose regions weight the noise.
         noise: one of [`NOISES`].
         folder: where the files go.
-        epsilon: bound in the mask, in [0, 1] (8/255: eight grey levels).
-        epsilon_background: bound outside the mask, in [0, 1]; for `whole` it is `epsilon`, whatever is given here.
+        epsilon: bound in the region, in [0, 1] (8/255: eight grey levels).
+        epsilon_background: bound outside the region, in [0, 1]; for `whole` it is `epsilon`, whatever is given here.
         model: checkpoint for `generator`: a folder, a Hub id, or None for the embedded one.
+        device: where the generator runs.
 
     Raises:
         FileExistsError: the folder is there and is not one of ours.
         ValueError: a file on disk is further from its original than the budget allows.
     """
-    settings = noise_settings(records, noise, epsilon, epsilon_background, model)
+    settings = noise_settings(images, noise, epsilon, epsilon_background, model)
     manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else None
-    files = {name: f"{name}.png" for name in records.names}
     if manifest is None and folder.exists():
         raise FileExistsError(f"{folder} exists and has no {MANIFEST}; choose another output folder or remove it")
-    if manifest and manifest["settings"] == settings and all((folder / file).is_file() for file in files.values()):
+    complete = all(file.is_file() for file in published_files(folder, images))
+    if manifest and complete and manifest["settings"] == settings:
         return Measured(**manifest["measured"])
 
     bounds = noise_budget(noise, epsilon, epsilon_background)
-    protect = _protection(noise, *bounds, model)
+    protect = _protection(images, noise, *bounds, model, device)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     measured = Measured()
-    for record in records:
-        file = partial / files[record.name]
-        protect(record).save(file)
+    for labelled, file in zip(images, published_files(partial, images), strict=True):
+        protect(labelled).save(file, compress_level=1)
         with Image.open(file) as published:
-            measured.add(np.asarray(record.image), np.asarray(published), record.mask)
+            measured.add(np.asarray(labelled.image), np.asarray(published), labelled.region)
     largest_changes = (measured.max_inside, measured.max_outside)
     for where, largest, bound in zip(("in", "outside"), largest_changes, bounds, strict=True):
         if largest > bound * 255 + 1e-6:
             raise ValueError(
-                f"{noise}: files in {partial} differ by {largest} grey levels {where} the mask, over the budget of "
+                f"{noise}: files in {partial} differ by {largest} grey levels {where} the region, over the budget of "
                 f"{bound * 255:g}; noises are comparable only within one budget, so mend the noise"
             )
     (partial / MANIFEST).write_text(json.dumps({"settings": settings, "measured": asdict(measured)}, indent=2))
@@ -224,31 +161,43 @@ def publish(
     return measured
 
 
+def published_files(folder: Path, images: LabelledImages) -> list[Path]:
+    """The file of each image in a folder that [`publish`] wrote."""
+    return [folder / f"{index:06d}.png" for index in range(len(images))]
+
+
 def _protection(
-    noise: str, epsilon: float, epsilon_background: float, model: str | None
-) -> Callable[[Record], Image.Image]:
+    images: LabelledImages, noise: str, epsilon: float, epsilon_background: float, model: str | None, device: str
+) -> Callable[[LabelledImage], Image.Image]:
     if noise == "clean":
-        return lambda record: record.image
-    if noise == "generator":
+        return lambda labelled: labelled.image
+    if noise.startswith("generator"):
         from unseg_hf import Protector
 
-        protector = Protector.from_pretrained(model)
-        return lambda record: (
-            protector.protect(
-                record.image, mask=record.mask, epsilon=epsilon, epsilon_background=epsilon_background
+        protector = Protector.from_pretrained(model, device=device)
+
+        def protect_with_generator(labelled: LabelledImage) -> Image.Image:
+            prompt: dict[str, Any] = {"mask": labelled.region}
+            if noise == "generator-per-segment":
+                masks = [mask & labelled.region for mask in labelled.segments()]
+                # One mask at least: an image of background alone gets its noise from an empty one.
+                prompt = {"masks": [mask for mask in masks if mask.any()] or [labelled.region], "mode": "per_segment"}
+            return protector.protect(
+                labelled.image, epsilon=epsilon, epsilon_background=epsilon_background, **prompt
             ).image
-        )
+
+        return protect_with_generator
 
     from unseg_hf.protection import apply_noise
 
-    def protect(record: Record) -> Image.Image:
+    def protect_with_control(labelled: LabelledImage) -> Image.Image:
         # The seed comes from the name, so that a file does not depend on which other images are published.
-        seed = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:8])
-        pixels = np.asarray(record.image)
-        control = control_noise(noise, record.mask, seed)
-        return Image.fromarray(apply_noise(pixels, control, record.mask, epsilon, epsilon_background))
+        seed = int.from_bytes(hashlib.sha256(labelled.name.encode()).digest()[:8])
+        control = control_noise(noise, labelled.region if images.binary else labelled.labels, seed)
+        pixels = apply_noise(np.asarray(labelled.image), control, labelled.region, epsilon, epsilon_background)
+        return Image.fromarray(pixels)
 
-    return protect
+    return protect_with_control
 
 
 def _model_fingerprint(model: str | None) -> str:
@@ -264,29 +213,79 @@ def _model_fingerprint(model: str | None) -> str:
     return digest.hexdigest()
 
 
-def victim_arrays(
-    records: ParquetRecords, size: int, folder: Path | None = None, post_processing: str = "none"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Load images as a victim sees them: post-processed, then resized to a square.
-
-    A post-processing may leave an image smaller than it was, even smaller than the square: masks are resized from
-    their own size, and both cover the whole picture, so that they stay aligned.
+def treat(
+    published: Path,
+    images: LabelledImages,
+    treatment: str,
+    size: int,
+    file: Path,
+    attacker: tuple[Path, LabelledImages] | None = None,
+) -> None:
+    """Write published images as a victim sees them: treated, then resized to a square; nothing if the file is there.
 
     Args:
-        records: the images and their masks.
+        published: folder that [`publish`] wrote.
+        images: the images that were published.
+        treatment: one of [`TREATMENTS`].
         size: side of the square in pixels.
-        folder: published files to read in place of the records' own images; None = the clean images.
-        post_processing: one of [`POST_PROCESSINGS`].
+        file: where the array goes, `(count, 3, size, size)` uint8 in [0, 255], as .npy. Images are resized with
+            antialiased bilinear interpolation.
+        attacker: what somebody who trains a denoiser has: a folder of images published with the same noise, and their
+            originals.
+    """
+    if file.is_file():
+        return
+    apply = treatment_function(published, images, treatment, attacker)
+    pixels = np.empty((len(images), 3, size, size), np.uint8)
+    for index, path in enumerate(published_files(published, images)):
+        with Image.open(path) as image:
+            pixels[index] = _square(apply(image.convert("RGB")), size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.save(stream, pixels)
+    os.replace(partial, file)
+
+
+def treatment_function(
+    published: Path, images: LabelledImages, treatment: str, attacker: tuple[Path, LabelledImages] | None = None
+) -> Callable[[Image.Image], Image.Image]:
+    """What a treatment does to one RGB image; arguments as for [`treat`]."""
+    if not treatment.startswith(REMOVAL_PREFIX):
+        return POST_PROCESSINGS[treatment]
+    pairs = None
+    if treatment == DENOISER and attacker is not None:
+        folder, originals = attacker
+        files = zip(published_files(folder, originals), originals, strict=True)
+        pairs = [
+            (np.asarray(Image.open(path)), np.asarray(original.image))
+            for path, original in islice(files, ATTACKER_IMAGES)
+        ]
+    return fit_removal(treatment.removeprefix(REMOVAL_PREFIX), published_files(published, images), pairs)
+
+
+def clean_squares(images: LabelledImages, size: int) -> np.ndarray:
+    """The images themselves as a victim is tested on them: `(count, 3, size, size)` uint8, resized as by [`treat`]."""
+    return np.stack([_square(labelled.image, size) for labelled in images])
+
+
+def annotation_squares(images: LabelledImages, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels and instances of images that were resized to a square, by nearest neighbour.
+
+    A treatment may leave an image smaller than it was: annotations are resized from their own size, and both cover
+    the whole picture, so that they stay aligned.
 
     Returns:
-        Images, shape `(count, 3, size, size)`, uint8 in [0, 255], resized with antialiased bilinear interpolation;
-        and masks, shape `(count, size, size)`, int64, 1 = foreground, nearest neighbour.
+        Labels, `(count, size, size)` uint8, and instances, `(count, size, size)` int32 or None.
     """
-    images = np.empty((len(records), 3, size, size), np.uint8)
-    masks = np.empty((len(records), size, size), np.int64)
-    for index, record in enumerate(records):
-        image = record.image if folder is None else Image.open(folder / f"{record.name}.png")
-        image = POST_PROCESSINGS[post_processing](image).resize((size, size), Image.Resampling.BILINEAR)
-        images[index] = np.asarray(image).transpose(2, 0, 1)
-        masks[index] = np.asarray(Image.fromarray(record.mask).resize((size, size), Image.Resampling.NEAREST))
-    return images, masks
+    labels, instances = [], []
+    for labelled in images:
+        labels.append(np.asarray(Image.fromarray(labelled.labels).resize((size, size), Image.Resampling.NEAREST)))
+        if labelled.instances is not None:
+            resized = Image.fromarray(labelled.instances).resize((size, size), Image.Resampling.NEAREST)
+            instances.append(np.asarray(resized))
+    return np.stack(labels), np.stack(instances) if instances else None
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, SamConfig, SamModel, ViTMAEModel
 
-from ..evaluation.victims import SIZE_MULTIPLE, UNet
+from ..evaluation.victims.unet import SIZE_MULTIPLE, UNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,0 +1,272 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from labelled_discs import discs, write_discs
+from PIL import Image
+
+from unseg_hf.cli import main
+from unseg_hf.evaluation import audit as audit_module
+from unseg_hf.evaluation.audit import Audit, AuditConfig, Cell, plan
+from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
+from unseg_hf.evaluation.published_images import published_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {"noises": ["clean", "random"], "treatments": ["none", "jpeg75"], "victims": ["unet"], "seeds": [0, 1]}
+SMALL |= {"epochs": 1, "size": 32, "batch_size": 4}
+
+
+def config(**changes) -> AuditConfig:
+    return AuditConfig(**({"output": "out"} | SMALL | changes))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    return {split: write_discs(tmp_path / f"{split}.parquet", count, seed=count)
+            for split, count in (("train", 10), ("test", 4))}  # fmt: skip
+
+
+@pytest.fixture
+def make_audit(files: dict[str, str], tmp_path: Path):
+    def make(**changes) -> Audit:
+        train = LabelledImages(DatasetRows(files["train"], instance_column="instances"))
+        test = LabelledImages(DatasetRows(files["test"], instance_column="instances"), like=train)
+        lines: list[str] = []
+        audit = Audit(config(output=tmp_path / "out", **changes), train, test, command="unseg audit", say=lines.append)
+        audit.lines = lines
+        return audit
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch) -> Mock:
+    watched = Mock(wraps=audit_module.train_victim)
+    monkeypatch.setattr(audit_module, "train_victim", watched)
+    return watched
+
+
+def test_plan_varies_one_thing_at_a_time():
+    cells = plan(config(trainings=["plain", "strong"], clean_shares=[0, 0.5], victims=["unet", "segformer"]))
+    lines = {(cell.treatment, cell.training, cell.clean_share) for cell in cells}
+    assert lines == {("none", "plain", 0), ("jpeg75", "plain", 0), ("none", "strong", 0), ("none", "plain", 0.5)}
+    assert len(cells) == len(set(cells)) == 4 * 2 * 2 * 2
+    assert {cell.seed for cell in cells[:2]} == {0, 1}
+    assert str(cells[-1]) == "segformer, random, none, 50% clean, seed 1"
+
+
+def test_the_audit_writes_every_cell_and_a_report_and_goes_on_where_it_was(make_audit, trained: Mock, tmp_path: Path):
+    audit = make_audit()
+    results = audit.run()
+    assert [Cell(*(cell[key] for key in Cell.__annotations__)) for cell in results["cells"]] == plan(audit.config)
+    assert all(0 <= cell["scores"]["foreground_iou"] <= 1 for cell in results["cells"])
+    assert results["noises"]["random"]["measured"]["max_inside"] == 8
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "unseg audit" in report
+    assert "jpeg75" in report
+    assert Image.open(tmp_path / "out" / "examples.png").size[0] > 2 * 52
+    assert any(line.startswith("[8/8] unet, random, jpeg75, seed 1: 0.") for line in audit.lines)
+    foreground = np.mean([(number > 0).mean() for number in discs(4, 44, 52, seed=4)[1]])
+    assert results["trivial_score"] == pytest.approx(foreground, abs=0.02)
+
+    trained.reset_mock()
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/*.*")}
+    again = make_audit().run()
+    trained.assert_not_called()
+    assert again["cells"] == results["cells"]
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/*.*")} == stamps
+
+    victims = sorted((tmp_path / "out" / "cells").iterdir())
+    lost = json.loads(victims[3].read_text())
+    victims[3].unlink()
+    make_audit().run()
+    trained.assert_called_once()
+    assert json.loads(victims[3].read_text())["scores"] == lost["scores"]
+
+
+def test_a_changed_setting_makes_anew_only_what_it_touches(make_audit, trained: Mock, tmp_path: Path):
+    def made() -> dict[str, set[str]]:
+        return {stage: {file.name for file in (tmp_path / "out" / stage).iterdir()}
+                for stage in ("published", "treated", "cells")}  # fmt: skip
+
+    make_audit().run()
+    first = made()
+    assert [len(first[stage]) for stage in ("published", "treated", "cells")] == [2, 4, 8]
+    for changes, published, treated, cells in (
+        ({"epochs": 2}, 0, 0, 8),
+        ({"seeds": [0, 1, 2]}, 0, 0, 4),
+        ({"treatments": ["none", "half"]}, 0, 2, 4),
+        ({"size": 48}, 0, 4, 8),
+        ({"epsilon": 4.0, "epsilon_background": 1.0}, 1, 2, 4),
+        ({"noises": ["clean", "random", "stripes"]}, 1, 2, 4),
+    ):
+        trained.reset_mock()
+        before = made()
+        make_audit(**changes).run()
+        new = {stage: len(files - before[stage]) for stage, files in made().items()}
+        assert new == {"published": published, "treated": treated, "cells": cells}, changes
+        assert trained.call_count == cells
+
+
+def test_victims_learn_from_the_treated_files_and_are_tested_on_clean_images(make_audit, trained: Mock, monkeypatch):
+    from unseg_hf.evaluation import tasks
+
+    tested = Mock(wraps=tasks.evaluate_victim)
+    monkeypatch.setattr(tasks, "evaluate_victim", tested)
+    audit = make_audit(noises=["random"], treatments=["greyscale"], seeds=[3])
+    audit.run()
+    data, settings = trained.call_args.args[1], trained.call_args.kwargs
+    assert settings["seed"] == 3
+    assert (data.images[:, 0] == data.images[:, 1]).all()
+    folder = next(audit.config.output.glob("published/random-*"))
+    with Image.open(published_files(folder, audit.train)[7]) as image:
+        grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(data.images[7, 0] - grey).max() <= 1
+    np.testing.assert_array_equal(data.labels > 0, data.instances > 0)
+    images = tested.call_args.args[1]
+    clean = np.asarray(audit.test[2].image.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(images[2], clean)
+
+
+def test_clean_shares_mix_clean_images_in_and_stand_beside_them_alone(make_audit, trained: Mock):
+    make_audit(treatments=["none"], clean_shares=[0.0, 0.3, 0.6], seeds=[0]).run()
+    data = [call.args[1] for call in trained.call_args_list]
+    clean, random, alone_30, mixed_30, alone_60, mixed_60 = data
+    assert [len(one.images) for one in data] == [10, 10, 3, 10, 6, 10]
+    for alone, mixed in ((alone_30, mixed_30), (alone_60, mixed_60)):
+        is_clean = (mixed.images == clean.images).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(mixed.images[is_clean], alone.images)
+        np.testing.assert_array_equal(clean.labels[is_clean], alone.labels)
+        np.testing.assert_array_equal(mixed.images[~is_clean], random.images[~is_clean])
+    assert {image.tobytes() for image in alone_30.images} < {image.tobytes() for image in alone_60.images}
+
+
+def test_several_classes_and_other_tasks(files: dict[str, str], tmp_path: Path):
+    train = LabelledImages(DatasetRows(files["train"], mask_column="instances"), kind="classes")
+    test = LabelledImages(DatasetRows(files["test"], mask_column="instances"), like=train)
+    settings = {"treatments": ["none"], "seeds": [0], "output": tmp_path / "out"}
+    results = Audit(config(**settings), train, test, say=lambda line: None).run()
+    assert results["score"] == "mean_iou"
+    assert len(results["cells"][0]["scores"]["per_class_iou"]) == 3
+    with pytest.raises(ValueError, match="numbers no objects, which the task instance needs"):
+        Audit(config(task="instance", victims=["maskformer"]), train, test)
+
+
+def test_a_test_image_among_the_training_images_is_refused(files: dict[str, str]):
+    train = LabelledImages(DatasetRows(files["train"]))
+    with pytest.raises(ValueError, match=r"the test image '00[0-9]' is also a training image; test on others"):
+        Audit(config(), train, train.first(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noises": ["clean", "plaid"]}, "noises: unknown 'plaid'; use clean, generator"),
+        ({"treatments": ["jpeg7"]}, "treatments: unknown 'jpeg7'; use none, jpeg75"),
+        ({"victims": ["sam"]}, "victims: unknown 'sam' for the task semantic; use unet"),
+        ({"task": "fun"}, "fun"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; give at least one, and each only once"),
+        ({"clean_shares": [0.5]}, r"clean_shares is \[0.5\]; give 0 and then shares below 1"),
+        ({"epochs": 0}, "epochs is 0; give a number above 0"),
+        ({"epsilon": 300.0}, "epsilon is 300.0 and epsilon_background 2.0; give grey levels"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_fix(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def as_arguments(settings: dict) -> list[str]:
+    words = ([f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+             for key, value in settings.items())  # fmt: skip
+    return [str(word) for option in words for word in option]
+
+
+def test_the_command_prints_the_table_and_the_plain_words(files: dict[str, str], tmp_path: Path, capsys):
+    arguments = ["audit", files["train"], "--test", files["test"], "-o", str(tmp_path / "out"), "--processes", "1"]
+    assert main([*arguments, *as_arguments(SMALL), "--epsilon", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "published random: 10 files, largest change 4/255 in the region, 1/255 elsewhere" in printed
+    assert "to go" in printed
+    assert f"wrote {tmp_path / 'out' / 'report.md'}" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["epsilon_background"] == 1
+    assert results["command"].startswith("unseg audit ")
+    assert files["test"] in results["command"]
+
+
+def test_a_folder_of_photos_with_masks_holds_a_part_out_for_the_test(tmp_path: Path, capsys):
+    images, numbers = discs(20, 44, 52, seed=5)
+    for folder in ("photos", "masks"):
+        (tmp_path / folder).mkdir()
+    for index in range(20):
+        Image.fromarray(images[index]).save(tmp_path / "photos" / f"{index}.png")
+        Image.fromarray((numbers[index] > 0) * np.uint8(255)).save(tmp_path / "masks" / f"{index}.png")
+    (tmp_path / "photos" / "3.png").write_bytes(b"no image")
+    settings = SMALL | {"treatments": ["none"], "seeds": [0]}
+    arguments = ["audit", str(tmp_path / "photos"), "--masks", str(tmp_path / "masks"), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--processes", "1", *as_arguments(settings)]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["train_images"] + results["settings"]["test_images"] == 19
+    assert 1 <= results["settings"]["test_images"] <= 9
+    assert "1 images of" in " ".join(results["notes"])
+    assert "3.png" in " ".join(results["notes"])
+
+
+def test_photos_without_masks_are_audited_on_proposed_segments_and_that_is_said(tmp_path: Path, monkeypatch):
+    from unseg_hf.protection import Protector
+
+    images, _ = discs(16, 44, 52, seed=5)
+    (tmp_path / "photos").mkdir()
+    for index in range(16):
+        Image.fromarray(images[index]).save(tmp_path / "photos" / f"{index}.png")
+    monkeypatch.setattr(Protector, "propose_masks", lambda self, picture: [picture.rgb8()[..., 0] > 140])
+    settings = SMALL | {"treatments": ["none"], "seeds": [0]}
+    arguments = ["audit", str(tmp_path / "photos"), "-o", str(tmp_path / "out"), "--processes", "1"]
+    assert main([*arguments, *as_arguments(settings)]) == 0
+    assert "No masks were given" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.parquet"], "nowhere.parquet: no such parquet file"),
+        (["{train}", "--masks", "m"], "is a data set with a column of masks; --masks is for folders"),
+        (["{train}", "--mask-column", "labels"], "has no column 'labels'"),
+        (["{empty}"], "holds no images"),
+        (["{train}", "--processes", "0"], "--processes 0: must be at least 1"),
+        (["{train}", "--victims", "vgg"], "victims: unknown 'vgg' for the task semantic"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(arguments: list, message: str, files: dict, tmp_path: Path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = [word.format(train=files["train"], empty=tmp_path / "empty") for word in arguments]
+    assert main(["audit", *words, "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_processes_share_the_cells_and_get_the_same_figures(files: dict[str, str], tmp_path: Path):
+    figures = {}
+    for name, launch in (
+        ("one", ["-m", "unseg_hf.cli", "audit", "--processes", "1"]),
+        ("spawned", ["-m", "unseg_hf.cli", "audit", "--processes", "2"]),
+        ("launched", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unseg_hf.cli",
+                      "audit"]),
+    ):  # fmt: skip
+        command = [sys.executable, *launch, files["train"], "--test", files["test"], "-o", str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run([*command, *as_arguments(SMALL)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        figures[name] = [cell["scores"] for cell in results["cells"]]
+        assert len(figures[name]) == 8
+        assert done.stdout.count("wrote ") == 1
+    assert figures["spawned"] == figures["one"] == figures["launched"]

@@ -1,0 +1,184 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from labelled_discs import discs, encoded, write_discs, write_parquet
+from PIL import Image
+
+from unseg_hf.evaluation.labelled_images import (
+    DatasetRows,
+    ImageFiles,
+    LabelledImages,
+    ProposedSegments,
+    Raw,
+)
+
+IMAGES, NUMBERS = discs(4, 30, 40, seed=0)
+
+
+class InMemory:
+    name = "memory"
+
+    def __init__(self, labels: list, instances: list | None = None) -> None:
+        self.labels, self.instances = labels, instances
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> Raw:
+        if self.labels[index] is None:
+            raise OSError(f"image {index} is damaged")
+        instances = None if self.instances is None else self.instances[index]
+        return Raw(str(index), Image.fromarray(IMAGES[index]), self.labels[index], instances)
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_two_values_are_a_binary_mask_whatever_the_foregrounds_number(value: int):
+    images = LabelledImages(InMemory(list((NUMBERS > 0) * np.uint8(value))))
+    assert images.classes == (0, 1)
+    for labelled, numbers in zip(images, NUMBERS, strict=True):
+        np.testing.assert_array_equal(labelled.labels, numbers > 0)
+        np.testing.assert_array_equal(labelled.region, numbers > 0)
+
+
+def test_classes_are_numbered_without_gaps_and_the_test_images_follow():
+    labels = np.select([NUMBERS == 1, NUMBERS == 2], [7, 30], 3).astype(np.uint8)
+    labels[:, 0], labels[:, 1] = 255, 11
+    train = LabelledImages(InMemory(list(labels)), ignore=[11], background=[3])
+    assert train.classes == (3, 7, 30)
+    np.testing.assert_array_equal(train[0].labels[2:], NUMBERS[0, 2:])
+    assert (train[0].labels[:2] == 255).all()
+    np.testing.assert_array_equal(train[0].region[2:], NUMBERS[0, 2:] > 0)
+    assert not train[0].region[:2].any()
+
+    other = np.where(NUMBERS == 1, 30, 99).astype(np.uint8)
+    test = LabelledImages(InMemory(list(other)), like=train)
+    np.testing.assert_array_equal(test[1].labels, np.where(NUMBERS[1] == 1, 2, 255))
+
+
+def test_without_a_background_every_labelled_pixel_gets_the_full_budget():
+    labels = np.where(NUMBERS == 1, 2, NUMBERS * 0)
+    labels[:, :5], labels[:, 5] = 255, 1
+    assert np.array_equal(LabelledImages(InMemory(list(labels)))[0].region, labels[0] != 255)
+
+
+def test_things_are_the_classes_with_objects_and_segments_are_objects_then_stuff():
+    labels = np.where(NUMBERS > 0, 5, 2).astype(np.uint8)
+    labels[:, :3] = 9
+    images = LabelledImages(InMemory(list(labels), list(NUMBERS)))
+    assert images.classes == (2, 5, 9)
+    assert images.things == (1,)
+    segments = images[0].segments()
+    expected = [NUMBERS[0] == 1, NUMBERS[0] == 2, labels[0] == 2, (labels[0] == 9) & (NUMBERS[0] == 0)]
+    assert len(segments) == 4
+    for segment, mask in zip(segments, expected, strict=True):
+        np.testing.assert_array_equal(segment, mask)
+
+
+def test_one_bad_image_is_left_out_and_named_and_all_bad_ones_are_an_error():
+    labels = [*(NUMBERS[:2] > 0), None, NUMBERS[3][:9]]
+    images = LabelledImages(InMemory(labels))
+    assert [labelled.name for labelled in images] == ["0", "1"]
+    assert images.left_out == [
+        "image 2 is damaged",
+        "3: the mask is (9, 40), the image (30, 40); both must be the same",
+    ]
+    with pytest.raises(ValueError, match="memory has no image that can be used: image 0 is damaged"):
+        LabelledImages(InMemory([None]))
+
+
+def test_the_limit_counts_images_that_can_be_used():
+    images = LabelledImages(InMemory([None, *(NUMBERS[1:] > 0)]), limit=2)
+    assert [labelled.name for labelled in images] == ["1", "2"]
+    assert [labelled.name for labelled in images.first(1)] == ["1"]
+    with pytest.raises(ValueError, match="the limit of 0 images leaves none"):
+        LabelledImages(InMemory([None]), limit=0)
+
+
+def test_split_depends_on_the_pixels_alone_and_keeps_copies_together(tmp_path: Path):
+    pictures, numbers = discs(30, 30, 40, seed=3)
+    pictures[20:] = pictures[:10]
+    for names in (range(30), reversed(range(30))):
+        order = list(names)
+        columns = {
+            "name": [str(i) for i in order],
+            "image": [encoded(pictures[i]) for i in order],
+            "mask": [encoded((numbers[i] > 0).astype(np.uint8)) for i in order],
+        }
+        train, test = LabelledImages(DatasetRows(write_parquet(tmp_path / "all.parquet", columns))).split(0.3)
+        assert {x.name for x in train} | {x.name for x in test} == {str(i) for i in range(30)}
+        assert not set(train.digests) & set(test.digests)
+        if order[0] == 0:
+            first = {x.name for x in test}
+    assert {x.name for x in test} == first
+    assert 3 <= len(first) <= 18
+    with pytest.raises(ValueError, match="has 1 images, of which"):
+        train.first(1).split(0.5)
+
+
+def test_the_fingerprint_follows_images_masks_and_classes(tmp_path: Path):
+    file = write_discs(tmp_path / "a.parquet", 3, seed=1)
+    first = LabelledImages(DatasetRows(file)).fingerprint()
+    assert LabelledImages(DatasetRows(write_discs(tmp_path / "b.parquet", 3, seed=1))).fingerprint() == first
+    others = [
+        LabelledImages(DatasetRows(file), limit=2),
+        LabelledImages(DatasetRows(file, instance_column="instances")),
+        LabelledImages(DatasetRows(file), kind="classes"),
+        LabelledImages(DatasetRows(file, mask_column="instances"), kind="binary"),
+        LabelledImages(DatasetRows(write_discs(tmp_path / "c.parquet", 3, seed=2))),
+    ]
+    fingerprints = {images.fingerprint() for images in others}
+    assert len(fingerprints | {first}) == 1 + len(others)
+
+
+def test_rows_with_instances(tmp_path: Path):
+    images = LabelledImages(DatasetRows(write_discs(tmp_path / "a.parquet", 2, seed=1), instance_column="instances"))
+    np.testing.assert_array_equal(images[1].instances, discs(2, 44, 52, seed=1)[1][1])
+    assert images.things == (1,)
+    assert images.binary
+
+
+def test_a_jpeg_mask_is_read_as_binary_only(tmp_path: Path):
+    columns = {
+        "name": ["a"],
+        "image": [encoded(IMAGES[0])],
+        "mask": [encoded((NUMBERS[0] > 0) * np.uint8(255), "JPEG")],
+    }
+    file = write_parquet(tmp_path / "jpeg.parquet", columns)
+    with pytest.raises(ValueError, match="is a JPEG, which changes label numbers"):
+        LabelledImages(DatasetRows(file))
+    images = LabelledImages(DatasetRows(file, kind="binary"), kind="binary")
+    assert (images[0].region == (NUMBERS[0] > 0)).mean() > 0.98
+
+
+def test_image_files_with_masks(tmp_path: Path):
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    Image.fromarray((NUMBERS[0] > 0) * np.uint8(255)).save(tmp_path / "a_mask.png")
+    pairs = [(tmp_path / "a.png", tmp_path / "a_mask.png"), (tmp_path / "no.png", tmp_path / "no_mask.png")]
+    images = LabelledImages(ImageFiles(pairs, "photos"))
+    assert len(images) == 1
+    assert re.search(r"no\.png", images.left_out[0])
+    np.testing.assert_array_equal(np.asarray(images[0].image), IMAGES[0])
+    np.testing.assert_array_equal(images[0].region, NUMBERS[0] > 0)
+
+
+def test_proposed_segments_are_the_foreground_and_an_image_without_any_is_left_out(tmp_path: Path, monkeypatch):
+    from unseg_hf.protection import Protector
+
+    for index in range(2):
+        Image.fromarray(IMAGES[index]).save(tmp_path / f"{index}.png")
+    found = {IMAGES[0].tobytes(): [NUMBERS[0] == 1, NUMBERS[0] == 2], IMAGES[1].tobytes(): []}
+    monkeypatch.setattr(Protector, "propose_masks", lambda self, picture: found[picture.rgb8().tobytes()])
+    images = LabelledImages(ProposedSegments([tmp_path / "0.png", tmp_path / "1.png"], "photos"))
+    assert len(images) == 1
+    assert "finds no object in it; give a mask" in images.left_out[0]
+    np.testing.assert_array_equal(images[0].region, NUMBERS[0] > 0)
+
+
+def test_too_many_classes_and_unknown_kinds_are_refused():
+    many = np.arange(30 * 40).reshape(30, 40)
+    with pytest.raises(ValueError, match="has 1199 classes; at most 255"):
+        LabelledImages(InMemory([many]))
+    with pytest.raises(ValueError, match="masks are 'colours': must be one of auto, binary, classes"):
+        LabelledImages(InMemory([many]), kind="colours")

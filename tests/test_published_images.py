@@ -1,0 +1,189 @@
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from labelled_discs import write_discs
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+import unseg_hf
+from unseg_hf.evaluation.controls import CONTROLS
+from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
+from unseg_hf.evaluation.published_images import (
+    annotation_squares,
+    clean_squares,
+    noise_settings,
+    publish,
+    published_files,
+    treat,
+)
+
+BUDGET = {"epsilon": 8 / 255, "epsilon_background": 2 / 255}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> LabelledImages:
+    return LabelledImages(DatasetRows(write_discs(tmp_path / "train.parquet", 4, seed=0)))
+
+
+def pixels_of(folder: Path, images: LabelledImages) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file)) for file in published_files(folder, images)]
+
+
+@pytest.mark.parametrize("noise", CONTROLS)
+def test_every_control_is_published_with_its_budget_and_measured(noise: str, images: LabelledImages, tmp_path: Path):
+    measured = publish(images, noise, tmp_path / "out", **BUDGET)
+    settings = noise_settings(images, noise, **BUDGET, model=None)
+    outside = 8 if noise == "whole" else 2
+    assert (measured.max_inside, measured.max_outside, measured.unchanged) == (8, outside, 0)
+    assert (settings["epsilon"], settings["epsilon_background"]) == (8 / 255, outside / 255)
+    psnrs = []
+    for labelled, file in zip(images, pixels_of(tmp_path / "out", images), strict=True):
+        difference = np.abs(file.astype(int) - np.asarray(labelled.image))
+        np.testing.assert_array_equal(difference.max(axis=2), np.where(labelled.region, 8, outside))
+        pair = [torch.tensor(np.asarray(image), dtype=torch.float32) for image in (file, labelled.image)]
+        psnrs.append(peak_signal_noise_ratio(*pair, data_range=255.0).item())
+    assert measured.mean_psnr == pytest.approx(np.mean(psnrs), abs=1e-3)
+    assert 0.3 < measured.mean_ssim < 1
+
+
+def test_clean_files_are_the_images(images: LabelledImages, tmp_path: Path):
+    measured = publish(images, "clean", tmp_path / "out", **BUDGET)
+    assert (measured.unchanged, measured.mean_psnr, measured.mean_ssim) == (4, None, pytest.approx(1))
+    for labelled, file in zip(images, pixels_of(tmp_path / "out", images), strict=True):
+        np.testing.assert_array_equal(file, np.asarray(labelled.image))
+
+
+def test_controls_of_many_classes_follow_the_label_map(tmp_path: Path):
+    file = write_discs(tmp_path / "train.parquet", 2, seed=0)
+    images = LabelledImages(DatasetRows(file, mask_column="instances"), kind="classes", background=[0])
+    publish(images, "colour", tmp_path / "out", **BUDGET)
+    for labelled, file in zip(images, pixels_of(tmp_path / "out", images), strict=True):
+        change = file.astype(int) - np.asarray(labelled.image)
+        means = [change[labelled.labels == label].mean(axis=0).round().astype(int).tolist() for label in range(3)]
+        assert np.abs(means).max(axis=1).tolist() == [2, 8, 8]
+        assert len({tuple(np.sign(mean)) for mean in means}) == 3
+
+
+def test_published_files_do_not_depend_on_the_other_images(images: LabelledImages, tmp_path: Path):
+    publish(images, "random", tmp_path / "all", **BUDGET)
+    publish(images.first(2), "random", tmp_path / "few", **BUDGET)
+    few, every = pixels_of(tmp_path / "few", images.first(2)), pixels_of(tmp_path / "all", images)
+    np.testing.assert_array_equal(few[1], every[1])
+    assert (every[0] != every[1]).any()
+
+
+def test_an_incomplete_folder_is_made_anew_but_never_a_foreign_one(images: LabelledImages, tmp_path: Path):
+    publish(images, "random", tmp_path / "random", **BUDGET)
+    first = published_files(tmp_path / "random", images)[0]
+    before = first.read_bytes()
+    first.unlink()
+    publish(images, "random", tmp_path / "random", **BUDGET)
+    assert first.read_bytes() == before
+    measured = publish(images, "random", tmp_path / "random", epsilon=4 / 255, epsilon_background=1 / 255)
+    assert (measured.max_inside, measured.max_outside) == (4, 1)
+    again = first.stat().st_mtime_ns
+    assert publish(images, "random", tmp_path / "random", epsilon=4 / 255, epsilon_background=1 / 255) == measured
+    assert first.stat().st_mtime_ns == again
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "000000.png").touch()
+    with pytest.raises(FileExistsError, match=r"photos exists and has no manifest\.json"):
+        publish(images, "random", tmp_path / "photos", **BUDGET)
+    assert (tmp_path / "photos" / "000000.png").is_file()
+
+
+def test_a_generator_over_the_budget_publishes_nothing(images: LabelledImages, tmp_path: Path, monkeypatch):
+    def overspend(image, mask, epsilon, epsilon_background):
+        pixels = np.asarray(image).astype(int) + np.where(mask, 8, 3)[..., None]
+        return SimpleNamespace(image=Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+
+    monkeypatch.setattr(
+        unseg_hf.Protector, "from_pretrained", lambda model, device: SimpleNamespace(protect=overspend)
+    )
+    with pytest.raises(ValueError, match="differ by 3 grey levels outside the region, over the budget of 2"):
+        publish(images, "generator", tmp_path / "generator", **BUDGET)
+    assert not (tmp_path / "generator").exists()
+
+
+def test_the_generator_publishes_the_protectors_pixels_in_both_modes(loud_protector, tmp_path: Path):
+    file = write_discs(tmp_path / "train.parquet", 1, seed=0)
+    images = LabelledImages(DatasetRows(file, instance_column="instances"))
+    loud_protector.model.save_pretrained(tmp_path / "model")
+    loud_protector.processor.save_pretrained(tmp_path / "model")
+    protector = unseg_hf.Protector.from_pretrained(tmp_path / "model")
+    labelled = images[0]
+    prompts = {
+        "generator": {"mask": labelled.region},
+        "generator-per-segment": {"masks": [labelled.instances == 1, labelled.instances == 2], "mode": "per_segment"},
+    }
+    published = {}
+    for noise, prompt in prompts.items():
+        measured = publish(images, noise, tmp_path / noise, model=str(tmp_path / "model"), **BUDGET)
+        assert 0 < measured.max_inside <= 8
+        assert measured.max_outside <= 2
+        (published[noise],) = pixels_of(tmp_path / noise, images)
+        expected = protector.protect(labelled.image, **prompt, **BUDGET).image
+        np.testing.assert_array_equal(published[noise], np.asarray(expected))
+    assert (published["generator"] != published["generator-per-segment"]).any()
+
+
+def test_settings_follow_the_generators_weights(images: LabelledImages, tmp_path: Path):
+    for text in ("a", "b"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "model.safetensors").write_text(text)
+        settings = noise_settings(images, "generator", **BUDGET, model=str(tmp_path / "model"))
+        if text == "a":
+            first = settings
+    assert settings != first
+
+
+def test_victims_see_the_treated_files(images: LabelledImages, tmp_path: Path):
+    publish(images, "stripes", tmp_path / "stripes", **BUDGET)
+    seen = {}
+    for treatment in ("none", "jpeg75", "half"):
+        treat(tmp_path / "stripes", images, treatment, 32, tmp_path / f"{treatment}.npy")
+        seen[treatment] = np.load(tmp_path / f"{treatment}.npy")
+        assert seen[treatment].shape == (4, 3, 32, 32)
+    for index, file in enumerate(published_files(tmp_path / "stripes", images)):
+        buffer = io.BytesIO()
+        Image.open(file).save(buffer, "JPEG", quality=75)
+        jpeg = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)[None].float()
+        expected = {"jpeg75": [(32, 32)], "half": [(22, 26), (32, 32)]}
+        for treatment, sizes in expected.items():
+            pixels = jpeg if treatment == "jpeg75" else torch.tensor(np.array(Image.open(file))).permute(2, 0, 1)[None]
+            for size in sizes:
+                pixels = torch.nn.functional.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
+            assert np.abs(seen[treatment][index] - pixels[0].numpy()).max() <= 2
+    assert (seen["none"] != seen["jpeg75"]).any()
+    before = (tmp_path / "half.npy").stat().st_mtime_ns
+    treat(tmp_path / "stripes", images, "half", 32, tmp_path / "half.npy")
+    assert (tmp_path / "half.npy").stat().st_mtime_ns == before
+
+
+def test_removal_is_fitted_to_the_published_files(images: LabelledImages, tmp_path: Path):
+    publish(images, "stripes", tmp_path / "stripes", **BUDGET)
+    publish(images.first(2), "stripes", tmp_path / "attacker", **BUDGET)
+    attacker = (tmp_path / "attacker", images.first(2))
+    for name in ("median3", "denoiser"):
+        treat(tmp_path / "stripes", images, f"removal:{name}", 32, tmp_path / f"{name}.npy", attacker)
+        assert np.load(tmp_path / f"{name}.npy").shape == (4, 3, 32, 32)
+    with pytest.raises(ValueError, match="denoiser"):
+        treat(tmp_path / "stripes", images, "removal:denoiser", 32, tmp_path / "without.npy")
+
+
+def test_annotations_are_resized_from_their_own_size_by_nearest_neighbour(tmp_path: Path):
+    file = write_discs(tmp_path / "train.parquet", 2, seed=0)
+    images = LabelledImages(DatasetRows(file, instance_column="instances"))
+    labels, instances = annotation_squares(images, 64)
+    assert labels.shape == instances.shape == clean_squares(images, 64)[:, 0].shape
+    for index, labelled in enumerate(images):
+        rows, columns = (np.arange(64) + 0.5) * 44 // 64, (np.arange(64) + 0.5) * 52 // 64
+        picked = np.ix_(rows.astype(int), columns.astype(int))
+        np.testing.assert_array_equal(labels[index], labelled.labels[picked])
+        np.testing.assert_array_equal(instances[index], labelled.instances[picked])
+    assert annotation_squares(LabelledImages(DatasetRows(file)), 64)[1] is None

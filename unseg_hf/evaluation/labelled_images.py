@@ -1,0 +1,314 @@
+"""The images that an audit publishes and tests on: what a victim learns from, class by class and object by object."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+IGNORED = 255
+"""Label of pixels without a class."""
+
+MASK_KINDS = ("auto", "binary", "classes")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImage:
+    """One image and its annotation.
+
+    Args:
+        name: what an error calls it.
+        image: RGB, upright.
+        labels: `(height, width)` uint8, class ids from 0 on without gaps, 255 where there is no class.
+        region: `(height, width)` bool: what gets the full budget, the labelled pixels that are no background.
+        instances: `(height, width)` int32, number of the object, 0 for none; None where the data set has no objects.
+    """
+
+    name: str
+    image: Image.Image
+    labels: np.ndarray
+    region: np.ndarray
+    instances: np.ndarray | None = None
+
+    def segments(self) -> list[np.ndarray]:
+        """A bool mask for each object, and for each class of the pixels of no object."""
+        instances = np.zeros(self.labels.shape, np.int32) if self.instances is None else self.instances
+        objects = [instances == number for number in np.unique(instances) if number]
+        rest = np.where(instances == 0, self.labels, IGNORED)
+        return objects + [rest == label for label in np.unique(rest) if label != IGNORED]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An image as its source holds it: labels with the source's own numbers."""
+
+    name: str
+    image: Image.Image
+    labels: np.ndarray
+    instances: np.ndarray | None = None
+
+
+class RawSource(Protocol):
+    """Where raw images come from: `len` and `load`, which raises OSError or ValueError for one that is unfit."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Raw: ...
+
+
+class DatasetRows:
+    """A parquet file, a folder as `datasets` reads it, or a Hub id; see [`unseg_hf.data.hf_datasets.DatasetSource`].
+
+    Args:
+        location: of the data set.
+        split: of the data set.
+        image_column: name of the image column.
+        mask_column: name of the column of masks.
+        instance_column: name of the column of object numbers; None where objects do not matter.
+        kind: "binary" takes every mask value but 0 as one class, which JPEG masks need; else values are classes.
+
+    Raises:
+        FileNotFoundError: there is nothing at the location.
+        ValueError: no such split or column, or columns that hold no images.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        split: str = "train",
+        image_column: str = "image",
+        mask_column: str = "mask",
+        instance_column: str | None = None,
+        kind: str = "auto",
+    ) -> None:
+        from unseg_hf.data.hf_datasets import DatasetSource
+
+        where = {"location": str(location), "split": split, "image_column": image_column}
+        self._masks = DatasetSource(
+            **where, mask_column=mask_column, masks="binary" if kind == "binary" else "classes"
+        )
+        self._instances = None
+        if instance_column is not None:
+            self._instances = DatasetSource(**where, mask_column=instance_column, masks="instances")
+        self.name = self._masks.name
+
+    def __len__(self) -> int:
+        return self._masks.size
+
+    def load(self, index: int) -> Raw:
+        record = self._masks.load(index)
+        if not record.masks:
+            raise ValueError(f"{self.name}: {record.name} has no mask")
+        labels = record.masks[0] if record.class_ids is None else record.masks.labels
+        instances = None if self._instances is None else self._instances.load(index).masks.labels
+        return Raw(record.name, record.image.convert("RGB"), labels, instances)
+
+
+class ImageFiles:
+    """Image files with a mask file each.
+
+    Args:
+        pairs: image file and mask file.
+        name: of the folder that they come from.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], name: str) -> None:
+        self._pairs, self.name = list(pairs), name
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def load(self, index: int) -> Raw:
+        from unseg_hf.image_files import read, read_mask
+
+        image, mask = self._pairs[index]
+        return Raw(str(image), Image.fromarray(read(image).rgb8()), read_mask(mask))
+
+
+class ProposedSegments:
+    """Images without masks: what the SAM inside a generator takes for objects is the foreground.
+
+    Args:
+        images: image files.
+        name: of the folder that they come from.
+        model: checkpoint of the generator; None for the embedded one.
+        device: where it runs.
+    """
+
+    def __init__(self, images: Sequence[Path], name: str, model: str | None = None, device: str = "cpu") -> None:
+        self._images, self.name, self._model, self._device = list(images), name, model, device
+        self._protector = None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int) -> Raw:
+        from unseg_hf.image_files import read
+        from unseg_hf.protection import Protector
+
+        self._protector = self._protector or Protector.from_pretrained(self._model, device=self._device)
+        picture = read(self._images[index])
+        masks = self._protector.propose_masks(picture)
+        if not masks:
+            raise ValueError(f"{self._images[index]}: the generator's SAM finds no object in it; give a mask")
+        return Raw(str(self._images[index]), Image.fromarray(picture.rgb8()), np.logical_or.reduce(masks))
+
+
+class LabelledImages(Sequence):
+    """Those images of a source that can be used, with class ids that start at 0 and have no gaps.
+
+    Everything is decoded once here, so that what is unfit is known before anything is trained; images are decoded
+    again when they are asked for, and never all held.
+
+    Args:
+        source: where they come from.
+        kind: "binary": two classes, 0 and everything else; "classes": each value is a class; "auto": binary if there
+            is no more than one value but 0.
+        ignore: values that are no class. With several classes 255 is always one of them.
+        background: values of the classes that get the background's budget; of binary masks it is 0.
+        like: other images whose classes these have too, as test images have those of the training images; values
+            that are none of them count as ignored. `kind`, `ignore` and `background` are taken
+            from there.
+        limit: take the first so many images that can be used; None: all.
+
+    Attributes:
+        binary: whether there are two classes, 0 and everything else.
+        classes: the source's value of each class id; (0, 1) for binary masks.
+        things: ids of the classes that have objects, empty without instances.
+        digests: SHA-256 of each image's pixels.
+        left_out: why images were left out, a line each.
+
+    Raises:
+        ValueError: no image can be used, or there are more than 255 classes.
+    """
+
+    def __init__(
+        self,
+        source: RawSource,
+        kind: str = "auto",
+        ignore: Sequence[int] = (),
+        background: Sequence[int] = (),
+        like: LabelledImages | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if kind not in MASK_KINDS:
+            raise ValueError(f"masks are {kind!r}: must be one of {', '.join(MASK_KINDS)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"the limit of {limit} images leaves none; take at least 1, or None for all")
+        self._source, self._indices = source, []
+        self.name, self.left_out, self.digests = source.name, [], []
+        self._annotations = hashlib.sha256()
+        values: set[int] = set()
+        objects: set[int] = set()
+        for index in range(len(source)):
+            try:
+                raw = source.load(index)
+                _check(raw)
+            except (OSError, ValueError) as error:
+                self.left_out.append(" ".join(str(error).split()))
+                continue
+            self._indices.append(index)
+            self.digests.append(hashlib.sha256(str(raw.image.size).encode() + raw.image.tobytes()).hexdigest())
+            for part in (raw.name.encode(), raw.labels.tobytes(), b"" if raw.instances is None else raw.instances):
+                self._annotations.update(hashlib.sha256(part).digest())
+            values |= set(np.unique(raw.labels).tolist())
+            if raw.instances is not None:
+                objects |= set(np.unique(raw.labels[raw.instances != 0]).tolist())
+            if len(self._indices) == limit:
+                break
+        if not self._indices:
+            reason = f": {self.left_out[0]}" if self.left_out else ""
+            raise ValueError(f"{source.name} has no image that can be used{reason}")
+        if like is not None:
+            self.classes, self.binary = like.classes, like.binary
+            self._ignored, self._background = like._ignored, like._background
+        else:
+            self._ignored = frozenset(ignore)
+            values -= self._ignored
+            self.binary = kind == "binary" or (kind == "auto" and len(values - {0}) <= 1)
+            # The one class of a binary mask is everything but 0, whatever its number: 1 and 255 are both in use.
+            self.classes = (0, 1) if self.binary else tuple(sorted(values - {IGNORED}))
+            self._background = (0,) if self.binary else tuple(background)
+        if len(self.classes) > IGNORED:
+            raise ValueError(f"{source.name} has {len(self.classes)} classes; at most {IGNORED} fit into a label map")
+        objects = {int(value != 0) for value in objects} if self.binary else objects
+        self.things = tuple(i for i, value in enumerate(self.classes) if value in objects)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> LabelledImage:
+        raw = self._source.load(self._indices[index])
+        labels = np.full(raw.labels.shape, IGNORED, np.uint8)
+        if self.binary:
+            counted = ~np.isin(raw.labels, list(self._ignored))
+            labels[counted] = raw.labels[counted] != 0
+        else:
+            for number, value in enumerate(self.classes):
+                labels[raw.labels == value] = number
+        instances = None if raw.instances is None else raw.instances.astype(np.int32)
+        background = [number for number, value in enumerate(self.classes) if value in self._background]
+        region = ~np.isin(labels, [*background, IGNORED])
+        return LabelledImage(raw.name, raw.image, labels, region, instances)
+
+    @property
+    def has_instances(self) -> bool:
+        """Whether the source numbers objects."""
+        return self._source.load(self._indices[0]).instances is not None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of images, names, annotations and classes: the same data have the same one, wherever they lie."""
+        whole = hashlib.sha256("".join(self.digests).encode() + self._annotations.digest())
+        whole.update(repr((self.classes, self.binary, sorted(self._ignored), self._background)).encode())
+        return whole.hexdigest()
+
+    def split(self, test_share: float) -> tuple[LabelledImages, LabelledImages]:
+        """Training and test images; which is which depends on the images' pixels alone, and copies stay together.
+
+        Args:
+            test_share: in (0, 1), the share of test images.
+
+        Raises:
+            ValueError: one side would be empty.
+        """
+        test = {digest for digest in self.digests if int(digest[:8], 16) < test_share * 2**32}
+        sides = tuple(
+            self._some([i for i, digest in enumerate(self.digests) if (digest in test) == is_test])
+            for is_test in (False, True)
+        )
+        if not all(map(len, sides)):
+            raise ValueError(
+                f"{self.name} has {len(self)} images, of which {len(sides[1])} would be test images; give more, or "
+                "test images of their own"
+            )
+        return sides
+
+    def first(self, count: int | None) -> LabelledImages:
+        """The first so many images; None: all."""
+        return self._some(range(len(self))[:count])
+
+    def _some(self, indices: Sequence[int]) -> LabelledImages:
+        some = copy(self)
+        some._indices = [self._indices[index] for index in indices]
+        some.digests = [self.digests[index] for index in indices]
+        return some
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        return (self[index] for index in range(len(self)))
+
+
+def _check(raw: Raw) -> None:
+    size = (raw.image.height, raw.image.width)
+    for what, values in (("mask", raw.labels), ("map of instances", raw.instances)):
+        if values is not None and values.shape != size:
+            raise ValueError(f"{raw.name}: the {what} is {values.shape}, the image {size}; both must be the same")
+    if raw.labels.dtype.kind == "f":
+        raise ValueError(f"{raw.name}: the mask is {raw.labels.dtype}; give whole numbers, one for each class")
