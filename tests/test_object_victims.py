@@ -73,22 +73,26 @@ def scores(victim, batch: Batch) -> dict:
     )
 
 
-@pytest.mark.parametrize(
-    ("victim_class", "steps", "score"),
-    [
-        (Mask2FormerVictim, 30, "ap50"),
-        (SamVictim, 200, "object_iou"),
-        (SamHQVictim, 200, "object_iou"),
-    ],
-)
-def test_finds_squares_in_new_images(victim_class, steps, score):
-    victim = build(victim_class)
-    losses = train(victim, squares(64), steps)
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+def test_mask2former_finds_squares_in_new_images():
+    victim = build(Mask2FormerVictim)
+    losses = train(victim, squares(64), 60)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     found = scores(victim, squares(8, seed=1))
-    assert found[score] > 0.5
+    assert found["ap50"] > 0.5
     assert victim.training
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("victim_class", [SamVictim, SamHQVictim])
+def test_interactive_victims_find_the_red_squares_in_new_images(victim_class):
+    """To tell two objects by their boxes alone takes them a minute."""
+
+    def red(batch: Batch) -> Batch:
+        return Batch(batch.images, batch.labels, (batch.labels == 2).long())
+
+    victim = build(victim_class)
+    train(victim, red(squares(64)), 100)
+    assert scores(victim, red(squares(8, seed=1)))["object_iou"] > 0.5
 
 
 @pytest.mark.parametrize(("victim_class", "steps"), [(RTDetrVictim, 60), (DFineVictim, 60)])

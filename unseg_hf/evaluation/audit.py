@@ -248,9 +248,15 @@ class Audit:
         state.wait_for_everyone()
         self._run_cells(cells, pending, rank, world)
         state.wait_for_everyone()
-        if rank == 0:
-            self._write()
-        return self.results()
+        return self.report() if rank == 0 else self.results()
+
+    def report(self) -> dict[str, Any]:
+        """Write results and report of the cells that are done; nothing is trained, noises may be published."""
+        from unseg_hf.evaluation.report import write_report
+
+        results = self.results()
+        write_report(self.config.output, results)
+        return results
 
     def results(self) -> dict[str, Any]:
         """What `results.json` holds, of the cells that are done."""
@@ -300,7 +306,7 @@ class Audit:
             )
             if rank == 0:
                 # A run that is stopped leaves a report of what it had.
-                self._write()
+                self.report()
 
     def _train_and_test(self, cell: Cell) -> dict[str, Any]:
         from unseg_hf.evaluation.tasks import evaluate_victim, score_name
@@ -408,11 +414,6 @@ class Audit:
         settings = asdict(cell) | self._data | {key: getattr(config, key) for key in VICTIM_SETTINGS}
         settings["parts"] = [self._treated_settings(*part) for part in self._parts(cell)]
         return config.output / "cells" / f"{_key(settings)}.json"
-
-    def _write(self) -> None:
-        from unseg_hf.evaluation.report import write_report
-
-        write_report(self.config.output, self.results())
 
     def _write_examples(self) -> None:
         """The same part of three training images with every noise, at 100 %, and the noises amplified."""

@@ -73,9 +73,7 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
         metavar="N",
         help="classes that are background",
     )
-    data.add_argument(
-        "--attacker", metavar="DATA", help="clean images for removal:denoiser (default: the test's)"
-    )
+    data.add_argument("--attacker", metavar="DATA", help="clean images for removal:denoiser (default: the test's)")
     data.add_argument("--max-train", type=int, metavar="N", help="publish the first N images only")
     data.add_argument("--max-test", type=int, metavar="N", help="test on the first N images only")
     grid = parser.add_argument_group("grid (names: a wrong one lists them all)")
@@ -101,6 +99,9 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
     training.add_argument(
         "--processes", type=int, metavar="N", help="victims trained at a time (default: a core each, at most 4)"
     )
+    training.add_argument(
+        "--report-only", action="store_true", help="report what OUT holds of the grid, train nothing"
+    )
     noise = parser.add_argument_group("noise")
     noise.add_argument("--epsilon", type=float, metavar="N", help="bound in the region, of 255 (default: 8)")
     noise.add_argument("--epsilon-background", type=float, metavar="N", help="bound elsewhere (default: a quarter)")
@@ -111,10 +112,13 @@ def run_audit(options: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     processes = _processes(options)
     audit = _audit(options)
-    if processes > 1:
+    if options.report_only:
+        audit.report()
+    elif processes > 1:
         # What can be refused has been refused above, once and not by every process.
         return _run_in_processes(options, processes)
-    audit.run()
+    else:
+        audit.run()
     if int(os.environ.get("RANK", 0)) == 0:
         from unseg_hf.evaluation.report import summary, terminal_table
 

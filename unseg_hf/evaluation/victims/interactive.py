@@ -80,7 +80,7 @@ class SamVictim(Victim):
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name.startswith(self.FINE_TUNED))
         # Nothing here asks for the predicted IoU, and the loss does not train it. The frequencies that encode
-        # positions are drawn once and kept (SAM, appendix A).
+        # positions are drawn once and kept, as in the authors' code.
         self.model.mask_decoder.iou_prediction_head.requires_grad_(False)
         self.model.shared_image_embedding.requires_grad_(False)
 

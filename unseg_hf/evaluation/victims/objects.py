@@ -205,7 +205,7 @@ class Mask2FormerVictim(_MaskClassifier):
     """Mask2Former (Cheng et al., CVPR 2022); "full" has the published sizes with Swin-T."""
 
     MODEL = Mask2FormerForUniversalSegmentation
-    lr = 1e-3
+    lr = 5e-4
     pretrained_lr = 1e-4
     max_grad_norm = 1.0
 

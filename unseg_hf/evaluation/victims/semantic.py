@@ -111,15 +111,20 @@ def _enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 class UNetVictim(SemanticVictim):
-    """U-Net (Ronneberger et al., MICCAI 2015) at the full size of the images. No pretrained weights."""
+    """U-Net (Ronneberger et al., MICCAI 2015). No pretrained weights.
+
+    The small one works at half the size of the images, with 2 x 2 pixels laid into channels so that no noise is
+    averaged away: an evaluation is made of many victims, and this costs a third.
+    """
 
     size_multiple = 16
     lr = 3e-3
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
     def _new(self, num_classes: int, preset: str) -> nn.Module:
-        width = {"small": 8, "full": 64}[preset]
-        return UNet(num_classes, width=width, stem_stride=1, poolings=4)
+        if preset == "full":
+            return UNet(num_classes, width=64, stem_stride=1, poolings=4)
+        return nn.Sequential(nn.PixelUnshuffle(2), UNet(num_classes, in_channels=4 * 3, width=12, stem_stride=1))
 
 
 class UNetPlusPlusVictim(SemanticVictim):
