@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from unseg_hf.evaluation.augmentation import adversarial, plain_augmentation, strong_augmentation
 
+from unseg_hf.evaluation.augmentation import adversarial, plain_augmentation, strong_augmentation
 from unseg_hf.evaluation.victims.base import Batch, Victim
 
 TRAININGS = ("plain", "strong", "adversarial")

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+
+from unseg_hf.evaluation.augmentation import adversarial, plain_augmentation, strong_augmentation
+from unseg_hf.evaluation.victims.base import Batch, Victim
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def batch(count: int = 16, size: int = 48) -> Batch:
+    """Images of which a disc off the middle is white, with labels and instances that follow."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    disc = ((rows - 18) ** 2 + (columns - 28) ** 2 < 64).long().repeat(count, 1, 1)
+    instances = disc * torch.arange(1, count + 1).view(-1, 1, 1) * 1000
+    return Batch(0.3 + 0.5 * disc[:, None].float().repeat(1, 3, 1, 1), disc, instances)
+
+
+def test_flips_take_the_annotations_along():
+    torch.manual_seed(0)
+    before = batch()
+    after = plain_augmentation(before)
+    assert torch.equal(after.images[:, 0] > 0.5, after.labels == 1)
+    assert torch.equal(after.instances, after.labels * torch.arange(1, 17).view(-1, 1, 1) * 1000)
+    flipped = (after.labels != before.labels).flatten(1).any(1)
+    assert 0 < flipped.sum() < 16
+    assert torch.equal(after.labels[flipped], before.labels[flipped].flip(-1))
+    assert plain_augmentation(Batch(before.images, before.labels)).instances is None
+
+
+def test_strong_augmentation_keeps_images_and_annotations_aligned():
+    torch.manual_seed(0)
+    before = batch(64)
+    after = strong_augmentation(before)
+    assert after.images.min() >= 0
+    assert after.images.max() <= 1
+    counted = after.labels != 255
+    assert torch.equal(after.instances > 0, after.labels == 1)
+    for image, labels, inside, instances in zip(after.images, after.labels, counted, after.instances, strict=True):
+        assert set(labels.unique().tolist()) <= {0, 1, 255}
+        assert len(instances.unique()) == 2
+        brightness = image.mean(0)
+        bright = brightness > (brightness[labels == 1].mean() + brightness[labels == 0].mean()) / 2
+        # Blur and interpolation move the edge by a pixel or two.
+        union = (bright & inside) | (labels == 1)
+        assert ((bright & (labels == 1)).sum() / union.sum()) > 0.7
+    # What is outside the image is black, but for the blur of its edge.
+    assert (after.images.amax(1)[~counted] < 0.02).float().mean() > 0.8
+
+
+def test_strong_augmentation_differs_from_image_to_image_and_repeats_with_the_seed():
+    torch.manual_seed(0)
+    after = strong_augmentation(batch(64))
+    torch.manual_seed(0)
+    assert torch.equal(strong_augmentation(batch(64)).images, after.images)
+    areas = (after.labels == 1).flatten(1).sum(1) / (batch(1).labels == 1).sum()
+    assert areas.min() < 0.6  # 0.6 ** 2 = 0.36 at the smallest scale
+    assert areas.max() > 1.8  # 1.6 ** 2 = 2.56 at the largest
+    assert areas.min() > 0.3
+    assert areas.max() < 2.7
+    centres = torch.stack([(labels == 1).nonzero().float().mean(0) for labels in after.labels])
+    assert centres.std(0).min() > 2
+    assert 0 < (after.images.std(1).flatten(1).amax(1) < 1e-6).sum() < 64
+
+
+class Linear(Victim):
+    task = "semantic"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.layer(batch.images), batch.labels)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adversarial_images_raise_the_loss_within_the_radius_and_leave_no_gradients(steps: int):
+    torch.manual_seed(0)
+    victim, before = Linear(), batch(4)
+    after = adversarial(victim, before, radius=8 / 255, steps=steps)
+    difference = (after.images - before.images).abs()
+    assert difference.max() <= 8 / 255 + 1e-6
+    assert after.images.min() >= 0
+    assert after.images.max() <= 1
+    assert victim.loss(after) > victim.loss(before) + 0.01
+    assert all(parameter.grad is None for parameter in victim.parameters())
+    assert not after.images.requires_grad
+    assert torch.equal(after.labels, before.labels)
+    if steps == 3:
+        # The loss is convex in the pixels here: the steps end in a corner of the box.
+        assert (difference > 8 / 255 - 1e-4).float().mean() > 0.95

@@ -1,0 +1,205 @@
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unseg_hf.evaluation.report import (
+    report_markdown,
+    retained_utility,
+    scores,
+    summary,
+    terminal_table,
+    write_report,
+)
+
+MEASURED = {"images": 400, "max_inside": 8, "max_outside": 2, "mean_psnr": 36.2, "mean_ssim": 0.95, "ssim_images": 50}
+UNTOUCHED = {"clean": 0.5, "generator": 0.05, "random": 0.48, "stripes": 0.3}
+
+
+def results(figures: dict[tuple[str, str], float] | None = None, spread: float = 0.02, **changes) -> dict:
+    """Three seeds of a U-Net: a mean for each noise and treatment, and one seed each above and below it."""
+    figures = figures or {(noise, "none"): value for noise, value in UNTOUCHED.items()}
+    noises, treatments = (list(dict.fromkeys(names)) for names in zip(*figures, strict=True))
+    cells = [
+        {"noise": noise, "treatment": treatment, "victim": "unet", "training": "plain", "clean_share": 0.0,
+         "seed": seed, "scores": {"foreground_iou": value + (seed - 1) * spread}, "seconds": 1.0}
+        for ((noise, treatment), value), seed in product(figures.items(), range(3))
+    ]  # fmt: skip
+    grid = {"noises": noises, "treatments": treatments, "victims": ["unet"], "trainings": ["plain"]}
+    return {
+        "command": "unseg audit data -o out",
+        "settings": {"task": "semantic", "num_classes": 2, "classes": [0, 1], "train_images": 400, "test_images": 99},
+        "score": "foreground_iou",
+        "trivial_score": 0.2,
+        "grid": grid | {"clean_shares": [0.0], "seeds": [0, 1, 2]},
+        "noises": {noise: {"settings": {}, "measured": dict(MEASURED)} for noise in noises},
+        "cells": cells,
+        "planned": len(cells),
+        "notes": [],
+    } | changes  # fmt: skip
+
+
+def test_the_plain_words_hold_the_figures():
+    text = summary(results())
+    assert "a model trained on the protected images reached 0.050, 10% of the 0.500 that it reached on clean" in text
+    assert "random noise of the same strength: 96%" in text
+    assert "The strongest control, `stripes`, left 60%" in text
+    assert "nothing" not in text
+
+
+def test_retained_utility_is_taken_from_clean_images_treated_alike():
+    figures = {(noise, "none"): value for noise, value in UNTOUCHED.items()}
+    figures |= {("clean", "greyscale"): 0.4, ("generator", "greyscale"): 0.3}
+    found = results(figures)
+    assert retained_utility(found, "generator", "greyscale", "unet") == pytest.approx(0.75)
+    assert retained_utility(found, "generator", "none", "unet") == pytest.approx(0.1)
+    assert retained_utility(found, "stripes", "greyscale", "unet") is None
+    assert scores(found, "clean", "none", "unet") == pytest.approx([0.48, 0.5, 0.52])
+    assert "Of 1 treatments, greyscale costs it most: 75%." in summary(found)
+
+
+@pytest.mark.parametrize(
+    ("generator", "stripes", "says", "does_not_say"),
+    [
+        (0.49, 0.51, "It protects nothing: that is within the spread of the seeds, or above.", "No better"),
+        (
+            0.49,
+            0.2,
+            "It protects nothing: that is within the spread of the seeds, or above. The strongest",
+            "No better",
+        ),
+        (
+            0.3,
+            0.31,
+            "No better than the control `stripes` at 62%: what it does needs no learning.",
+            "protects nothing",
+        ),
+        (0.31, 0.1, "No better than the control `stripes` at 20%", "The strongest control"),
+        (0.2, 0.3, "The strongest control, `stripes`, left 60%.", "No better"),
+    ],
+)
+def test_within_the_spread_of_seeds_nothing_is_claimed(generator, stripes, says, does_not_say):
+    figures = UNTOUCHED | {"generator": generator, "stripes": stripes}
+    text = summary(results({(noise, "none"): value for noise, value in figures.items()}))
+    assert says in text
+    assert does_not_say not in text
+
+
+def test_a_treatment_after_which_it_protects_nothing_is_named():
+    figures = {(noise, "none"): value for noise, value in UNTOUCHED.items()}
+    figures |= {("clean", "half"): 0.5, ("generator", "half"): 0.2, ("clean", "jpeg75"): 0.45}
+    figures |= {("generator", "jpeg75"): 0.44}
+    assert "Of 2 treatments, jpeg75 costs it most: 98%, where it protects nothing." in summary(results(figures))
+
+
+def test_nothing_is_concluded_from_a_victim_that_learned_nothing():
+    figures = {("clean", "none"): 0.22, ("generator", "none"): 0.01, ("random", "none"): 0.2}
+    text = summary(results(figures))
+    assert "Nothing can be concluded from it about any noise" in text
+    assert "%" not in text
+
+
+def test_scores_near_zero_are_not_compared():
+    figures = {("clean", "none"): 0.004, ("generator", "none"): 0.001}
+    found = results(figures, spread=0.0, trivial_score=0.0, score="ap")
+    for cell in found["cells"]:
+        cell["scores"] = {"ap": cell["scores"]["foreground_iou"]}
+    assert retained_utility(found, "generator", "none", "unet") is None
+    assert "Nothing can be concluded" in summary(found)
+
+
+def test_what_limits_the_findings_is_said():
+    found = results()
+    assert "- " not in summary(found)
+    few = results(notes=["3 images were left out"], planned=20)
+    few["grid"]["seeds"] = [0]
+    few["settings"]["train_images"] = 100
+    few["grid"]["noises"].append("whole")
+    text = summary(few)
+    for caveat in ("3 images were left out", "1 seed(s): too few for a claim", "8 of 20 victims of the grid are not",
+                   "`whole` has the full bound everywhere", "100 training images"):  # fmt: skip
+        assert f"- {caveat}" in text
+    alone = results({("clean", "none"): 0.5, ("generator", "none"): 0.1})
+    assert "No control stands beside it" in summary(alone)
+    missing = results({("clean", "none"): 0.5})
+    assert "are not both trained yet" in summary(missing)
+
+
+def test_the_tables_show_what_is_there_and_what_is_not():
+    figures = {(noise, treatment): value for (noise, value), treatment in product(UNTOUCHED.items(), ("none", "half"))}
+    del figures["stripes", "half"]
+    found = results(figures)
+    found["cells"] = [c for c in found["cells"] if (c["noise"], c["treatment"], c["seed"]) != ("random", "half", 2)]
+    lines = report_markdown(found).splitlines()
+    row = next(line for line in lines if line.startswith("| random"))
+    assert "0.480 (0.460 to 0.500) [96%]" in row
+    assert "0.470 (0.460 to 0.480) [94%], 2 of 3 seeds" in row
+    row = next(line for line in lines if line.startswith("| stripes"))
+    assert row.endswith("| not yet |")
+    row = next(line for line in lines if line.startswith("| clean"))
+    assert row == "| clean | 0.500 (0.480 to 0.520) | 0.500 (0.480 to 0.520) |"
+    assert "unseg audit data -o out" in lines
+
+    table = terminal_table(found).splitlines()
+    assert table[1].split() == ["noise", "none", "half"]
+    assert next(line for line in table if line.startswith("stripes")).split() == ["stripes", "60%", "-"]
+    assert len({len(line) for line in table[1:] if line.strip()}) <= 2
+
+
+def test_a_wide_table_is_split():
+    treatments = [f"treatment number {index}" for index in range(12)]
+    found = results({(noise, t): value for (noise, value), t in product(UNTOUCHED.items(), treatments)})
+    table = terminal_table(found)
+    assert max(map(len, table.splitlines())) <= 120
+    assert table.count("generator") == 3
+    assert all(table.count(treatment) >= 1 for treatment in treatments)
+
+
+def test_clean_shares_stand_beside_those_clean_images_alone_and_classes_are_listed():
+    found = results()
+    found["grid"]["clean_shares"] = [0.0, 0.5]
+    for cell in [dict(cell) for cell in found["cells"]]:
+        found["cells"].append(cell | {"clean_share": 0.5, "scores": {"foreground_iou": 0.4}})
+    text = report_markdown(found)
+    assert "| unet | those clean images alone | 0.400 (0.400 to 0.400) |" in text
+    assert "| unet | **generator** | 0.400 (0.400 to 0.400) |" in text
+
+    found = results()
+    found["settings"] |= {"num_classes": 3, "classes": [0, 4, 9]}
+    for cell in found["cells"]:
+        cell["scores"]["per_class_iou"] = [0.5, None, 0.1 * cell["seed"]]
+    text = report_markdown(found)
+    assert "| unet | clean | 0.500 | - | 0.100 |" in text
+    assert "class 9 |" in text
+
+
+def test_everything_is_written_whole_and_the_json_is_valid(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "examples.png")
+    found = results()
+    found["grid"]["clean_shares"] = [0.0, 0.5]
+    found["cells"] += [cell | {"clean_share": 0.5} for cell in found["cells"]]
+    files = write_report(tmp_path, found)
+    names = {file.relative_to(tmp_path).as_posix() for file in files}
+    assert names == {"results.json", "report.md", "plots/treatments.png", "plots/clean_shares.png"}
+    report = (tmp_path / "report.md").read_text()
+    for picture in ("plots/treatments.png", "plots/clean_shares.png", "examples.png"):
+        assert f"]({picture})" in report
+    with Image.open(tmp_path / "plots" / "treatments.png") as plot:
+        assert min(plot.size) > 200
+        assert len(plot.convert("RGB").getcolors(10**6)) > 50
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+    before = (tmp_path / "results.json").read_bytes()
+    found["cells"][0]["scores"]["foreground_iou"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(tmp_path, found)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_a_report_of_no_victims_says_so(tmp_path: Path):
+    found = results()
+    found["cells"] = []
+    write_report(tmp_path, found)
+    assert "12 of 12 victims of the grid are not trained" in (tmp_path / "report.md").read_text()
