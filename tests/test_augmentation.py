@@ -13,7 +13,8 @@ def batch(count: int = 16, size: int = 48) -> Batch:
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     disc = ((rows - 18) ** 2 + (columns - 28) ** 2 < 64).long().repeat(count, 1, 1)
     instances = disc * torch.arange(1, count + 1).view(-1, 1, 1) * 1000
-    return Batch(0.3 + 0.5 * disc[:, None].float().repeat(1, 3, 1, 1), disc, instances)
+    colour = torch.tensor([0.5, 0.3, 0.45]).view(3, 1, 1)
+    return Batch(0.3 + colour * disc[:, None].float(), disc, instances)
 
 
 def test_flips_take_the_annotations_along():

@@ -147,7 +147,15 @@ class _Average:
         return float(torch.corrcoef(torch.stack(halves))[0, 1].nan_to_num())
 
     def pattern(self) -> torch.Tensor:
-        return self.sums.sum(0) / self.counts.sum(0).clamp(min=1)
+        """The mean, of whose frequencies that much is left which the two halves agree on: the rest is the images."""
+        first, second = (torch.fft.fft2(s / c.clamp(min=1)) for s, c in zip(self.sums, self.counts, strict=True))
+        common, mean = (first * second.conj()).real, (first + second) / 2
+        # Over neighbouring frequencies, as one alone says little.
+        common, energy = (
+            F.avg_pool2d(F.pad(one[None], (1, 1, 1, 1), mode="circular"), 3, stride=1)[0]
+            for one in (common, mean.abs().square())
+        )
+        return torch.fft.ifft2(mean * (common / energy.clamp(min=1e-6)).clamp(0, 1)).real
 
 
 def _fit_mean(published: Sequence[Path], pairs: Pairs | None, seed: int) -> Removal:
@@ -218,7 +226,7 @@ def _fit_bilateral(published: Sequence[Path], pairs: Pairs | None, seed: int) ->
     from kornia.filters import bilateral_blur
 
     def smooth(image: Image.Image) -> Image.Image:
-        return _image(bilateral_blur(_tensor(image)[None] / 255, (7, 7), 0.1, (2.0, 2.0))[0] * 255)
+        return _image(bilateral_blur(_tensor(image)[None] / 255, (7, 7), 0.1, (2.0, 2.0), "replicate")[0] * 255)
 
     return smooth
 
