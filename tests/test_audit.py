@@ -76,11 +76,13 @@ def test_the_audit_writes_every_cell_and_a_report_and_goes_on_where_it_was(make_
     assert results["trivial_score"] == pytest.approx(foreground, abs=0.02)
 
     trained.reset_mock()
-    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/*.*")}
+    kept = [*tmp_path.glob("out/published/*/*"), *tmp_path.glob("out/treated/*"), *tmp_path.glob("out/cells/*")]
+    assert len(kept) == 2 * 11 + 4 + 8
+    stamps = {file: file.stat().st_mtime_ns for file in kept}
     again = make_audit().run()
     trained.assert_not_called()
     assert again["cells"] == results["cells"]
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/*/*.*")} == stamps
+    assert {file: file.stat().st_mtime_ns for file in kept} == stamps
 
     victims = sorted((tmp_path / "out" / "cells").iterdir())
     lost = json.loads(victims[3].read_text())
