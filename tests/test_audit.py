@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,9 +88,35 @@ def test_the_audit_writes_every_cell_and_a_report_and_goes_on_where_it_was(make_
     victims = sorted((tmp_path / "out" / "cells").iterdir())
     lost = json.loads(victims[3].read_text())
     victims[3].unlink()
+    (tmp_path / "out" / "results.json").unlink()
     make_audit().run()
     trained.assert_called_once()
     assert json.loads(victims[3].read_text())["scores"] == lost["scores"]
+
+
+def test_results_alone_are_enough_to_go_on_from(make_audit, trained: Mock, tmp_path: Path):
+    before = make_audit().run()
+    for kept in ("cells", "treated", "published"):
+        shutil.rmtree(tmp_path / "out" / kept)
+    trained.reset_mock()
+    assert make_audit().run() == before
+    trained.assert_not_called()
+    shutil.rmtree(tmp_path / "out" / "cells")
+    results = make_audit(seeds=[1, 2]).run()
+    assert {call.kwargs["seed"] for call in trained.call_args_list} == {2}
+    assert [cell for cell in results["cells"] if cell["seed"] == 1] == [c for c in before["cells"] if c["seed"] == 1]
+    # Cells of other images are not taken for these.
+    shutil.rmtree(tmp_path / "out" / "cells")
+    assert not make_audit(size=48).report()["cells"]
+
+
+@pytest.mark.parametrize("text", ["[]", "no json", '{"cells": [{"noise": "clean"}]}'])
+def test_a_foreign_results_file_is_refused_and_left(text: str, make_audit, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="choose another output folder"):
+        make_audit().run()
+    assert (tmp_path / "out" / "results.json").read_text() == text
 
 
 def test_a_changed_setting_makes_anew_only_what_it_touches(make_audit, trained: Mock, tmp_path: Path):

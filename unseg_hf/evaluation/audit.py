@@ -37,6 +37,7 @@ from unseg_hf.evaluation.published_images import (
     published_files,
     treat,
 )
+from unseg_hf.evaluation.report import RESULTS, write_report
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, train_victim
 from unseg_hf.image_files import put_in_place
 
@@ -47,6 +48,9 @@ VICTIM_SETTINGS = ("task", "epochs", "size", "batch_size", "lr", "preset", "devi
 """Options that decide the figures of a victim, beside its cell and its images."""
 
 VERSIONED = ("torch", "transformers", "pillow", "numpy", "kornia")
+FIGURES = ("scores", "seconds")
+"""What is kept of a cell."""
+
 EXAMPLES = 2
 """Training images in the picture of examples."""
 
@@ -227,6 +231,8 @@ class Audit:
         if config.device == "cuda" and world > 1:
             config.device = str(state.device)
         cells = plan(config)
+        if rank == 0:
+            self._restore(cells)
         for noise in config.noises[rank::world]:
             measured = self._publish(noise, self.train)
             self.say(
@@ -252,8 +258,7 @@ class Audit:
 
     def report(self) -> dict[str, Any]:
         """Write results and report of the cells that are done; nothing is trained, noises may be published."""
-        from unseg_hf.evaluation.report import write_report
-
+        self._restore(plan(self.config))
         results = self.results()
         write_report(self.config.output, results)
         return results
@@ -287,10 +292,34 @@ class Audit:
                 }
                 for noise in config.noises
             },
-            "cells": [asdict(cell) | json.loads(file.read_text()) for cell, file in done if file.is_file()],
+            "cells": [
+                asdict(cell) | {"key": file.stem} | json.loads(file.read_text())
+                for cell, file in done
+                if file.is_file()
+            ],
             "planned": len(done),
             "notes": [*self.notes, *_left_out(self.train), *_left_out(self.test)],
         }
+
+    def _restore(self, cells: list[Cell]) -> None:
+        """Take up the cells of the results that stand in the output folder, where nothing else was kept of them.
+
+        So results can be moved, or committed, without the work that made them, and a later run still goes on from them.
+        """
+        file = self.config.output / RESULTS
+        if not file.is_file():
+            return
+        try:
+            found = json.loads(file.read_text())["cells"]
+            figures = {cell["key"]: {name: cell[name] for name in FIGURES} for cell in found}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is no results of this command ({error!r}); choose another output folder, or remove it"
+            ) from error
+        for cell in cells:
+            place = self._file(cell)
+            if place.stem in figures and not place.is_file():
+                put_in_place(json.dumps(figures[place.stem]).encode(), place, str(place))
 
     def _run_cells(self, cells: list[Cell], pending: list[Cell], rank: int, world: int) -> None:
         seconds: list[float] = []
@@ -348,7 +377,7 @@ class Audit:
         )
         best = score_name(config.task, len(self.train.classes))
         scores = {best: scores[best]} | scores
-        return {"scores": scores, "seconds": round(time.perf_counter() - start, 1)}
+        return dict(zip(FIGURES, (scores, round(time.perf_counter() - start, 1)), strict=True))
 
     def _parts(self, cell: Cell) -> list[tuple[str, str]]:
         """The noises and treatments of the images that a cell learns from."""

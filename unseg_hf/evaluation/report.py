@@ -17,6 +17,7 @@ from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED
 from unseg_hf.image_files import put_in_place
 
 Results = dict[str, Any]
+RESULTS = "results.json"
 TITLES = {
     "foreground_iou": "foreground IoU",
     "mean_iou": "mean IoU",
@@ -420,7 +421,7 @@ def write_report(folder: Path, results: Results) -> list[Path]:
         ImportError: matplotlib is not installed.
         ValueError: a figure is not finite, which JSON cannot hold.
     """
-    files = {"results.json": (json.dumps(results, indent=2, allow_nan=False) + "\n").encode()}
+    files = {RESULTS: (json.dumps(results, indent=2, allow_nan=False) + "\n").encode()}
     if results["cells"]:
         for name, figure in (("treatments", plot_treatments(results)), ("clean_shares", plot_clean_shares(results))):
             if figure is not None:
