@@ -304,7 +304,7 @@ class Audit:
     def _restore(self, cells: list[Cell]) -> None:
         """Take up the cells of the results that stand in the output folder, where nothing else was kept of them.
 
-        So results can be moved, or committed, without the work that made them, and a later run still goes on from them.
+        So results can be moved, or committed, without the work that made them, and a later run goes on from them.
         """
         file = self.config.output / RESULTS
         if not file.is_file():

@@ -12,7 +12,8 @@ SIZE_MULTIPLE = 16
 """What the side of the images must be a multiple of by default: a strided convolution and three poolings halve it."""
 
 
-def _two_convolutions(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+def two_convolutions(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """3 x 3 convolution, batch norm and ReLU, twice; the first with a stride."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -44,11 +45,11 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width * 2**level for level in range(poolings + 1)]
         self.stem_stride = stem_stride
-        self.stem = _two_convolutions(in_channels, width, stride=stem_stride)
-        self.down = nn.ModuleList(_two_convolutions(shallow, deep) for shallow, deep in pairwise(widths))
+        self.stem = two_convolutions(in_channels, width, stride=stem_stride)
+        self.down = nn.ModuleList(two_convolutions(shallow, deep) for shallow, deep in pairwise(widths))
         pairs = list(pairwise(reversed(widths)))
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(deep, shallow, 2, stride=2) for deep, shallow in pairs)
-        self.up = nn.ModuleList(_two_convolutions(2 * shallow, shallow) for _, shallow in pairs)
+        self.up = nn.ModuleList(two_convolutions(2 * shallow, shallow) for _, shallow in pairs)
         self.classify = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
