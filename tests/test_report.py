@@ -73,10 +73,10 @@ def test_retained_utility_is_taken_from_clean_images_treated_alike():
         (
             0.3,
             0.31,
-            "No better than the control `stripes` at 62%: what it does needs no learning.",
-            "protects nothing",
+            "The seeds overlap with those of the control `stripes` at 62%: nothing says yet that it does more.",
+            "needs no learning",
         ),
-        (0.31, 0.1, "No better than the control `stripes` at 20%", "The strongest control"),
+        (0.31, 0.1, "No better than the control `stripes` at 20%: what it does needs no learning.", "overlap"),
         (0.2, 0.3, "The strongest control, `stripes`, left 60%.", "No better"),
     ],
 )

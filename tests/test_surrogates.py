@@ -11,9 +11,11 @@ from unseg_hf.training.surrogates import (
     SamSurrogate,
     Surrogates,
     UNetSurrogate,
+    VictimSurrogate,
     checkpoint_activations,
     frozen,
     load_mae_encoder,
+    normalise,
     sam_config_at,
 )
 
@@ -289,3 +291,41 @@ class TestActivationCheckpointing:
         checkpoint_activations(both)
         both[0](noise_images(), box_prompts()).sum().backward()
         assert both[0].sam.vision_encoder.layers[0].mlp.lin1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["unetpp", "segformer", "deeplabv3plus"])
+def test_a_victim_as_surrogate_sees_images_as_the_audit_shows_them(name):
+    surrogate = VictimSurrogate(name, 64).train()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    with torch.no_grad(), frozen(surrogate):
+        for see in (
+            lambda: surrogate(normalise(images), {}).sigmoid(),
+            lambda: surrogate.victim(images).softmax(1)[:, 1],
+        ):
+            torch.manual_seed(0)  # of dropout
+            found.append(see())
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+    assert found[0].std() > 1e-2
+
+
+def test_noise_gets_gradients_through_a_frozen_victim_and_the_victim_none():
+    surrogate = VictimSurrogate("segformer", 32).train()
+    images = noise_images().requires_grad_()
+    with frozen(surrogate):
+        surrogate(images, {}).square().mean().backward()
+    assert images.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in surrogate.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("vgg", 64, "'vgg': must be sam, or a victim of unet"),
+        ("mask2former", 64, "'mask2former': must be sam"),
+        ("upernet", 33, "33: upernet needs a multiple of 32"),
+    ],
+)
+def test_victims_that_cannot_be_surrogates_are_refused(name, size, message):
+    with pytest.raises(ValueError, match=message):
+        VictimSurrogate(name, size)

@@ -128,8 +128,9 @@ def test_the_papers_recipe_in_two_processes_on_tars_and_a_tree(parquet, tmp_path
 @pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on(parquet, tmp_path):
     request = [
-        *TINY, *SMALL, "--surrogate", "unet", "sam", "--surrogate_size", 32, 64, "--train_data", parquet,
-        "--output_dir", tmp_path / "run", "--epochs", 15, "--tracker", "none", "--save_code", "False",
+        *TINY, *SMALL, "--surrogate", "unet", "sam", "segformer", "--surrogate_size", 32, 64, 32,
+        "--train_data", parquet, "--output_dir", tmp_path / "run", "--epochs", 15, "--tracker", "none",
+        "--save_code", "False",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, *map(str, (SCRIPTS / "train_generator.py", *request))],
@@ -163,7 +164,7 @@ def test_ctrl_c_saves_and_resume_goes_on(parquet, tmp_path):
     [
         (["--train_data", "nowhere.parquet"], "nowhere.parquet"),
         (["--train_data", "PARQUET,maskss=regions"], "no option 'maskss'"),
-        (["--train_data", "PARQUET", "--surrogate", "vgg"], "must be sam or unet"),
+        (["--train_data", "PARQUET", "--surrogate", "vgg"], "'vgg': must be sam, or a victim of unet"),
         (["--train_data", "PARQUET", "--surrogate", "sam", "unet"], "1 values for 2 surrogates"),
         (
             ["--train_data", "PARQUET", "--surrogate", "unet", "--surrogate_size", "100"],

@@ -46,8 +46,9 @@ class ModelArguments:
     surrogate: list[str] = field(
         default_factory=lambda: ["sam"],
         metadata={
-            "help": "One or several of 'sam' (the generator's SAM architecture, prompted; the paper's) and 'unet' (a "
-            "small U-Net that sees no prompt), trained side by side."
+            "help": "One or several of 'sam' (the generator's SAM architecture, prompted; the paper's), 'unet' (a "
+            "small U-Net) and other victims of the audit, NAME or NAME@CHECKPOINT, which see no prompt; trained side "
+            "by side."
         },
     )
     surrogate_size: list[int] = field(
@@ -180,7 +181,14 @@ def build_generator(args: ModelArguments):
 
 def build_surrogates(args: ModelArguments, generator):
     """The surrogates, those of SAM's architecture shaped like the generator's."""
-    from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate, load_mae_encoder, sam_config_at
+    from unseg_hf.training.surrogates import (
+        SamSurrogate,
+        Surrogates,
+        UNetSurrogate,
+        VictimSurrogate,
+        load_mae_encoder,
+        sam_config_at,
+    )
 
     if len(args.surrogate) != len(args.surrogate_size):
         raise ValueError(
@@ -197,7 +205,7 @@ def build_surrogates(args: ModelArguments, generator):
         if kind == "unet":
             surrogates.append(UNetSurrogate(args.surrogate_width, size))
         elif kind != "sam":
-            raise ValueError(f"--surrogate {kind}: must be sam or unet")
+            surrogates.append(VictimSurrogate(kind, size))
         elif args.surrogate_checkpoint:
             surrogates.append(SamSurrogate.from_checkpoint(args.surrogate_checkpoint, size, prompt_size))
         else:

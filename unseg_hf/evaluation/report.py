@@ -111,8 +111,10 @@ def _beside_controls(results: Results, treatment: str, victim: str, training: st
     best = min(controls, key=lambda noise: mean(controls[noise]))
     retained = _percent(mean(controls[best]) / mean(clean))
     control = f"the control `{best}`" + (", which spends more," if best in UNWEIGHTED else "")
-    if not does and _no_better(protected, controls[best]):
+    if not does and mean(protected) >= mean(controls[best]):
         return f"No better than {control} at {retained}: what it does needs no learning."
+    if not does and _no_better(protected, controls[best]):
+        return f"The seeds overlap with those of {control} at {retained}: nothing says yet that it does more."
     if not does:
         return f"The strongest control, `{best}`, left {retained}."
     return f"{does} The strongest control, `{best}`, left {retained}."

@@ -8,7 +8,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, SamConfig, SamModel, ViTMAEModel
 
+from ..evaluation.victims import build_victim
 from ..evaluation.victims.unet import SIZE_MULTIPLE, UNet
+
+VICTIM_SURROGATES = ("unet", "unetpp", "segformer", "upernet", "deeplabv3plus")
+"""Victims of the audit with logits for every pixel; the others find segments."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -94,6 +98,37 @@ class UNetSurrogate(nn.Module):
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
         """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')`; the prompts are not looked at."""
         return self.unet(_resized(images, self.image_size))[:, 0]
+
+
+class VictimSurrogate(nn.Module):
+    """One of the audit's semantic victims as a surrogate; it sees no prompt.
+
+    Noise that was trained against one architecture alone need not reach others: several stand side by side.
+
+    Args:
+        name: of [`VICTIM_SURROGATES`], alone or as `name@checkpoint`, folder or Hub id.
+        image_size: the square that images are resized to.
+
+    Raises:
+        ValueError: another victim, a checkpoint that does not load, or a size that the victim cannot take.
+    """
+
+    def __init__(self, name: str, image_size: int):
+        super().__init__()
+        name, _, checkpoint = name.partition("@")
+        if name not in VICTIM_SURROGATES:
+            raise ValueError(f"surrogate {name!r}: must be sam, or a victim of {', '.join(VICTIM_SURROGATES)}")
+        self.victim = build_victim(name, "semantic", 2, pretrained=checkpoint or None, image_size=image_size)
+        self.image_size = image_size
+        if image_size % self.victim.size_multiple:
+            raise ValueError(f"surrogate size {image_size}: {name} needs a multiple of {self.victim.size_multiple}")
+
+    def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')`; the prompts are not looked at."""
+        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        logits = self.victim(_resized(images, self.image_size) * std + mean)
+        # The logit of a foreground of two classes is the difference of theirs.
+        return logits[:, 1] - logits[:, 0]
 
 
 class Surrogates(nn.ModuleList):
