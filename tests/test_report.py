@@ -30,7 +30,8 @@ def results(figures: dict[tuple[str, str], float] | None = None, spread: float =
     grid = {"noises": noises, "treatments": treatments, "victims": ["unet"], "trainings": ["plain"]}
     return {
         "command": "unseg audit data -o out",
-        "settings": {"task": "semantic", "num_classes": 2, "classes": [0, 1], "train_images": 400, "test_images": 99},
+        "settings": {"task": "semantic", "num_classes": 2, "classes": [0, 1], "train_images": 400, "test_images": 99,
+                     "examples": 2},
         "score": "foreground_iou",
         "trivial_score": 0.2,
         "grid": grid | {"clean_shares": [0.0], "seeds": [0, 1, 2]},

@@ -52,9 +52,6 @@ VERSIONED = ("torch", "transformers", "pillow", "numpy", "kornia")
 FIGURES = ("scores", "seconds")
 """What is kept of a cell."""
 
-EXAMPLES = 2
-"""Training images in the picture of examples."""
-
 EXAMPLE_SIDE = 160
 """Pixels of each that are shown, across and down."""
 
@@ -86,6 +83,7 @@ class AuditConfig:
         model: checkpoint of the generator: a folder or Hub id; None: the embedded one.
         device: where generator and victims run.
         bf16: train victims in bfloat16 autocast.
+        examples: training images of which the report shows a part; 0 where they may not be published.
 
     Raises:
         ValueError: an unknown name or one that stands twice, or a number out of its range.
@@ -109,6 +107,7 @@ class AuditConfig:
     model: str | None = None
     device: str = "cpu"
     bf16: bool = False
+    examples: int = 2
 
     def __post_init__(self) -> None:
         from unseg_hf.evaluation.victims import victims_for
@@ -137,6 +136,8 @@ class AuditConfig:
         for option in ("epochs", "batch_size", "size", "lr"):
             if getattr(self, option) is not None and not getattr(self, option) > 0:
                 raise ValueError(f"{option} is {getattr(self, option)}; give a number above 0")
+        if self.examples < 0:
+            raise ValueError(f"examples is {self.examples}; give 0 or more")
         if not 0 <= self.epsilon_background <= self.epsilon <= 255:
             raise ValueError(
                 f"epsilon is {self.epsilon} and epsilon_background {self.epsilon_background}; "
@@ -251,7 +252,7 @@ class Audit:
             if DENOISER in config.treatments:
                 self._publish(noise, self.attacker)
         state.wait_for_everyone()
-        if rank == 0:
+        if rank == 0 and config.examples:
             self._write_examples()
         pending = [cell for cell in cells if not self._file(cell).is_file()]
         needed = dict.fromkeys(pair for cell in pending for pair in self._parts(cell))
@@ -459,12 +460,12 @@ class Audit:
         return config.output / "cells" / f"{_key(settings)}.json"
 
     def _write_examples(self) -> None:
-        """The same part of three training images with every noise, at 100 %, and the noises amplified."""
+        """The same part of some training images with every noise, at 100 %, and the noises amplified."""
         from unseg_hf.image_files import from_array
         from unseg_hf.inspection import amplified_noise, captioned
 
         rows: list[list[Image.Image]] = []
-        for index in range(min(EXAMPLES, len(self.train))):
+        for index in range(min(self.config.examples, len(self.train))):
             labelled = self.train[index]
             shown, noises = [], []
             # Around the region, where the noise is strongest.

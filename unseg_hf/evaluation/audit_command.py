@@ -76,6 +76,9 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
     data.add_argument("--attacker", metavar="DATA", help="clean images for removal:denoiser (default: the test's)")
     data.add_argument("--max-train", type=int, metavar="N", help="publish the first N images only")
     data.add_argument("--max-test", type=int, metavar="N", help="test on the first N images only")
+    data.add_argument(
+        "--examples", type=int, metavar="N", help="images shown in the report; 0 if they may not be (default: 2)"
+    )
     grid = parser.add_argument_group("grid (names: a wrong one lists them all)")
     size = grid.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one victim and seed, four controls, four treatments")
@@ -139,7 +142,7 @@ def _audit(options: argparse.Namespace):
     if options.full:
         chosen |= FULL | {"treatments": TREATMENTS}
     names = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds", "epochs", "size", "batch_size")
-    names += ("lr", "preset", "epsilon", "task", "model", "device", "bf16")
+    names += ("lr", "preset", "epsilon", "task", "model", "device", "bf16", "examples")
     chosen |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.epsilon_background is not None:
         chosen["epsilon_background"] = options.epsilon_background

@@ -429,7 +429,8 @@ def write_report(folder: Path, results: Results) -> list[Path]:
             if figure is not None:
                 files[f"plots/{name}.png"] = _png(figure)
     pictures = [name for name in files if name.endswith(".png")]
-    pictures += ["examples.png"] if (folder / "examples.png").is_file() else []
+    shown = results["settings"]["examples"] and (folder / "examples.png").is_file()
+    pictures += ["examples.png"] if shown else []
     files["report.md"] = report_markdown(results, pictures).encode()
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
