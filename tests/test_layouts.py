@@ -151,12 +151,15 @@ def test_splits_and_lists_choose_the_images(tmp_path, protect, capsys):
     train, val = (f"VOCdevkit/VOC2012/JPEGImages/2007_0000{n}.jpg" for n in (32, 33))
     assert protect("voc2012", "--split", "trainval", output="both") == 0
     assert protect("voc2012", "--split", "train", "val", output="named") == 0
-    text(tmp_path / "list.txt", "some/folder/2007_000033.jpg\n2008_000001\n")
+    text(tmp_path / "list.txt", "some/folder/2007_000033.jpg\n2008_000001\n2009_000009\n")
     assert protect("voc2012", "--split", "trainval", "--names", tmp_path / "list.txt", output="listed") == 0
     for output, chosen in (("both", {train, val}), ("named", {train, val}), ("listed", {val})):
         entries = record(tmp_path / output)
         assert {path for path, entry in entries.items() if entry["status"] == "protected"} == chosen
-    assert "images stay clean: not in --names" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images stay clean: not in --names" in printed
+    assert "1 names of" in printed
+    assert "such as 2009_000009" in printed
     assert protect("voc2012", "--split", "test", output="other") == 2
     assert "train, trainval, val" in capsys.readouterr().err
 

@@ -4,7 +4,9 @@ Each kind is a description with paths in which `{split}` and `{name}` stand for 
 the annotations of one split, and what it finds for an image can be pickled and is read only where the image is.
 """
 
+import contextlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -88,6 +90,9 @@ class FileKind:
 
     def classes(self, base: Path, split: str) -> dict[int, str]:
         return {}
+
+    def _at(self, path: Path, base: Path, split: str, name: str) -> Annotation:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ class CocoKind:
     def _load(self, base: Path, split: str) -> tuple[dict[str, Any], Path]:
         path = base / self.json.format(split=split)
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes(), object_hook=_needed)
             for field in ("images", "annotations", "categories"):
                 if not isinstance(content[field], list):
                     raise TypeError(f"{field} is no list")
@@ -213,13 +218,17 @@ class CocoKind:
         return content, path
 
     def _by_image(self, base: Path, split: str) -> tuple[dict[str, tuple[dict, list[dict]]], Path]:
+        """Each image's entry and annotations, by its file name without suffix, and the json's path."""
         content, path = self._load(base, split)
-        by_id = {image["id"]: (image, []) for image in content["images"]}
-        for annotation in content["annotations"]:
-            if (place := by_id.get(annotation.get("image_id"))) is not None:
-                place[1].append(annotation)
-        stem = PurePosixPath.with_suffix
-        return {str(stem(PurePosixPath(image["file_name"]), "")): (image, a) for image, a in by_id.values()}, path
+        try:
+            by_id = {image["id"]: (image, []) for image in content["images"]}
+            for annotation in content["annotations"]:
+                if annotation["image_id"] in by_id:
+                    by_id[annotation["image_id"]][1].append(annotation)
+            names = (str(PurePosixPath(image["file_name"]).with_suffix("")) for image, _ in by_id.values())
+            return dict(zip(names, by_id.values(), strict=True)), path
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no json as COCO's: an entry lacks its {error}; download it again") from error
 
 
 @dataclass(frozen=True)
@@ -234,29 +243,28 @@ class CocoInstances(CocoKind):
             if name not in entries:
                 return None
             image, annotations = entries[name]
-            single = [a for a in annotations if not a.get("iscrowd")]
-            return InstanceMasks(
-                f"{path}, {image['file_name']}",
-                (image["height"], image["width"]),
-                tuple((a.get("category_id"), a.get("segmentation")) for a in single),
-            )
+            return InstanceMasks(f"{path}, {name}", (image.get("height"), image.get("width")), tuple(annotations))
 
         return Index(find, frozenset(entries))
 
 
 @dataclass(frozen=True)
 class InstanceMasks:
-    """Objects of one image: the class and the polygons, or run-length code, of each."""
+    """Objects of one image, as COCO's json has them."""
 
     name: str
     size: tuple[int, int]
-    objects: tuple[tuple[int, Any], ...]
+    objects: tuple[dict[str, Any], ...]
 
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         if tuple(size) != tuple(self.size):
             raise ValueError(f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}")
         coder = run_length_coder()
-        codes = [self._code(coder, form) for class_id, form in self.objects if classes is None or class_id in classes]
+        codes = [
+            self._code(coder, one.get("segmentation"))
+            for one in self.objects
+            if not one.get("iscrowd") and (classes is None or one.get("category_id") in classes)
+        ]
         if not separate and codes:
             codes = [coder.merge(codes)]
         masks = [coder.decode(code).astype(bool) for code in codes]
@@ -271,7 +279,7 @@ class InstanceMasks:
             # pycocotools would take four numbers for a box.
             if not form or any(len(polygon) < 6 or len(polygon) % 2 for polygon in form):
                 raise ValueError("a polygon needs three points or more")
-            return coder.merge(coder.frPyObjects([[float(n) for n in polygon] for polygon in form], *self.size))
+            return coder.merge(coder.frPyObjects([list(polygon) for polygon in form], *self.size))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.name}: an object's 'segmentation' is damaged ({error})") from error
 
@@ -295,24 +303,42 @@ class CocoPanoptic(CocoKind):
 
         def find(name: str) -> Annotation | None:
             annotations = entries[name][1] if name in entries else []
-            if not annotations:
-                return None
-            segments = annotations[0]["segments_info"]
-            class_of = {s["id"]: s["category_id"] for s in segments if not s.get("iscrowd")}
-            return PanopticPng(folder / annotations[0]["file_name"], class_of)
+            return PanopticPng(f"{path}, {name}", folder, annotations[0]) if annotations else None
 
         return Index(find, frozenset(entries))
 
 
 @dataclass(frozen=True)
 class PanopticPng:
-    path: Path
-    class_of: dict[int, int]
+    """Segments of one image: the folder of its PNG, and its entry in the json."""
+
+    name: str
+    folder: Path
+    entry: dict[str, Any]
 
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
-        colours = _fitting(image_files.read(self.path).rgb8(), size, self.path).astype(np.int32)
+        try:
+            path = self.folder / self.entry["file_name"]
+            class_of = {s["id"]: s["category_id"] for s in self.entry["segments_info"] if not s.get("iscrowd")}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.name}: its entry in the json lacks {error}") from error
+        colours = _fitting(image_files.read(path).rgb8(), size, path).astype(np.int32)
         segments = colours[:, :, 0] + 256 * colours[:, :, 1] + 256**2 * colours[:, :, 2]
-        return _select(segments, self.class_of, classes, separate)
+        return _select(segments, class_of, classes, separate)
+
+
+_NEEDED = {"images", "annotations", "categories", "id", "name", "file_name", "height", "width", "image_id", "iscrowd"}
+_NEEDED |= {"category_id", "segmentation", "segments_info", "size", "counts"}
+
+
+def _needed(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is needed of an entry in COCO's json, polygons packed: the train split would take gigabytes as lists."""
+    entry = {name: value for name, value in entry.items() if name in _NEEDED}
+    if isinstance(entry.get("segmentation"), list):
+        # A damaged one stays as it is, and is met when its image's turn comes.
+        with contextlib.suppress(TypeError):
+            entry["segmentation"] = [array("d", polygon) for polygon in entry["segmentation"]]
+    return entry
 
 
 def _select(

@@ -154,6 +154,8 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
         print(f"{count} images stay clean: {reason}")
     if plan.missing:
         print(f"{plan.missing} images that the lists of {', '.join(splits)} name are not in {options.root}")
+    if plan.unknown:
+        print(f"{len(plan.unknown)} names of {options.names} are of no image, such as {min(plan.unknown)}")
     others = len(entries) - len(protected) - failed
     print(
         f"{len(protected)} images of {', '.join(splits)} protected, {others} other files "

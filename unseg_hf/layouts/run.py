@@ -1,5 +1,6 @@
 """The run over a data set: protect, copy, record. Stopped anywhere, it goes on later and ends with the same tree."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import unseg_hf
 from unseg_hf import image_files
 from unseg_hf.protection import Prompt, Protector, max_noise
 
@@ -44,6 +46,7 @@ class Settings:
         quality: of JPEG; None where none is written.
         link: how files are taken over that stay as they are: one of [`LINKS`], None to copy.
         model: fingerprint of the generator's weights.
+        version: of this package.
     """
 
     data_set: str
@@ -58,6 +61,7 @@ class Settings:
     quality: int | None
     link: str | None
     model: str
+    version: str = unseg_hf.__version__
 
 
 class Journal:
@@ -260,6 +264,8 @@ def _take_over(source: Path, target: Path, path: str, link: str | None) -> dict[
             done = {"status": f"{link} link"}
         return {"path": path, **done, **_sizes(source, target)}
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EXDEV:
+            raise ValueError("--link hard: the output is on another disk; use --link symbolic") from error
         return {"path": path, **_failure(path, error)}
 
 

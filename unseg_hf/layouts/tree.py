@@ -40,12 +40,14 @@ class Plan:
         copies: all other files, below the root, sorted.
         clean: number of images among the copies, by why they stay clean.
         missing: images that the chosen splits have in their lists and the tree has not.
+        unknown: names of images to protect that no image has.
     """
 
     images: list[ImageTask] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     clean: Counter[str] = field(default_factory=Counter)
     missing: int = 0
+    unknown: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Found:
                 the output lies in the input, or a renamed image would replace another file.
         """
         plan = Plan()
+        unseen = set(names or ())
         indices = {split: [(i, self._index(i, split)) for i in self._images_of(split)] for split in splits}
         expected = {(i.file, n) for some in indices.values() for i, index in some for n in index.names or ()}
         for relative in files_in(self.root, output):
@@ -141,6 +144,7 @@ class Found:
                 continue
             images, split, name = place
             expected.discard((images.file, name))
+            unseen.discard(PurePosixPath(name).name)
             annotation, reason = self._annotation(indices, images, split, name, names)
             if reason is None:
                 suffix = PurePosixPath(relative).suffix
@@ -150,7 +154,7 @@ class Found:
             else:
                 plan.copies.append(relative)
                 plan.clean[reason] += 1
-        plan.missing = len(expected)
+        plan.missing, plan.unknown = len(expected), frozenset(unseen)
         taken = {*plan.copies, *(task.path for task in plan.images)}
         for task in plan.images:
             if task.target != task.path and task.target in taken:
