@@ -177,6 +177,19 @@ def test_images_without_a_mask_are_copied_where_the_data_set_has_such(tmp_path, 
     assert "1 images stay clean: without a mask" in capsys.readouterr().out
 
 
+def test_images_that_the_layout_does_not_know_and_archives_are_said(tmp_path, protect, capsys):
+    many(tmp_path / "in", 2)
+    (tmp_path / "in/images/001.jpg").rename(tmp_path / "in/images/001.JPG")
+    save(tmp_path / "in/images/extra.png", labels((9, (slice(1, 5), slice(1, 5)))))
+    save(tmp_path / "in/notes/figure.png", labels())
+    text(tmp_path / "in/kvasir-seg.zip", "all images")
+    assert protect("kvasir-seg") == 0
+    printed = capsys.readouterr().out
+    assert "2 images of all protected" in printed
+    assert "1 images stay clean: named otherwise than this layout's images" in printed
+    assert "1 files that may hold the original images were taken over, such as kvasir-seg.zip" in printed
+
+
 def test_a_budget_that_is_given_replaces_the_data_sets(tmp_path, protect):
     expected = TREES["kvasir-seg"][1](tmp_path / "in")
     assert protect("kvasir-seg", "--epsilon", "12") == 0
@@ -379,6 +392,24 @@ def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_befor
     assert protect("coco-instance", output="other") == 2
     assert "instances_train2017.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_panoptic_entry_costs_its_image_alone(tmp_path, protect, capsys):
+    TREES["coco-panoptic"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    photo(tmp_path / "in/train2017/000000000010.jpg")
+    content["images"].append({"id": 10, "file_name": "000000000010.jpg", "height": 40, "width": 56})
+    content["annotations"].append({"image_id": 10, "file_name": "000000000010.png"})
+    text(path, content)
+    assert protect("coco-panoptic") == 1
+    assert "its entry in the json lacks 'segments_info'" in capsys.readouterr().err
+    assert (tmp_path / "out/train2017/000000000009.jpg").exists()
+    assert not (tmp_path / "out/train2017/000000000010.jpg").exists()
+    del content["annotations"][0]["image_id"]
+    text(path, content)
+    assert protect("coco-panoptic", output="other") == 2
+    assert "an entry lacks its 'image_id'" in capsys.readouterr().err
 
 
 def test_listed_images_that_are_not_there_are_counted(tmp_path, protect, capsys):

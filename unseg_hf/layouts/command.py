@@ -152,6 +152,11 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
         )
     for reason, count in plan.clean.items():
         print(f"{count} images stay clean: {reason}")
+    if plan.archives:
+        print(
+            f"{len(plan.archives)} files that may hold the original images were taken over, such as {plan.archives[0]}: remove "
+            "them before OUT is published"
+        )
     if plan.missing:
         print(f"{plan.missing} images that the lists of {', '.join(splits)} name are not in {options.root}")
     if plan.unknown:

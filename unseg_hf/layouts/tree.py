@@ -14,6 +14,7 @@ from .annotations import Annotation, Index
 from .table import DATA_SETS, DataSet, Images, Layout
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".lmdb", ".mdb", ".h5", ".hdf5", ".npz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
         images: to protect, sorted by path.
         copies: all other files, below the root, sorted.
         clean: number of images among the copies, by why they stay clean.
+        archives: copies that may hold the original images.
         missing: images that the chosen splits have in their lists and the tree has not.
         unknown: names of images to protect that no image has.
     """
@@ -46,6 +48,7 @@ class Plan:
     images: list[ImageTask] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     clean: Counter[str] = field(default_factory=Counter)
+    archives: list[str] = field(default_factory=list)
     missing: int = 0
     unknown: frozenset[str] = frozenset()
 
@@ -141,6 +144,10 @@ class Found:
             place = self._place(relative)
             if place is None:
                 plan.copies.append(relative)
+                if self._is_stray(relative):
+                    plan.clean["named otherwise than this layout's images"] += 1
+                elif PurePosixPath(relative).suffix.lower() in ARCHIVE_SUFFIXES:
+                    plan.archives.append(relative)
                 continue
             images, split, name = place
             expected.discard((images.file, name))
@@ -182,13 +189,27 @@ class Found:
 
     def _place(self, relative: str) -> tuple[Images, str | None, str] | None:
         """The group, split (None where the path does not say it) and name of an image file; None for other files."""
-        begin = "" if self.base == self.root else f"{self.base.relative_to(self.root).as_posix()}/"
-        if not relative.startswith(begin):
-            return None
+        below = self._below_base(relative)
         for images in self.images:
-            if match := _match(images.file, relative[len(begin) :]):
+            if match := _match(images.file, below):
                 return images, images.split or match.groupdict().get("split"), match["name"]
         return None
+
+    def _is_stray(self, relative: str) -> bool:
+        """Whether a file is an image in a folder of images, neither one of them nor an annotation."""
+        below = self._below_base(relative)
+        if PurePosixPath(below).suffix.lower() not in image_files.SUFFIXES:
+            return False
+        for images in self.images:
+            folder = images.file.partition("{")[0]
+            if folder and below.startswith(folder) and not any(_match(t, below) for t in images.annotation.files):
+                return True
+        return False
+
+    def _below_base(self, relative: str) -> str:
+        """A path below the root as one below the base, empty for files elsewhere."""
+        begin = "" if self.base == self.root else f"{self.base.relative_to(self.root).as_posix()}/"
+        return relative[len(begin) :] if relative.startswith(begin) else ""
 
     def _images_of(self, split: str) -> list[Images]:
         return [images for images in self.images if images.split in (None, split)]
@@ -285,7 +306,9 @@ def _glob(base: Path, template: str) -> Iterator[str]:
 def _expression(template: str) -> re.Pattern[str]:
     # Files whose names begin with a dot are what systems leave behind.
     parts = {"{split}": "(?P<split>[^/]+)", "{name}": "(?P<name>(?:[^/]+/)*[^./][^/]*)"}
-    return re.compile("".join(parts.get(part, re.escape(part)) for part in re.split("({[a-z]+})", template)))
+    expression = "".join(parts.get(part, re.escape(part)) for part in re.split("({[a-z]+})", template))
+    # An image named .JPG is one too.
+    return re.compile(expression, re.IGNORECASE)
 
 
 def _match(template: str, path: str) -> re.Match[str] | None:
