@@ -467,6 +467,17 @@ def test_options_that_make_no_sense_are_refused(tmp_path, protect, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("name", "package"), [("sbd", "scipy.io"), ("coco-instance", "pycocotools")])
+def test_a_package_that_is_missing_is_named_before_anything_is_done(
+    name, package, tmp_path, protect, capsys, monkeypatch
+):
+    TREES[name][1](tmp_path / "in")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert protect(name) == 2
+    assert "pip install 'unseg-hf[" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_list_and_every_layout_can_be_shown(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["protect-dataset", "--list"])

@@ -95,7 +95,10 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     for file in (RECORD, SETTINGS):
         if (options.root / file).exists():
             raise UsageError(f"{options.root} has {file}: it is protected already")
-    plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
+    try:
+        plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
+    except ImportError as error:
+        raise UsageError(str(error)) from error
     if not plan.images:
         raise UsageError(f"{options.root}: no images of {', '.join(splits)} to protect")
     load = partial(load_protector, options.model, options.device)
@@ -120,11 +123,8 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
         model=fingerprint(protector.model),
     )
     prepare_output(options.output, settings)
-    if options.processes > 1:
-        del protector
-    else:
-        load = lambda: protector  # noqa: E731
-    entries = run(plan, options.root, options.output, settings, load, options.processes, _progress)
+    single = (lambda: protector) if options.processes == 1 else None
+    entries = run(plan, options.root, options.output, settings, single or load, options.processes, _progress)
     _print_summary(options, splits, plan, entries)
     return 1 if any(entry["status"] == "failed" for entry in entries) else 0
 
@@ -154,8 +154,8 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
         print(f"{count} images stay clean: {reason}")
     if plan.archives:
         print(
-            f"{len(plan.archives)} files that may hold the original images were taken over, such as {plan.archives[0]}: remove "
-            "them before OUT is published"
+            f"{len(plan.archives)} files that may hold the original images were taken over, such as "
+            f"{plan.archives[0]}: remove them before OUT is published"
         )
     if plan.missing:
         print(f"{plan.missing} images that the lists of {', '.join(splits)} name are not in {options.root}")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from unseg_hf.data.hqseg import PARTS, TRAINING_PARTS
 
-from .annotations import BinaryMasks, CityscapesImages, CocoInstances, CocoPanoptic, Kind, LabelImages
+from .annotations import BinaryMasks, CityscapesImages, Kind, LabelImages
+from .coco import CocoInstances, CocoPanoptic
 
 MEDICAL = (4.0, 1.0)
 """Grey levels inside and outside the masks: structures in medical images are faint."""
