@@ -90,25 +90,33 @@ class InstanceMasks:
             raise ValueError(f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}")
         coder = run_length_coder()
         codes = [
-            self._code(coder, one.get("segmentation"))
+            code
             for one in self.objects
             if not one.get("iscrowd") and (classes is None or one.get("category_id") in classes)
+            for code in self._codes(coder, one.get("segmentation"))
         ]
         if not separate and codes:
             codes = [coder.merge(codes)]
         masks = [coder.decode(code).astype(bool) for code in codes]
         return [mask for mask in masks if mask.any()] or [np.zeros(size, dtype=bool)]
 
-    def _code(self, coder, form: Any) -> dict[str, Any]:
+    def _codes(self, coder, form: Any) -> list[dict[str, Any]]:
+        """The compressed run-length code of an object; none where its polygons cover nothing."""
         try:
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
                     raise ValueError(f"a code of size {form['size']}")
-                return coder.frPyObjects(form, *self.size) if isinstance(form["counts"], list) else form
-            # pycocotools would take four numbers for a box.
-            if not form or any(len(polygon) < 6 or len(polygon) % 2 for polygon in form):
-                raise ValueError("a polygon needs three points or more")
-            return coder.merge(coder.frPyObjects([list(polygon) for polygon in form], *self.size))
+                code = coder.frPyObjects(form, *self.size) if isinstance(form["counts"], list) else form
+                # What a code that is too short does not reach, the decoder leaves as it finds it in memory.
+                whole = coder.encode(coder.decode(code))["counts"]
+                if whole != (code["counts"].encode() if isinstance(code["counts"], str) else code["counts"]):
+                    raise ValueError("the code does not fill the image")
+                return [code]
+            if any(len(polygon) % 2 for polygon in form):
+                raise ValueError("a polygon has an x without its y")
+            # Two points cover nothing, and pycocotools would take them for a box.
+            polygons = [list(polygon) for polygon in form if len(polygon) >= 6]
+            return [coder.merge(coder.frPyObjects(polygons, *self.size))] if polygons else []
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.name}: an object's 'segmentation' is damaged ({error})") from error
 
