@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation.audit_command import add_audit
+from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels; the background gets a quarter
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
@@ -86,15 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prompts.add_argument("--whole-image", action="store_true", help="everything, at full strength")
     prompts.add_argument("--per-segment", action="store_true", help="own noise for each mask, not one for their union")
-    strength = protect.add_argument_group("strength")
-    strength.add_argument("--strength", choices=STRENGTHS, help="epsilon 4, 8 or 16 (default: the model's, mostly 8)")
-    strength.add_argument("--epsilon", type=float, metavar="N", help="largest change in a mask, in grey levels of 255")
-    strength.add_argument(
-        "--epsilon-background",
-        type=float,
-        metavar="N",
-        help="largest change elsewhere (default: a quarter of epsilon)",
-    )
+    _add_strength_options(protect)
     files = protect.add_argument_group("files")
     files.add_argument(
         "--format", choices=("png", "webp", "tiff", "jpeg"), default=None, help="default: png; jpeg is lossy"
@@ -117,7 +110,23 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="print JSON")
 
     _add_model_options(add_audit(commands))
+
+    dataset = add_protect_dataset(commands)
+    _add_strength_options(dataset)
+    _add_model_options(dataset)
     return parser
+
+
+def _add_strength_options(parser: argparse.ArgumentParser) -> None:
+    strength = parser.add_argument_group("strength")
+    strength.add_argument("--strength", choices=STRENGTHS, help="epsilon 4, 8 or 16 (default: the model's, mostly 8)")
+    strength.add_argument("--epsilon", type=float, metavar="N", help="largest change in a mask, in grey levels of 255")
+    strength.add_argument(
+        "--epsilon-background",
+        type=float,
+        metavar="N",
+        help="largest change elsewhere (default: a quarter of epsilon)",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +150,7 @@ def _numbers(kind: type, *counts: int):
 
 
 def run_protect(options: argparse.Namespace) -> int:
-    epsilon, background = _budget(options)
+    epsilon, background = budget_of(options)
     given = [n for n in ("masks", "box", "point", "whole_image") if getattr(options, n)]
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
@@ -159,7 +168,7 @@ def run_protect(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    protector = _load(options.model, options.device)
+    protector = load_protector(options.model, options.device)
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
     try:
         with tqdm(tasks, unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress:
@@ -185,7 +194,7 @@ def run_protect(options: argparse.Namespace) -> int:
     return 1 if report.count("failed") or unreadable else 0
 
 
-def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
+def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
     """(epsilon, epsilon_background) as shares of the pixel range; None is the model's."""
     if options.strength and options.epsilon is not None:
         raise UsageError(f"--strength {options.strength} and --epsilon {options.epsilon:g} were given: pass one")
@@ -200,7 +209,7 @@ def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
     return tuple(None if value is None else value / 255 for value in (epsilon, background))
 
 
-def _load(model: str | None, device: str):
+def load_protector(model: str | None, device: str):
     from transformers.utils import logging
 
     from .protection import Protector

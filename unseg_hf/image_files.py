@@ -4,13 +4,16 @@
 compares, and only then puts the file in place. Everything that is wrong with a file is one `ImageFileError` line.
 """
 
+import contextlib
+import hashlib
 import io
 import math
 import os
+import re
 import struct
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +43,7 @@ TIFF_STRIP_BYTES = 1 << 20
 # only when the caller has registered pillow-heif.
 _READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _EXIF_PREFIX = b"Exif\x00\x00"
 _ORIENTATION = int(ExifTags.Base.Orientation)
 # Tags of a thumbnail's first byte and number of bytes, as a JPEG file and as bare pixels in one strip.
@@ -121,13 +125,28 @@ class Picture:
         return np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
-def read(source: str | Path | bytes | BinaryIO) -> Picture:
+def read(source: str | Path | bytes | BinaryIO, upright: bool = True) -> Picture:
     """The picture in a file, in bytes, or in an open binary file (read from where it stands).
 
+    upright: turned as its EXIF says; else as stored, for masks that were drawn so (not TIFF, which pillow turns).
     Raises ImageFileError for anything that is not one whole, undamaged picture of at most MAX_PIXELS pixels.
     """
     image, name = _open(source)
-    return from_pil(image, name)
+    if upright:
+        return from_pil(image, name)
+    orientation = 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        if orientation in range(2, 9):
+            image.getexif()[_ORIENTATION] = 1
+    except MemoryError:
+        raise
+    except Exception:
+        pass  # EXIF that cannot be read turns nothing.
+    picture = from_pil(image, name)
+    if orientation in range(2, 9):
+        return replace(picture, notes=(*picture.notes, f"left as stored: EXIF orientation {orientation} dropped"))
+    return picture
 
 
 def from_pil(image: Image.Image, name: str = "the image") -> Picture:
@@ -589,6 +608,28 @@ def _same(picture: Picture, written: Picture) -> bool:
 
 
 def put_in_place(data: bytes, target: Path, name: str) -> None:
+    with _replacing(target, name) as file:
+        file.write(data)
+
+
+def copy_in_place(source: Path, target: Path) -> str:
+    """Copy a file of any kind and size, whole or not at all; returns its sha256. Raises OSError, ImageFileError."""
+    digest = hashlib.sha256()
+    with open(source, "rb") as original, _replacing(target, str(target)) as file:
+        while data := original.read(1 << 20):
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Half-written files below a folder that a killed process has left."""
+    return (path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name))
+
+
+@contextlib.contextmanager
+def _replacing(target: Path, name: str) -> Iterator[BinaryIO]:
+    """An open file that becomes `target` when all was written."""
     # Through links, so that a linked file is replaced and not the link.
     target = Path(os.path.realpath(target))
     temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
@@ -599,7 +640,7 @@ def put_in_place(data: bytes, target: Path, name: str) -> None:
         try:
             # Plain open, not tempfile: the mode of a new file should follow the umask.
             with open(temporary, "xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             if target.exists():

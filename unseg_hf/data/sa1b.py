@@ -31,7 +31,7 @@ def run_length_coder() -> ModuleType:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise ImportError("SA-1B's masks need pycocotools: pip install 'unseg-hf[train]'") from error
+        raise ImportError("run-length codes and polygons need pycocotools: pip install 'unseg-hf[train]'") from error
     return mask
 
 

@@ -1,0 +1,521 @@
+"""`unseg protect-dataset` on small trees of the published layouts."""
+
+import copy
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from published_trees import TREES, area, labels, photo, save, text
+
+from unseg_hf import Prompt, Protector, cli
+from unseg_hf.layouts.run import RECORD, SETTINGS
+from unseg_hf.layouts.table import DATA_SETS
+
+
+@pytest.fixture(scope="session")
+def loud_generator(loud_protector, tmp_path_factory):
+    """The folder of a generator whose noise fills the budget, of grey images too: the same in all channels."""
+    folder = tmp_path_factory.mktemp("loud_generator")
+    model = copy.deepcopy(loud_protector.model)
+    with torch.no_grad():
+        head = model.noise_head
+        head.noise_tokens.weight[:] = head.noise_tokens.weight[:1]
+        for mlp in head.noise_mlps[1:]:
+            mlp.load_state_dict(head.noise_mlps[0].state_dict())
+    model.save_pretrained(folder)
+    loud_protector.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def protect(tmp_path, loud_generator):
+    """A function that runs the command from `in` to `out` and returns the exit status."""
+
+    def run(name, *options, output="out", root="in"):
+        return cli.main(
+            ["protect-dataset", name, "--root", str(tmp_path / root), "--output", str(tmp_path / output),
+             "--model", str(loud_generator), *map(str, options)]
+        )  # fmt: skip
+
+    return run
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def data_files(folder):
+    return {name: data for name, data in files(folder).items() if name not in (RECORD, SETTINGS)}
+
+
+def record(folder):
+    return {entry["path"]: entry for entry in map(json.loads, (folder / RECORD).read_text().splitlines())}
+
+
+def noise(original, protected):
+    """`(height, width)`, the largest change of a channel."""
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(d) if isinstance(d, bytes) else d)) for d in (original, protected)
+    )
+    assert before.shape == after.shape
+    difference = np.abs(after.astype(int) - before)
+    return difference.max(axis=2) if difference.ndim == 3 else difference
+
+
+def assert_protected(original, protected, region, inside=8, outside=2):
+    change = noise(original, protected)
+    assert change[region].max(initial=0) <= inside
+    assert change[~region].max(initial=0) <= outside
+    assert change[~region].max(initial=0) > 0
+    # More than half of the region shows that it was the region, and not only a part of it.
+    assert not region.any() or (change[region] > outside).mean() > 0.5
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_training_images_are_protected_in_the_same_tree(tree, tmp_path, protect):
+    name, write = TREES[tree]
+    expected = write(tmp_path / "in")
+    assert protect(name) == 0
+    before, after = files(tmp_path / "in"), data_files(tmp_path / "out")
+    assert after.keys() == before.keys()
+    budget = DATA_SETS[name].budget or (8, 2)
+    for path, data in before.items():
+        if path in expected:
+            assert_protected(data, after[path], expected[path].region, *budget)
+            assert Image.open(io.BytesIO(after[path])).format == ("TIFF" if path.endswith(".tif") else "PNG")
+        else:
+            assert after[path] == data, path
+    entries = record(tmp_path / "out")
+    assert entries.keys() == after.keys()
+    assert {path for path, entry in entries.items() if entry["status"] == "protected"} == expected.keys()
+    for path, region in ((path, one.region) for path, one in expected.items()):
+        assert entries[path]["mask_share"] == pytest.approx(region.mean())
+        assert (entries[path]["epsilon"], entries[path]["epsilon_background"]) == budget
+
+
+@pytest.mark.parametrize("tree", [tree for tree in TREES if "," not in tree])
+def test_segments_are_prompted_one_by_one(tree, tmp_path, protect):
+    name, write = TREES[tree]
+    expected = write(tmp_path / "in")
+    assert protect(name, "--per-segment") == 0
+    entries = record(tmp_path / "out")
+    budget = DATA_SETS[name].budget or (8, 2)
+    for path, one in expected.items():
+        assert entries[path]["masks"] == one.segments
+        assert_protected(tmp_path / "in" / path, tmp_path / "out" / path, one.region, *budget)
+
+
+def test_segments_get_the_pixels_that_the_python_api_gives(tmp_path, protect, loud_generator):
+    _, write = TREES["voc2012"]
+    (path,) = write(tmp_path / "in")
+    assert protect("voc2012", "--per-segment") == 0
+    halves = area((slice(4, 18), slice(6, 18))), area((slice(4, 18), slice(18, 30)))
+    prompt = Prompt(masks=[area((slice(22, 36), slice(20, 50))), *halves], mode="per_segment")
+    protected = Protector.from_pretrained(loud_generator).protect(tmp_path / "in" / path, prompt)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / path)), np.asarray(protected.image))
+
+
+@pytest.mark.parametrize("tree", ["voc2012", "sbd", "ade20k", "coco-panoptic", "coco-instance", "cityscapes", "nwpu"])
+def test_classes_limit_the_region(tree, tmp_path, protect):
+    name, write = TREES[tree]
+    expected = {path: one for path, one in write(tmp_path / "in").items() if one.of_class}
+    for path, one in expected.items():
+        class_name, region = one.of_class
+        assert protect(name, "--classes", class_name.upper()) == 0
+        assert_protected(tmp_path / "in" / path, tmp_path / "out" / path, region)
+
+
+def test_a_class_may_be_given_by_its_number_and_must_exist(tmp_path, protect, capsys):
+    TREES["voc2012"][1](tmp_path / "in")
+    assert protect("voc2012", "--classes", "15") == 0
+    assert record(tmp_path / "out")["VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg"]["mask_share"] == pytest.approx(
+        area((slice(4, 18), slice(6, 30))).mean()
+    )
+    assert protect("voc2012", "--classes", "unicorn", output="other") == 2
+    assert "--classes unicorn: no such class; there is aeroplane (1), bicycle (2)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_splits_and_lists_choose_the_images(tmp_path, protect, capsys):
+    TREES["voc2012"][1](tmp_path / "in")
+    train, val = (f"VOCdevkit/VOC2012/JPEGImages/2007_0000{n}.jpg" for n in (32, 33))
+    assert protect("voc2012", "--split", "trainval", output="both") == 0
+    assert protect("voc2012", "--split", "train", "val", output="named") == 0
+    text(tmp_path / "list.txt", "some/folder/2007_000033.jpg\n2008_000001\n2009_000009\n")
+    assert protect("voc2012", "--split", "trainval", "--names", tmp_path / "list.txt", output="listed") == 0
+    for output, chosen in (("both", {train, val}), ("named", {train, val}), ("listed", {val})):
+        entries = record(tmp_path / output)
+        assert {path for path, entry in entries.items() if entry["status"] == "protected"} == chosen
+    printed = capsys.readouterr().out
+    assert "images stay clean: not in --names" in printed
+    assert "1 names of" in printed
+    assert "such as 2009_000009" in printed
+    assert protect("voc2012", "--split", "test", output="other") == 2
+    assert "train, trainval, val" in capsys.readouterr().err
+
+
+def test_the_parts_of_hqseg_are_splits(tmp_path, protect):
+    TREES["hqseg44k"][1](tmp_path / "in")
+    assert protect("hqseg44k", "--split", "COIFT", "HRSOD") == 0
+    protected = {path for path, entry in record(tmp_path / "out").items() if entry["status"] == "protected"}
+    assert protected == {f"thin_object_detection/{part}/images/a.b.jpg" for part in ("COIFT", "HRSOD")}
+
+
+def test_images_without_a_mask_are_copied_where_the_data_set_has_such(tmp_path, protect, capsys):
+    TREES["lung-xray"][1](tmp_path / "in")
+    assert protect("lung-xray") == 0
+    assert "1 images stay clean: without a mask" in capsys.readouterr().out
+
+
+def test_images_that_the_layout_does_not_know_and_archives_are_said(tmp_path, protect, capsys):
+    many(tmp_path / "in", 2)
+    (tmp_path / "in/images/001.jpg").rename(tmp_path / "in/images/001.JPG")
+    save(tmp_path / "in/images/extra.png", labels((9, (slice(1, 5), slice(1, 5)))))
+    save(tmp_path / "in/notes/figure.png", labels())
+    text(tmp_path / "in/kvasir-seg.zip", "all images")
+    assert protect("kvasir-seg") == 0
+    printed = capsys.readouterr().out
+    assert "2 images of all protected" in printed
+    assert "1 images stay clean: named otherwise than this layout's images" in printed
+    assert "1 files that may hold the original images were taken over, such as kvasir-seg.zip" in printed
+
+
+def test_a_budget_that_is_given_replaces_the_data_sets(tmp_path, protect):
+    expected = TREES["kvasir-seg"][1](tmp_path / "in")
+    assert protect("kvasir-seg", "--epsilon", "12") == 0
+    for path, one in expected.items():
+        assert_protected(tmp_path / "in" / path, tmp_path / "out" / path, one.region, 12, 3)
+
+
+def test_jpeg_stays_jpeg_near_the_bound_and_says_what_it_costs(tmp_path, protect, capsys):
+    (path,) = TREES["voc2012"][1](tmp_path / "in")
+    assert protect("voc2012", "--jpeg-names", "jpeg") == 0
+    saved = Image.open(tmp_path / "out" / path)
+    assert saved.format == "JPEG"
+    assert [layer[1:3] for layer in saved.layer] == [(1, 1)] * 3  # 4:4:4
+    entry, region = record(tmp_path / "out")[path], area((slice(4, 18), slice(6, 30)), (slice(22, 36), slice(20, 50)))
+    change = noise(tmp_path / "in" / path, tmp_path / "out" / path)
+    over = change - np.where(region, 8, 2)
+    assert entry["over_bound_share"] == pytest.approx((over > 0).mean())
+    assert entry["over_bound_levels"] == max(0, over.max()) <= 4
+    assert 0.3 < entry["noise_left"] <= 1.05
+    assert f"JPEG leaves {entry['noise_left']:.0%} of the noise" in capsys.readouterr().out
+    assert protect("voc2012", "--jpeg-names", "jpeg", "--quality", "95", output="95") == 0
+    assert record(tmp_path / "95")[path]["over_bound_share"] > entry["over_bound_share"]
+    plain = io.BytesIO()
+    protect("voc2012", output="png")
+    Image.open(tmp_path / "png" / path).save(plain, "JPEG", quality=100, subsampling=0)
+    over_plain = noise(tmp_path / "in" / path, plain.getvalue()) - np.where(region, 8, 2)
+    assert entry["over_bound_share"] < 0.5 * (over_plain > 0).mean()
+
+
+def test_renamed_jpegs_are_png_files(tmp_path, protect, capsys):
+    (path,) = TREES["voc2012"][1](tmp_path / "in")
+    assert protect("voc2012", "--jpeg-names", "rename") == 0
+    names = set(data_files(tmp_path / "out"))
+    renamed = path.replace(".jpg", ".png")
+    assert names == set(files(tmp_path / "in")) - {path} | {renamed}
+    assert record(tmp_path / "out")[renamed]["source"] == path
+    assert Image.open(tmp_path / "out" / renamed).format == "PNG"
+    assert protect("voc2012", "--jpeg-names", "rename") == 0
+    assert set(data_files(tmp_path / "out")) == names
+
+
+def test_renaming_never_replaces_a_mask(tmp_path, protect, capsys):
+    TREES["hqseg44k"][1](tmp_path / "in")
+    assert protect("hqseg44k", "--jpeg-names", "rename") == 2
+    assert "cascade_psp/DUTS-TE/a.b.png, which is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_what_stays_as_it_is_can_be_linked(link, tmp_path, protect):
+    (path,) = TREES["ade20k"][1](tmp_path / "in")
+    before = files(tmp_path / "in")
+    assert protect("ade20k", "--link", link) == 0
+    for name in before.keys() - {path}:
+        copy = tmp_path / "out" / name
+        assert copy.is_symlink() == (link == "symbolic")
+        assert copy.samefile(tmp_path / "in" / name)
+    assert_protected(
+        before[path], tmp_path / "out" / path, area((slice(4, 18), slice(6, 30)), (slice(22, 36), slice(20, 50)))
+    )
+    assert files(tmp_path / "in") == before
+
+
+def test_linked_folders_of_the_input_are_followed(tmp_path, protect):
+    TREES["cityscapes"][1](tmp_path / "in")
+    shutil.move(tmp_path / "in/leftImg8bit", tmp_path / "elsewhere")
+    (tmp_path / "in/leftImg8bit").symlink_to(tmp_path / "elsewhere")
+    assert protect("cityscapes") == 0
+    assert sum(entry["status"] == "protected" for entry in record(tmp_path / "out").values()) == 1
+    assert not (tmp_path / "out/leftImg8bit").is_symlink()
+    assert protect("cityscapes", output="elsewhere/out") == 2
+
+
+def many(root, count):
+    """Kvasir-SEG with `count` images."""
+    for number in range(count):
+        photo(root / f"images/{number:03d}.jpg", seed=number % 40)
+        save(root / f"masks/{number:03d}.jpg", labels((255, (slice(4, 18), slice(6 + number % 20, 40)))))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_tree(tmp_path, protect, loud_generator):
+    many(tmp_path / "in", 80)
+    command = [sys.executable, "-m", "unseg_hf.cli", "protect-dataset", "kvasir-seg", "--root", tmp_path / "in",
+               "--output", tmp_path / "out", "--model", loud_generator, "--processes", "2"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    path, deadline = tmp_path / "out" / RECORD, time.monotonic() + 300
+    while not path.exists() or b'"protected"' not in path.read_bytes():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # Its workers must not write beside the next run.
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lines = path.read_bytes().splitlines(keepends=True)
+    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    finished = [entry["path"] for entry in entries if entry["status"] == "protected"]
+    assert 0 < len(finished) < 80
+    times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
+    assert protect("kvasir-seg") == 0
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == times
+    assert protect("kvasir-seg", output="whole") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_whatever_a_stopped_run_left_is_mended(tmp_path, protect):
+    many(tmp_path / "in", 3)
+    assert protect("kvasir-seg") == 0
+    whole = files(tmp_path / "out")
+    lines = (tmp_path / "out" / RECORD).read_bytes().splitlines(keepends=True)
+    # Half a line, a file in place that is not recorded, one that is recorded and cut, and one that was being written.
+    (tmp_path / "out" / RECORD).write_bytes(b"".join(lines[:-2]) + lines[-2][:20])
+    (tmp_path / "out/images/000.jpg").write_bytes(whole["images/000.jpg"][:50])
+    (tmp_path / "out/images/.0123456789abcdef0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / "out/images/001.jpg").unlink()
+    (tmp_path / "out/images/001.jpg").symlink_to(tmp_path / "in/images/001.jpg")
+    assert protect("kvasir-seg") == 0
+    assert files(tmp_path / "out") == whole
+    assert Image.open(tmp_path / "in/images/001.jpg").format == "JPEG"
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_tree(tmp_path, protect):
+    many(tmp_path / "in", 9)
+    (tmp_path / "in/images/004.jpg").write_bytes(b"no image")
+    assert protect("kvasir-seg") == 1
+    assert protect("kvasir-seg", "--processes", "2", output="two") == 1
+    assert files(tmp_path / "out") == files(tmp_path / "two")
+
+
+def test_other_settings_on_the_same_output_are_refused_by_name(tmp_path, protect, capsys):
+    TREES["voc2012"][1](tmp_path / "in")
+    assert protect("voc2012") == 0
+    before = files(tmp_path / "out")
+    for options, name in (
+        (("--epsilon", "4"), "epsilon=8.0, and now epsilon=4.0"),
+        (("--per-segment",), "per_segment=False"),
+        (("--classes", "person"), "classes=None, and now classes=[15]"),
+        (("--split", "val"), "splits=['train']"),
+        (("--jpeg-names", "jpeg"), "jpeg_names='png-bytes'"),
+        (("--link", "hard"), "link=None"),
+    ):
+        assert protect("voc2012", *options) == 2
+        assert name in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+
+
+def test_bad_images_and_masks_are_named_and_left_out_until_they_are_mended(tmp_path, protect, capsys):
+    many(tmp_path / "in", 5)
+    before = files(tmp_path / "in")
+    (tmp_path / "in/images/000.jpg").write_bytes(before["images/000.jpg"][:300])
+    (tmp_path / "in/masks/001.jpg").write_bytes(b"no mask")
+    (tmp_path / "in/masks/002.jpg").unlink()
+    save(tmp_path / "in/masks/003.jpg", np.zeros((9, 9), np.uint8))
+    (tmp_path / "in/broken link").symlink_to("nowhere")
+    assert protect("kvasir-seg") == 1
+    assert set(data_files(tmp_path / "out")) == {"images/004.jpg", *(f"masks/{n:03d}.jpg" for n in (0, 1, 3, 4))}
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 5
+    for name, problem in (
+        ("images/000.jpg", "damaged"),
+        ("masks/001.jpg", "not an image"),
+        ("images/002.jpg", "annotation is missing"),
+        ("masks/003.jpg", "(9, 9)"),
+        ("broken link", "No such file"),
+    ):
+        assert sum(name in line and problem in line for line in lines) == 1
+    assert "1 images of all protected" in printed.out
+    assert "5 failed and left out" in printed.out
+    (tmp_path / "in/broken link").unlink()
+    for name, data in before.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    assert protect("kvasir-seg") == 0
+    assert protect("kvasir-seg", output="whole") == 0
+    assert data_files(tmp_path / "out") == data_files(tmp_path / "whole")
+
+
+def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_before_anything(tmp_path, protect, capsys):
+    TREES["coco-instance"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for number, (damaged, problem) in enumerate(
+        (
+            ([[1, 2, 30, 4, 5, 6, 7]], "an x without its y"),
+            ([["one", "two"] * 3], "damaged"),
+            (None, "damaged"),
+            ({"size": [40, 56], "counts": [100, 100]}, "does not fill the image"),
+            ({"size": [40, 56], "counts": "04"}, "does not fill the image"),
+            ({"size": [4, 5], "counts": [20]}, "a code of size [4, 5]"),
+        )
+    ):
+        content["annotations"][0]["segmentation"] = damaged
+        text(path, content)
+        assert protect("coco-instance", output=f"out{number}") == 1
+        assert problem in capsys.readouterr().err
+        assert not (tmp_path / f"out{number}/train2017/000000000009.jpg").exists()
+        assert (tmp_path / f"out{number}/train2017/000000000010.jpg").exists()
+    content["annotations"][0]["segmentation"] = [[1, 2, 30, 30]]
+    text(path, content)
+    assert protect("coco-instance", output="two points") == 0
+    entry = record(tmp_path / "two points")["train2017/000000000009.jpg"]
+    assert entry["mask_share"] == pytest.approx(area((slice(22, 36), slice(20, 50))).mean())
+    path.write_text(path.read_text()[:100])
+    assert protect("coco-instance", output="other") == 2
+    assert "instances_train2017.json is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_panoptic_entry_costs_its_image_alone(tmp_path, protect, capsys):
+    TREES["coco-panoptic"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    photo(tmp_path / "in/train2017/000000000010.jpg")
+    content["images"].append({"id": 10, "file_name": "000000000010.jpg", "height": 40, "width": 56})
+    content["annotations"].append({"image_id": 10, "file_name": "000000000010.png"})
+    text(path, content)
+    assert protect("coco-panoptic") == 1
+    assert "its entry in the json lacks 'segments_info'" in capsys.readouterr().err
+    assert (tmp_path / "out/train2017/000000000009.jpg").exists()
+    assert not (tmp_path / "out/train2017/000000000010.jpg").exists()
+    del content["annotations"][0]["image_id"]
+    text(path, content)
+    assert protect("coco-panoptic", output="other") == 2
+    assert "an entry lacks its 'image_id'" in capsys.readouterr().err
+
+
+def test_listed_images_that_are_not_there_are_counted(tmp_path, protect, capsys):
+    (path,) = TREES["nwpu"][1](tmp_path / "in")
+    photo(tmp_path / "in/imgs/009.jpg")
+    (tmp_path / "in" / path).rename(tmp_path / "in/imgs/003.jpg")
+    text(tmp_path / "in/annotations/NWPU_instances_train.json",
+         (tmp_path / "in/annotations/NWPU_instances_val.json").read_text().replace("002.jpg", "009.jpg"))  # fmt: skip
+    text(tmp_path / "in/annotations/NWPU_instances_val.json",
+         (tmp_path / "in/annotations/NWPU_instances_val.json").read_text().replace("002.jpg", "077.jpg"))  # fmt: skip
+    assert protect("nwpu", "--split", "train", "val") == 0
+    assert "1 images that the lists of train, val name are not in" in capsys.readouterr().out
+
+
+def test_a_wrong_root_shows_the_expected_tree(tmp_path, protect, capsys):
+    TREES["ade20k"][1](tmp_path / "in")
+    assert protect("voc2012") == 2
+    error = capsys.readouterr().err
+    for part in ("in is no voc2012", "JPEGImages/{name}.jpg", "SegmentationClass/{name}.png", "VOCdevkit/VOC2012/"):
+        assert part in error
+    assert protect("ade20k", root="nowhere") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert protect("imagenet") == 2
+    assert "voc2012, sbd, ade20k" in capsys.readouterr().err
+
+
+def test_outputs_that_would_harm_are_refused(tmp_path, protect, capsys):
+    TREES["ade20k"][1](tmp_path / "in")
+    before = files(tmp_path)
+    for output in ("in", "in/out"):
+        assert protect("ade20k", output=output) == 2
+        assert "lies in the input" in capsys.readouterr().err
+    text(tmp_path / "mine/notes.txt", "mine")
+    assert protect("ade20k", output="mine") == 2
+    assert "choose another output" in capsys.readouterr().err
+    (tmp_path / "mine/notes.txt").unlink()
+    assert files(tmp_path) == before
+    assert protect("ade20k") == 0
+    assert protect("ade20k", root="out", output="twice") == 2
+    assert "protected already" in capsys.readouterr().err
+
+
+def test_options_that_make_no_sense_are_refused(tmp_path, protect, capsys):
+    TREES["kvasir-seg"][1](tmp_path / "in")
+    for options, message in (
+        (("--quality", "98"), "with --jpeg-names jpeg"),
+        (("--quality", "50", "--jpeg-names", "jpeg"), "from 95 to 100"),
+        (("--processes", "0"), "--processes 0"),
+        (("--classes", "polyp"), "has one class"),
+        (("--epsilon", "4", "--strength", "low"), "pass one"),
+        (("--names", tmp_path / "in/kavsir_bboxes.json", "--split", "train"), "--split train"),
+    ):
+        assert protect("kvasir-seg", *options) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "package"), [("sbd", "scipy.io"), ("coco-instance", "pycocotools")])
+def test_a_package_that_is_missing_is_named_before_anything_is_done(
+    name, package, tmp_path, protect, capsys, monkeypatch
+):
+    TREES[name][1](tmp_path / "in")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert protect(name) == 2
+    assert "pip install 'unseg-hf[" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_and_every_layout_can_be_shown(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["protect-dataset", "--list"])
+    assert left.value.code == 0
+    listed = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in listed] == list(DATA_SETS)
+    assert "4/255" in listed[-1]
+    for name, data_set in DATA_SETS.items():
+        with pytest.raises(SystemExit):
+            cli.main(["protect-dataset", "--layout", name])
+        shown = capsys.readouterr().out
+        assert all(images.file in shown for layout in data_set.layouts for images in layout.images)
+    assert {name for name, _ in TREES.values()} == DATA_SETS.keys()
+
+
+def test_pixels_turned_by_exif_stay_on_the_grid_of_their_masks(tmp_path, protect):
+    many(tmp_path / "in", 1)
+    image = Image.open(tmp_path / "in/images/000.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "in/images/000.jpg", exif=exif, quality=95)
+    assert protect("kvasir-seg") == 0
+    region = np.asarray(Image.open(tmp_path / "in/masks/000.jpg")) > 127
+    assert_protected(tmp_path / "in/images/000.jpg", tmp_path / "out/images/000.jpg", region, 4, 1)
+    assert Image.open(tmp_path / "out/images/000.jpg").getexif().get(0x0112, 1) == 1
+    assert "EXIF orientation 6 dropped" in record(tmp_path / "out")["images/000.jpg"]["notes"][0]

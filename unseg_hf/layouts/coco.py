@@ -1,0 +1,174 @@
+"""Annotations in COCO's json: objects as polygons or run-length codes, and panoptic segments in RGB PNGs."""
+
+import contextlib
+import json
+from array import array
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from unseg_hf import image_files
+from unseg_hf.data.sa1b import run_length_coder
+
+from .annotations import Annotation, Index, fitting, select_segments
+
+_NEEDED = {"images", "annotations", "categories", "id", "name", "file_name", "height", "width", "image_id", "iscrowd"}
+_NEEDED |= {"category_id", "segmentation", "segments_info", "size", "counts"}
+
+
+@dataclass(frozen=True)
+class CocoKind:
+    """A kind with COCO's json for each split.
+
+    Args:
+        json: template of the json.
+    """
+
+    json: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.json,)
+
+    def classes(self, base: Path, split: str) -> dict[int, str]:
+        return {entry["id"]: entry["name"] for entry in self._load(base, split)[0]["categories"]}
+
+    def _load(self, base: Path, split: str) -> tuple[dict[str, Any], Path]:
+        path = base / self.json.format(split=split)
+        try:
+            content = json.loads(path.read_bytes(), object_hook=_needed)
+            for field in ("images", "annotations", "categories"):
+                if not isinstance(content[field], list):
+                    raise TypeError(f"{field} is no list")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or no json as COCO's ({error!r}); download it again") from error
+        return content, path
+
+    def _by_image(self, base: Path, split: str) -> tuple[dict[str, tuple[dict, list[dict]]], Path]:
+        """Each image's entry and annotations, by its file name without suffix, and the json's path."""
+        content, path = self._load(base, split)
+        try:
+            by_id = {image["id"]: (image, []) for image in content["images"]}
+            for annotation in content["annotations"]:
+                if annotation["image_id"] in by_id:
+                    by_id[annotation["image_id"]][1].append(annotation)
+            names = (str(PurePosixPath(image["file_name"]).with_suffix("")) for image, _ in by_id.values())
+            return dict(zip(names, by_id.values(), strict=True)), path
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no json as COCO's: an entry lacks its {error}; download it again") from error
+
+
+@dataclass(frozen=True)
+class CocoInstances(CocoKind):
+    """Object masks as polygons or run-length codes; crowds are left out."""
+
+    def index(self, base: Path, split: str) -> Index:
+        run_length_coder()
+        entries, path = self._by_image(base, split)
+
+        def find(name: str) -> Annotation | None:
+            if name not in entries:
+                return None
+            image, annotations = entries[name]
+            return InstanceMasks(f"{path}, {name}", (image.get("height"), image.get("width")), tuple(annotations))
+
+        return Index(find, frozenset(entries))
+
+
+@dataclass(frozen=True)
+class InstanceMasks:
+    """Objects of one image, as COCO's json has them."""
+
+    name: str
+    size: tuple[int, int]
+    objects: tuple[dict[str, Any], ...]
+
+    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+        if tuple(size) != tuple(self.size):
+            raise ValueError(f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}")
+        coder = run_length_coder()
+        codes = [
+            code
+            for one in self.objects
+            if not one.get("iscrowd") and (classes is None or one.get("category_id") in classes)
+            for code in self._codes(coder, one.get("segmentation"))
+        ]
+        if not separate and codes:
+            codes = [coder.merge(codes)]
+        masks = [coder.decode(code).astype(bool) for code in codes]
+        return [mask for mask in masks if mask.any()] or [np.zeros(size, dtype=bool)]
+
+    def _codes(self, coder, form: Any) -> list[dict[str, Any]]:
+        """The compressed run-length code of an object; none where its polygons cover nothing."""
+        try:
+            if isinstance(form, dict):
+                if tuple(form["size"]) != tuple(self.size):
+                    raise ValueError(f"a code of size {form['size']}")
+                code = coder.frPyObjects(form, *self.size) if isinstance(form["counts"], list) else form
+                # What a code that is too short does not reach, the decoder leaves as it finds it in memory.
+                whole = coder.encode(coder.decode(code))["counts"]
+                if whole != (code["counts"].encode() if isinstance(code["counts"], str) else code["counts"]):
+                    raise ValueError("the code does not fill the image")
+                return [code]
+            if any(len(polygon) % 2 for polygon in form):
+                raise ValueError("a polygon has an x without its y")
+            # Two points cover nothing, and pycocotools would take them for a box.
+            polygons = [list(polygon) for polygon in form if len(polygon) >= 6]
+            return [coder.merge(coder.frPyObjects(polygons, *self.size))] if polygons else []
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.name}: an object's 'segmentation' is damaged ({error})") from error
+
+
+@dataclass(frozen=True)
+class CocoPanoptic(CocoKind):
+    """Panoptic segments: their numbers in RGB PNGs, their classes in the json; crowds are left out.
+
+    Args:
+        folders: templates of the folder of PNGs; the first that is there counts.
+    """
+
+    folders: tuple[str, ...]
+
+    def index(self, base: Path, split: str) -> Index:
+        entries, path = self._by_image(base, split)
+        folders = [base / template.format(split=split) for template in self.folders]
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(f"{folders[0]}: no such folder; unpack {split}'s panoptic PNGs there, of {path}")
+
+        def find(name: str) -> Annotation | None:
+            annotations = entries[name][1] if name in entries else []
+            return PanopticPng(f"{path}, {name}", folder, annotations[0]) if annotations else None
+
+        return Index(find, frozenset(entries))
+
+
+@dataclass(frozen=True)
+class PanopticPng:
+    """Segments of one image: the folder of its PNG, and its entry in the json."""
+
+    name: str
+    folder: Path
+    entry: dict[str, Any]
+
+    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+        try:
+            path = self.folder / self.entry["file_name"]
+            class_of = {s["id"]: s["category_id"] for s in self.entry["segments_info"] if not s.get("iscrowd")}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.name}: its entry in the json lacks {error}") from error
+        colours = fitting(image_files.read(path).rgb8(), size, path).astype(np.int32)
+        segments = colours[:, :, 0] + 256 * colours[:, :, 1] + 256**2 * colours[:, :, 2]
+        return select_segments(segments, class_of, classes, separate)
+
+
+def _needed(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is needed of an entry in COCO's json, polygons packed: the train split would take gigabytes as lists."""
+    entry = {name: value for name, value in entry.items() if name in _NEEDED}
+    if isinstance(entry.get("segmentation"), list):
+        # A damaged one stays as it is, and is met when its image's turn comes.
+        with contextlib.suppress(TypeError):
+            entry["segmentation"] = [array("d", polygon) for polygon in entry["segmentation"]]
+    return entry

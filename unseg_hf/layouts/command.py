@@ -1,0 +1,168 @@
+"""`unseg protect-dataset`: from what stands on the command line to a protected tree."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """Protect the training images of a published data set in its own layout: OUT gets the same tree, so that
+training code runs on it unchanged. Annotations and all other images are copied. The same command again goes on where a
+stopped one was. OUT/unseg-protected.jsonl says what happened to each file.
+"""
+QUALITY = 100
+
+
+def add_protect_dataset(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's sub-parsers; its parser still lacks strength, --model and --device."""
+    parser = commands.add_parser(
+        "protect-dataset",
+        help="protect a published data set in its own layout",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run_protect_dataset)
+    parser.add_argument("name", metavar="NAME", help="of the data set; --list shows them")
+    parser.add_argument("--root", type=Path, required=True, metavar="IN", help="folder of the data set")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="for the protected tree")
+    parser.add_argument("--list", nargs=0, action=_Show, help="list the data sets and exit")
+    parser.add_argument("--layout", action=_Show, metavar="NAME", help="show the tree that is expected and exit")
+    what = parser.add_argument_group("what to protect (default: every labelled pixel of the training images)")
+    what.add_argument("--split", nargs="+", metavar="SPLIT", help="protect these splits")
+    what.add_argument("--names", type=Path, metavar="FILE", help="of these only the images that the file names")
+    what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers of the classes to protect")
+    what.add_argument("--per-segment", action="store_true", help="own noise for each segment, not one for their union")
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--jpeg-names",
+        choices=("png-bytes", "jpeg", "rename"),
+        default="png-bytes",
+        help="what becomes of .jpg images: lossless PNG under the same name, which readers that go by the suffix "
+        "refuse (default); JPEG, which loses; or lossless under the suffix .png, which lists and json do not know",
+    )
+    files.add_argument(
+        "--quality", type=int, metavar="N", help=f"of --jpeg-names jpeg, 95 to 100 (default: {QUALITY})"
+    )
+    files.add_argument("--link", choices=("hard", "symbolic"), help="link what stays as it is instead of copying it")
+    files.add_argument("--processes", type=int, default=1, metavar="N", help="images at a time (default: 1)")
+    return parser
+
+
+class _Show(argparse.Action):
+    """Prints something and leaves, as --help does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from .table import DATA_SETS
+        from .tree import expected_tree
+
+        if self.dest == "list":
+            width = max(map(len, DATA_SETS))
+            for name, data_set in DATA_SETS.items():
+                budget = f"; {data_set.budget[0]:g}/255 by default" if data_set.budget else ""
+                print(f"{name:<{width}}  {data_set.title}: {data_set.protects}{budget}")
+        elif values not in DATA_SETS:
+            parser.error(f"--layout {values}: there is {', '.join(DATA_SETS)}")
+        else:
+            note = DATA_SETS[values].note
+            print(expected_tree(values) + (f"\nNote: {note}" if note else ""))
+        parser.exit()
+
+
+def run_protect_dataset(options: argparse.Namespace) -> int:
+    """Run the command; the exit status."""
+    from unseg_hf.cli import UsageError, budget_of, load_protector
+
+    from .tree import find_layout, read_names
+
+    epsilon, background = budget_of(options)
+    if options.quality is not None and (options.jpeg_names != "jpeg" or not 95 <= options.quality <= 100):
+        raise UsageError(f"--quality {options.quality}: from 95 to 100, and with --jpeg-names jpeg")
+    if options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: must be at least 1")
+    found = find_layout(options.name, options.root)
+    splits = found.chosen_splits(options.split)
+    names = None if options.names is None else read_names(options.names)
+    classes = found.class_ids(options.classes, splits)
+
+    from unseg_hf.training.checkpoints import fingerprint
+
+    from .run import RECORD, SETTINGS, Settings, prepare_output, run
+
+    for file in (RECORD, SETTINGS):
+        if (options.root / file).exists():
+            raise UsageError(f"{options.root} has {file}: it is protected already")
+    try:
+        plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    if not plan.images:
+        raise UsageError(f"{options.root}: no images of {', '.join(splits)} to protect")
+    load = partial(load_protector, options.model, options.device)
+    protector = load()
+    if epsilon is None:
+        config = protector.model.config
+        levels = found.data_set.budget or (config.epsilon * 255, config.epsilon_background * 255)
+    else:
+        levels = (epsilon * 255, (epsilon / 4 if background is None else background) * 255)
+    settings = Settings(
+        data_set=options.name,
+        input=options.root.resolve().name,
+        splits=tuple(splits),
+        names=None if names is None else hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest(),
+        classes=None if classes is None else tuple(sorted(classes)),
+        per_segment=options.per_segment,
+        epsilon=round(levels[0], 6),
+        epsilon_background=round(levels[1], 6),
+        jpeg_names=options.jpeg_names,
+        quality=(options.quality or QUALITY) if options.jpeg_names == "jpeg" else None,
+        link=options.link,
+        model=fingerprint(protector.model),
+    )
+    prepare_output(options.output, settings)
+    single = (lambda: protector) if options.processes == 1 else None
+    entries = run(plan, options.root, options.output, settings, single or load, options.processes, _progress)
+    _print_summary(options, splits, plan, entries)
+    return 1 if any(entry["status"] == "failed" for entry in entries) else 0
+
+
+def _progress(entries, total: int):
+    from tqdm import tqdm
+
+    return tqdm(entries, total=total, unit="file", disable=total < 2 or not sys.stderr.isatty())
+
+
+def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        if entry["status"] == "failed":
+            print(f"unseg: {entry['error']}", file=sys.stderr)
+    protected = [entry for entry in entries if entry["status"] == "protected"]
+    failed = sum(entry["status"] == "failed" for entry in entries)
+    for note, count in Counter(note for entry in protected for note in entry["notes"]).items():
+        print(f"note ({count} images): {note}")
+    if jpegs := [entry for entry in protected if "over_bound_share" in entry]:
+        left = [entry["noise_left"] for entry in jpegs if entry["noise_left"] is not None]
+        share = sum(entry["over_bound_share"] for entry in jpegs) / len(jpegs)
+        print(
+            f"JPEG leaves {sum(left) / max(1, len(left)):.0%} of the noise, and {share:.2%} of the pixels over the "
+            f"bound, by at most {max(entry['over_bound_levels'] for entry in jpegs)} of 255 ({len(jpegs)} images)"
+        )
+    for reason, count in plan.clean.items():
+        print(f"{count} images stay clean: {reason}")
+    if plan.archives:
+        print(
+            f"{len(plan.archives)} files that may hold the original images were taken over, such as "
+            f"{plan.archives[0]}: remove them before OUT is published"
+        )
+    if plan.missing:
+        print(f"{plan.missing} images that the lists of {', '.join(splits)} name are not in {options.root}")
+    if plan.unknown:
+        print(f"{len(plan.unknown)} names of {options.names} are of no image, such as {min(plan.unknown)}")
+    others = len(entries) - len(protected) - failed
+    print(
+        f"{len(protected)} images of {', '.join(splits)} protected, {others} other files "
+        f"{'copied' if options.link is None else 'linked'}" + (f", {failed} failed and left out" if failed else "")
+    )
