@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .demo.serving import add_demo
 from .evaluation.audit_command import add_audit
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels; the background gets a quarter
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="print JSON")
 
     _add_model_options(add_audit(commands))
+    _add_model_options(add_demo(commands))
     return parser
 
 
@@ -159,7 +161,7 @@ def run_protect(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    protector = _load(options.model, options.device)
+    protector = load_protector(options.model, options.device)
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
     try:
         with tqdm(tasks, unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress:
@@ -200,7 +202,7 @@ def _budget(options: argparse.Namespace) -> tuple[float | None, float | None]:
     return tuple(None if value is None else value / 255 for value in (epsilon, background))
 
 
-def _load(model: str | None, device: str):
+def load_protector(model: str | None, device: str):
     from transformers.utils import logging
 
     from .protection import Protector

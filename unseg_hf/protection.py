@@ -261,9 +261,8 @@ class Protector:
     def finish(self, job: "Job", embeddings: UnSegImageEmbeddings) -> Protected:
         """The last step: finds the masks if none were given, makes the noise, adds it and checks the bound."""
         start = time.perf_counter()
-        masks, notes = job.masks, list(job.picture.notes)
-        if masks is None:
-            masks = self._find_masks(job, embeddings, notes)
+        masks, found = self.find_masks(job, embeddings)
+        notes = [*job.picture.notes, *found]
         region = masks[0].copy()
         for mask in masks[1:]:
             region |= mask
@@ -282,6 +281,12 @@ class Protector:
             seconds=job.seconds + time.perf_counter() - start,
             notes=tuple(notes),
         )
+
+    @torch.inference_mode()
+    def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
+        """What `finish` will protect: `(height, width)` bool masks, and what a user should know of how SAM found them."""
+        notes: list[str] = []
+        return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
 
     def propose_masks(self, image: ImageInput) -> list[np.ndarray]:
         """The segments that SAM finds by itself: a list of `(height, width)` bool arrays, best first, maybe empty."""

@@ -1,0 +1,103 @@
+"""Starting the demo: on a Hugging Face Space from its environment, or by `unseg demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unseg_hf.demo.session import Limits, Workbench
+
+CSS = """
+.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
+#hint p {margin: 0; font-size: var(--text-md)}
+#report table {width: 100%}
+"""
+
+
+def add_demo(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's sub-parsers; its parser still lacks --model and --device."""
+    parser = commands.add_parser(
+        "demo",
+        help="a web page to try it with your photos",
+        description="Start the demo page on this machine. It stays here: nothing is sent anywhere.",
+    )
+    parser.set_defaults(run=run_demo)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    return parser
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Run the command; the exit status."""
+    from unseg_hf.cli import UsageError
+
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UsageError("the demo needs gradio: pip install 'unseg-hf[demo]'") from error
+    model = options.model or os.environ.get("UNSEG_MODEL") or None
+    page = page_for(model, options.device, examples=checkout_examples())
+    page.launch(**launch_options(), server_name=options.host, server_port=options.port, inbrowser=options.open)
+    return 0
+
+
+def checkout_examples() -> Path | None:
+    """The example photos, where the package runs from a checkout of its repository."""
+    folder = Path(__file__).parents[2] / "spaces_demo" / "examples"
+    return folder if folder.is_dir() else None
+
+
+def page_for(model: str | None, device: str | None = None, examples: Path | None = None, limits: Limits | None = None):
+    """The page around a generator.
+
+    Args:
+        model: folder or Hub id; None is the embedded one.
+        device: where it runs; None is a GPU where there is one.
+        examples: folder of example photos.
+        limits: of the server.
+
+    Raises:
+        UsageError: a generator that does not load.
+    """
+    on_accelerator = _accelerator()
+
+    import torch
+
+    from unseg_hf.cli import load_protector
+    from unseg_hf.demo.page import build
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return build(Workbench(load_protector(model, device), limits or Limits(), model, on_accelerator), examples)
+
+
+def launch_options(limits: Limits | None = None) -> dict[str, Any]:
+    """What `launch` needs for a public server."""
+    import gradio as gr
+
+    limits = limits or Limits()
+    system = ["system-ui", "sans-serif"]
+    return {
+        "theme": gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
+        "css": CSS,
+        "max_file_size": limits.file_bytes,
+        "state_session_capacity": limits.sessions,
+        "allowed_paths": [],
+        "show_error": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "ssr_mode": False,
+        "footer_links": ["api", "settings"],
+    }
+
+
+def _accelerator() -> Callable[[Callable], Callable]:
+    """`spaces.GPU` on a Space that shares GPUs (ZeroGPU); elsewhere functions stay as they are."""
+    try:
+        import spaces
+    except ImportError:
+        return lambda function: function
+    return spaces.GPU
