@@ -35,13 +35,13 @@ def add_api(
     @failures_in_one_line
     def protect(
         image: Upload | None,
-        mask: Upload | None,
-        boxes: list | None,
-        points: list | None,
-        whole_image: bool,
-        epsilon: float | None,
-        epsilon_background: float | None,
-        keep_exif: bool,
+        mask: Upload | None = None,
+        boxes: list | None = None,
+        points: list | None = None,
+        whole_image: bool = False,
+        epsilon: float | None = None,
+        epsilon_background: float | None = None,
+        keep_exif: bool = False,
     ):
         photo = bench.open(*_given(image))
         for name, values in (("boxes", boxes), ("points", points)):

@@ -6,12 +6,14 @@ the temporary folder for each upload.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
 from gradio.data_classes import FileData, ListFiles
+from gradio.utils import get_upload_folder
 from gradio.components.base import server
 
 from unseg_hf.demo.session import VIEW_SIDE, file_stem
@@ -30,7 +32,10 @@ class Upload(NamedTuple):
 
 
 class _NoLinks:
-    """Refuses links, which the server would fetch without any limit of size."""
+    """Refuses links, which the server would fetch without any limit of size, and says so in the API's description."""
+
+    def api_info_as_input(self) -> dict[str, Any]:
+        return super().api_info_as_input() | {"additional_description": "a local file"}
 
     def move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
         _refuse_link(url_or_file_path)
@@ -46,11 +51,18 @@ def _refuse_link(path: Any) -> None:
         raise gr.Error("links are not fetched here: upload the file itself", print_exception=False)
 
 
-def _upload(file: FileData | Any) -> Upload:
-    if not file.path:
+def _uploaded(path: str | None) -> Path:
+    """The path of an upload; an error for any other file of the server."""
+    # Gradio's own check passes over an image whose description lacks the "meta" that marks uploads.
+    if not path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise gr.Error("upload the image as a file", print_exception=False)
-    path, name = Path(file.path), file.orig_name or Path(file.path).name
-    return Upload(path, file_stem(name) + Path(name).suffix[:8])
+    return Path(path)
+
+
+def _upload(file: FileData | Any) -> Upload:
+    path = _uploaded(file.path)
+    name = file.orig_name or path.name
+    return Upload(path, file_stem(name) + re.sub(r"[^.\w]", "", Path(name).suffix)[:8])
 
 
 class PhotoUpload(_NoLinks, gr.Image):
@@ -95,7 +107,7 @@ class BrushedMask(_NoLinks, gr.ImageEditor):
             if layer is None:
                 continue
             # The canvas may be a pixel larger than the view, and never much.
-            picture = read(layer if isinstance(layer, bytes) else layer.path, 4 * VIEW_SIDE**2)
+            picture = read(layer if isinstance(layer, bytes) else _uploaded(layer.path), 4 * VIEW_SIDE**2)
             if picture.alpha is None:
                 continue
             one = picture.alpha > 0

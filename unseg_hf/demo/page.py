@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from unseg_hf import image_files
@@ -48,8 +49,7 @@ def failures_in_one_line(function: Callable) -> Callable:
         except gr.Error:
             raise
         except ValueError as error:
-            # The page shows messages as HTML, and a file name may hold anything.
-            raise gr.Error(html.escape(one_line(error), quote=False), print_exception=False) from None
+            raise gr.Error(one_line(error), print_exception=False) from None
         except Exception:
             logger.exception("%s failed", function.__name__)
             message = "this did not work, and the server's log says why; try another photo"
@@ -60,7 +60,7 @@ def failures_in_one_line(function: Callable) -> Callable:
 
 def new_file(name: str) -> Path:
     """Where a result may be written: in Gradio's folder, which empties itself, under a name that nobody can guess."""
-    folder = Path(gr.utils.get_upload_folder()) / uuid.uuid4().hex
+    folder = Path(get_upload_folder()) / uuid.uuid4().hex
     folder.mkdir(parents=True)
     return folder / name
 
@@ -86,7 +86,7 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
             _one_photo(bench, examples, job)
         with gr.Tab("Several photos"):
             _several_photos(bench, job)
-        with gr.Tab("What this is"):
+        with gr.Tab("About"):
             name = bench.checkpoint or "unseg-tiny, which comes with the package"
             gr.Markdown(texts.ABOUT.format(name=name))
             gr.Markdown(results(read_card(bench.card)), elem_id="card")

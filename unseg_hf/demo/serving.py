@@ -14,6 +14,8 @@ CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
 #hint p {margin: 0; font-size: var(--text-md)}
 #report table {width: 100%}
+#card table {display: block; overflow-x: auto}
+#card th, #card td {overflow-wrap: normal; word-break: normal; padding: 6px}
 """
 
 
@@ -79,9 +81,12 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
     import gradio as gr
 
     limits = limits or Limits()
-    system = ["system-ui", "sans-serif"]
+    # Fonts that every machine has: the page must not ask another server for its own.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    # Gradio's grey is too faint to read on white.
+    theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     return {
-        "theme": gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
+        "theme": theme,
         "css": CSS,
         "max_file_size": limits.file_bytes,
         "state_session_capacity": limits.sessions,

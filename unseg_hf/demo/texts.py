@@ -94,16 +94,18 @@ def typed_marks(text: str, marks: Marks, label: int) -> Marks:
     if marks.way not in wanted:
         raise ValueError("coordinates are for clicks and boxes: choose one of them first")
     count, form = wanted[marks.way]
+    # The page shows messages as HTML.
+    quoted = html.escape(text[:40], quote=False)
     try:
         numbers = tuple(round(float(part)) for part in text.split(","))
     except (ValueError, OverflowError):
         numbers = ()
     if len(numbers) != count:
-        raise ValueError(f"{text[:40]!r} is not {form} in pixels, with commas between")
+        raise ValueError(f"{quoted!r} is not {form} in pixels, with commas between")
     if marks.way == "points":
         return marks.clicked(*numbers, label)
     if not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
-        raise ValueError(f"box {text[:40]}: needs left < right and top < bottom, in pixels")
+        raise ValueError(f"box {quoted}: left must be below right, and top below bottom, in pixels")
     return replace(marks, corner=None, boxes=(*marks.boxes, numbers))
 
 
