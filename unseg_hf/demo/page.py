@@ -121,11 +121,12 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                 label="1. Your photo",
                 placeholder=texts.UPLOAD.format(mb=limits.file_bytes // 2**20, megapixels=limits.pixels // 10**6),
                 buttons=[],
+                alt_text="Your photo",
                 elem_id="upload",
             )
             photos = sorted(p for p in (examples or Path("/nonexistent")).glob("*.png") if "_mask" not in p.stem)
-            if photos:
-                gr.Examples([[str(path)] for path in photos], [upload], label="Or an example", cache_examples=False)
+            # Not gr.Examples: its pictures have no name for screen readers.
+            chosen = [(path, gr.Button(f"Or try: {path.stem}", icon=str(path), size="sm")) for path in photos]
             with gr.Column(visible=False) as marking:
                 way = gr.Radio(
                     [(texts.WAYS[name], name) for name in texts.WAYS],
@@ -194,7 +195,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                     with gr.Row():
                         web = [_web_image(title) for title in WEB_TREATMENTS.values()]
                 with gr.Accordion("The same on the command line", open=False):
-                    command = gr.Code(language="shell", interactive=False, label="unseg protect")
+                    command = gr.Code(language="shell", interactive=False, label="unseg protect", wrap_lines=True)
                     gr.Markdown(texts.COMMAND)
 
     shown = [session, view, brush, hint, label, mask_file, typing, undo]
@@ -309,6 +310,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
 
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     light = job | {"show_progress": "minimal", "show_progress_on": [view]}
+    for path, button in chosen:
+        button.click(lambda path=str(path): path, None, upload, **quiet)
     fill = {"fn": background, "inputs": session, "outputs": brush} | quiet
     upload.change(emptied, None, [session, marking, protect, result, mask_file], **quiet).then(
         open_photo, [upload, way], [marking, protect, *shown], **job, show_progress_on=[upload]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unseg_hf.image_files import ImageFileError, Picture, read, read_mask
 from unseg_hf.modeling_unseg import UnSegImageEmbeddings
-from unseg_hf.protection import Job, Prompt, Protected, Protector, default_checkpoint
+from unseg_hf.protection import Job, Prompt, Protected, Protector, default_checkpoint, whole_levels
 
 VIEW_SIDE = 1024
 """Longest side of the picture that is clicked on, in pixels: a click must not send a whole photo back."""
@@ -289,20 +289,14 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def allowed(protected: Protected) -> tuple[int, int]:
-    """The budget inside and outside, in whole grey levels of 255."""
-    from unseg_hf.protection import whole_levels
-
-    return whole_levels(255, protected.epsilon, protected.epsilon_background)
-
-
 def report_rows(protected: Protected, report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report of a protected photo in words, as (what, figure)."""
-    inside, outside = allowed(protected)
+    inside, outside = whole_levels(255, protected.epsilon, protected.epsilon_background)
     psnr = "no difference" if report["psnr"] is None else f"{report['psnr']:.1f} dB"
+    elsewhere = ("Largest change elsewhere", f"{report['max_noise_background']:g} of 255 (bound: {outside})")
     return [
         ("Largest change where protected", f"{report['max_noise']:g} of 255 grey levels (bound: {inside})"),
-        ("Largest change elsewhere", f"{report['max_noise_background']:g} of 255 (bound: {outside})"),
+        *([] if protected.region.all() else [elsewhere]),
         ("Protected part", f"{report['protected_share']:.0%} of the photo"),
         ("PSNR", f"{psnr} (higher is closer to the original)"),
         ("SSIM", f"{report['ssim']:.4f} (1 is the original)"),

@@ -41,8 +41,8 @@ VIEW_LABELS = {
     "points": "Click on the object",
     "boxes": "Click on two opposite corners",
     "brush": "Your mask",
-    "objects": "What was found",
-    "whole": "Everything is protected",
+    "objects": "What will be protected",
+    "whole": "Everything will be protected",
 }
 HINTS = {
     "points": "Click on an object; further clicks make its mask better.",
