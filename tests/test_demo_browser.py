@@ -103,9 +103,7 @@ def by_command(page, folder: Path, model: Path) -> bytes:
     return (folder / "by_command.png").read_bytes()
 
 
-def test_clicked_protected_and_downloaded_pixels_are_those_of_the_command_line(
-    open_page, tmp_path, saved_generator
-):
+def test_clicked_protected_and_downloaded_pixels_are_those_of_the_command_line(open_page, tmp_path, saved_generator):
     shutil.copy(COFFEE, tmp_path)
     page = open_page()
     upload(page, tmp_path / "coffee.png")

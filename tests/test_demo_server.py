@@ -38,7 +38,9 @@ def png_saying(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+    )
 
 
 def a_bomb() -> bytes:
@@ -149,9 +151,7 @@ def test_a_mask_file_counts_as_on_the_command_line(client, photo_file, saved_gen
     drawn[10:30, 20:50] = 1
     mask = tmp_path / "mask.png"
     Image.fromarray(drawn).save(mask)
-    protected, region, _ = client.predict(
-        image=handle_file(photo_file), mask=handle_file(mask), api_name="/protect"
-    )
+    protected, region, _ = client.predict(image=handle_file(photo_file), mask=handle_file(mask), api_name="/protect")
     expected = written_by_the_command_line(photo_file, saved_generator, "--masks", mask)
     assert Path(protected).read_bytes() == expected
     np.testing.assert_array_equal(np.asarray(Image.open(region)), drawn != 0)

@@ -228,9 +228,7 @@ def from_array(array: Any, name: str = "the array") -> Picture:
     return Picture(values)
 
 
-def read_mask(
-    source: str | Path | bytes | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def read_mask(source: str | Path | bytes | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The (height, width) labels of a mask file or pillow image: bool for 1-bit files, else the integers it holds.
 
     Palette files give their indices, grey files their values, RGB files the value that the three channels share.

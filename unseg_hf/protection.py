@@ -284,7 +284,7 @@ class Protector:
 
     @torch.inference_mode()
     def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
-        """What `finish` will protect: `(height, width)` bool masks, and what a user should know of how SAM found them."""
+        """What `finish` will protect: `(height, width)` bool masks, and what a user should know of them."""
         notes: list[str] = []
         return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
 

@@ -17,7 +17,9 @@ PROTECT = """Protect one photo. Say what with one of mask, boxes, points or whol
 that SAM finds are protected, and the whole photo where it finds none. Returns the protected PNG (lossless, equal to
 what `unseg protect` writes), the mask as PNG, and a report: max_noise and max_noise_background in grey levels of 255,
 psnr in dB, ssim, protected_share, notes and the settings."""
-PROPOSE = "The objects that SAM finds in a photo by itself: a list of mask PNGs (white inside), best first, maybe empty."
+PROPOSE = (
+    "The objects that SAM finds in a photo by itself: a list of mask PNGs (white inside), best first, maybe empty."
+)
 
 
 def add_api(
@@ -100,9 +102,7 @@ def add_api(
             api_description=PROTECT,
             **public,
         )
-        gr.Button().click(
-            propose_masks, [image], [masks], api_name="propose_masks", api_description=PROPOSE, **public
-        )
+        gr.Button().click(propose_masks, [image], [masks], api_name="propose_masks", api_description=PROPOSE, **public)
 
 
 def _given(image: Upload | None) -> Upload:

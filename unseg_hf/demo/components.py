@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
+from gradio.components.base import server
 from gradio.data_classes import FileData, ListFiles
 from gradio.utils import get_upload_folder
-from gradio.components.base import server
 
 from unseg_hf.demo.session import VIEW_SIDE, file_stem
 from unseg_hf.image_files import read

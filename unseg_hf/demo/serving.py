@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,24 @@ def run_demo(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise UsageError("the demo needs gradio: pip install 'unseg-hf[demo]'") from error
     model = options.model or os.environ.get("UNSEG_MODEL") or None
-    page = page_for(model, options.device, examples=checkout_examples())
-    page.launch(**launch_options(), server_name=options.host, server_port=options.port, inbrowser=options.open)
+    with _folder_that_goes():
+        page = page_for(model, options.device, examples=checkout_examples())
+        page.launch(**launch_options(), server_name=options.host, server_port=options.port, inbrowser=options.open)
     return 0
+
+
+@contextmanager
+def _folder_that_goes() -> Iterator[None]:
+    """Makes Gradio keep its files in a folder that is deleted at the end; stopped by Ctrl-C it leaves them behind."""
+    place = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if place is not None:
+                os.environ["GRADIO_TEMP_DIR"] = place
 
 
 def checkout_examples() -> Path | None:

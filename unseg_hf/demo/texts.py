@@ -17,8 +17,8 @@ Adds noise of a few grey levels that spoils segmentation models which are traine
 ABOUT = """## What this is
 The noise generator of UnSeg ([arXiv 2410.09909](https://arxiv.org/abs/2410.09909), NeurIPS 2024) in the package
 `unseg-hf`. You publish a photo, somebody scrapes it, labels it correctly and trains a segmentation model on it: the
-model should learn the noise instead of the object. No pixel changes by more than epsilon where you protect, and by more
-than a quarter of it elsewhere, which is checked on the pixels of the file that you download.
+model should learn the noise instead of the object. No pixel changes by more than epsilon where you protect, nor by
+more than a quarter of it elsewhere; that is checked before you get the file.
 
 ## What it does not do
 - It does not stop anybody from segmenting **this** photo, by hand or with a model that exists already.
@@ -65,7 +65,7 @@ WEB = (
     "measured on the whole photo (half size: enlarged again)."
 )
 COMMAND = (
-    "The same pixels from a terminal (`pip install unseg-hf`); for a brushed mask, download it above. The command line "
+    "The same pixels from a terminal (`pip install unseg-hf`); for a brushed mask, download it above. The command "
     "keeps EXIF."
 )
 BATCH = (
