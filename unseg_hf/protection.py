@@ -424,23 +424,37 @@ def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -
 
 def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
     """`max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     scale = 255 / original.max_value
     inside, outside = max_noise(original.pixels, protected.pixels, region)
     a, b = (
         torch.from_numpy(p.pixels.astype(np.float32) * scale).permute(2, 0, 1)[None] for p in (original, protected)
     )
     error = torch.mean((a - b) ** 2, dtype=torch.float64).item()
-    # The window of 11 pixels must fit; smaller pictures are continued at their edges.
-    short = [max(0, 11 - side) for side in a.shape[-2:]]
-    a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
     return {
         "max_noise": inside * scale,
         "max_noise_background": outside * scale,
         "psnr": None if error == 0 else float(10 * np.log10(255**2 / error)),
-        "ssim": float(structural_similarity_index_measure(b, a, data_range=255.0)),
+        "ssim": _ssim(a, b),
     }
+
+
+def _ssim(a: torch.Tensor, b: torch.Tensor) -> float:
+    """SSIM of two pictures `(1, channels, height, width)`, in [0, 255]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    # The window of 11 pixels must fit; smaller pictures are continued at their edges.
+    short = [max(0, 11 - side) for side in a.shape[-2:]]
+    a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
+    # Only whole windows count, so the mean of strips that overlap by a window is the picture's. At once, a photo of
+    # 15 megapixels takes 7 GB.
+    windows = a.shape[2] - 10
+    step = max(1, 2**18 // a.shape[3])
+    total = 0.0
+    for start in range(0, windows, step):
+        count = min(step, windows - start)
+        strip = slice(start, start + count + 10)
+        total += count * float(structural_similarity_index_measure(b[:, :, strip], a[:, :, strip], data_range=255.0))
+    return total / windows
 
 
 def read_any(image: ImageInput) -> Picture:

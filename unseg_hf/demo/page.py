@@ -25,7 +25,7 @@ from unseg_hf.demo.components import BrushedMask, FileUpload, PhotoUpload, Uploa
 from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
 from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, one_line, report_rows
 from unseg_hf.inspection import amplified_noise
-from unseg_hf.protection import Prompt
+from unseg_hf.protection import Prompt, Protected
 
 STRENGTHS = {"low (4)": 4.0, "medium (8)": 8.0, "high (16)": 16.0}
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Session:
 
     photo: Photo
     marks: Marks
+    protected: Protected | None = None  # until the pictures that take longer are there
 
 
 def failures_in_one_line(function: Callable) -> Callable:
@@ -199,7 +200,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                     gr.Markdown(texts.COMMAND)
 
     shown = [session, view, brush, hint, label, mask_file, typing, undo]
-    results_of = [result, slider, download, mask_download, report, noise, command, *web]
+    results_of = [session, result, slider, download, mask_download, report, command, noise, *web]
 
     def refreshed(current: Session, view_only: bool = False) -> list[Any]:
         """Values for `shown`: the masks found anew for the marks."""
@@ -288,24 +289,33 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         target = new_file(f"{stem}_protected.png")
         image_files.write(protected.picture, target)
         before, mask_path = (target.with_name(f"{stem}_{name}.png") for name in ("original", "mask"))
-        image_files.write(replace(protected.original, exif=None), before)
+        before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
         Image.fromarray(protected.region).save(mask_path)
-        noise_path = target.with_name(f"{stem}_noise.png")
-        image_files.write(image_files.from_pil(amplified_noise(protected.original, protected.picture)), noise_path)
-        report_of = protected.report
-        exif_gone = photo.picture.exif is not None and not exif
+        figures = protected.report
         return [
+            replace(current, protected=protected),
             gr.update(visible=True),
             (str(before), str(target)),
             str(target),
             str(mask_path),
-            texts.report(report_rows(protected, report_of), report_of, exif_gone),
-            str(noise_path),
+            texts.report(report_rows(protected, figures), figures, photo.picture.exif is not None and not exif),
             bench.command(photo, marks, level),
-            *(
-                gr.update(value=image, label=texts.web_caption(title, share))
-                for image, title, share in web_treatments(protected)
-            ),
+            *[None] * (1 + len(web)),
+        ]
+
+    @failures_in_one_line
+    def look_closer(current: Session | None):
+        if current is None or current.protected is None:
+            return [gr.skip()] * (2 + len(web))
+        protected = current.protected
+        noise_path = new_file(f"{file_stem(current.photo.name)}_noise.png")
+        amplified = image_files.from_pil(amplified_noise(protected.original, protected.picture))
+        noise_path.write_bytes(image_files.encode(amplified, "png"))
+        treated = web_treatments(protected)
+        return [
+            replace(current, protected=None),
+            str(noise_path),
+            *(gr.update(value=image, label=texts.web_caption(title, share)) for image, title, share in treated),
         ]
 
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -324,7 +334,9 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     mask_file.clear(use_mask_file, [session, mask_file], shown, **light).success(**fill)
     undo.click(take_back, session, shown, **light, trigger_mode="multiple")
     clear.click(clear_marks, session, [mask_file, *shown], **light).success(**fill)
-    protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job)
+    protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
+        look_closer, session, [session, noise, *web], **job, show_progress_on=web
+    )
 
 
 def _web_image(title: str) -> gr.Image:
