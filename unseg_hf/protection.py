@@ -445,16 +445,17 @@ def _ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     # The window of 11 pixels must fit; smaller pictures are continued at their edges.
     short = [max(0, 11 - side) for side in a.shape[-2:]]
     a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
-    # Only whole windows count, so the mean of strips that overlap by a window is the picture's. At once, a photo of
-    # 15 megapixels takes 7 GB.
-    windows = a.shape[2] - 10
-    step = max(1, 2**18 // a.shape[3])
+    # In strips, with the five rows around them that their windows reach: at once, a photo of 15 megapixels takes 7 GB.
+    height, step = a.shape[2], max(1, 2**18 // a.shape[3])
     total = 0.0
-    for start in range(0, windows, step):
-        count = min(step, windows - start)
-        strip = slice(start, start + count + 10)
-        total += count * float(structural_similarity_index_measure(b[:, :, strip], a[:, :, strip], data_range=255.0))
-    return total / windows
+    for start in range(0, height, step):
+        end = min(start + step, height)
+        rows = slice(max(0, start - 5), min(height, end + 5))
+        _, similarity = structural_similarity_index_measure(
+            b[:, :, rows], a[:, :, rows], data_range=255.0, return_full_image=True
+        )
+        total += similarity[:, :, start - rows.start : end - rows.start].sum(dtype=torch.float64).item()
+    return total / a.numel()
 
 
 def read_any(image: ImageInput) -> Picture:
