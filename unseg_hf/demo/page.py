@@ -17,6 +17,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from unseg_hf import image_files
+from unseg_hf.cli import STRENGTHS
 from unseg_hf.demo import texts
 from unseg_hf.demo.api import add_api
 from unseg_hf.demo.batch import protect_to_zip
@@ -27,7 +28,7 @@ from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, one_line, 
 from unseg_hf.inspection import amplified_noise
 from unseg_hf.protection import Prompt, Protected
 
-STRENGTHS = {"low (4)": 4.0, "medium (8)": 8.0, "high (16)": 16.0}
+PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
 logger = logging.getLogger(__name__)
 
 
@@ -97,16 +98,16 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
 
 
 def _strength(bench: Workbench) -> gr.Slider:
-    presets = gr.Radio(list(STRENGTHS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
+    presets = gr.Radio(list(PRESETS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
     epsilon = gr.Slider(0, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    presets.input(lambda preset: STRENGTHS.get(preset), presets, epsilon, **quiet)
+    presets.input(lambda preset: PRESETS.get(preset), presets, epsilon, **quiet)
     epsilon.change(_preset, epsilon, presets, **quiet)
     return epsilon
 
 
 def _preset(epsilon: float) -> str | None:
-    return next((name for name, value in STRENGTHS.items() if value == epsilon), None)
+    return next((name for name, value in PRESETS.items() if value == epsilon), None)
 
 
 def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:

@@ -21,8 +21,6 @@ from unseg_hf.protection import Job, Prompt, Protected, Protector, default_check
 VIEW_SIDE = 1024
 """Longest side of the picture that is clicked on, in pixels: a click must not send a whole photo back."""
 
-WAYS = ("points", "boxes", "brush", "objects", "whole")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -56,7 +54,7 @@ class Marks:
     """What a user has marked on a photo, in pixels of the upright photo; each way keeps its own marks.
 
     Args:
-        way: of `WAYS`, the one that counts.
+        way: the one that counts: "points", "boxes", "brush", "objects" (that SAM finds) or "whole".
         points: `(x, y, label)`, 1 for a point on the object and 0 for one that is not.
         boxes: `(x0, y0, x1, y1)`.
         corner: first corner of a box that is not finished.
