@@ -290,13 +290,13 @@ def one_line(error: Exception) -> str:
 def report_rows(protected: Protected, report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report of a protected photo in words, as (what, figure)."""
     inside, outside = whole_levels(255, protected.epsilon, protected.epsilon_background)
-    psnr = "no difference" if report["psnr"] is None else f"{report['psnr']:.1f} dB"
+    psnr = "no difference" if report["psnr"] is None else f"{report['psnr']:.1f} dB (higher is closer to the original)"
     elsewhere = ("Largest change elsewhere", f"{report['max_noise_background']:g} of 255 (bound: {outside})")
     return [
         ("Largest change where protected", f"{report['max_noise']:g} of 255 grey levels (bound: {inside})"),
         *([] if protected.region.all() else [elsewhere]),
         ("Protected part", f"{report['protected_share']:.0%} of the photo"),
-        ("PSNR", f"{psnr} (higher is closer to the original)"),
+        ("PSNR", psnr),
         ("SSIM", f"{report['ssim']:.4f} (1 is the original)"),
         ("Size", f"{report['width']} x {report['height']} pixels"),
     ]
