@@ -116,3 +116,20 @@ def loud_protector(protector_of):
         for mlp in protector.model.noise_head.noise_mlps:
             mlp[-1].weight *= 30
     return protector
+
+
+@pytest.fixture(scope="module")
+def demo_page(saved_generator, tmp_path_factory):
+    """A running demo around a tiny random generator: `.local_url`, and `.uploads`, the folder it keeps files in."""
+    from unseg_hf.demo.serving import checkout_examples, launch_options, page_for
+    from unseg_hf.demo.session import Limits
+
+    limits = Limits(file_bytes=2**20, pixels=1_000_000, side=5_000, marks=5, photos=4, batch_bytes=2 * 2**20)
+    with pytest.MonkeyPatch.context() as patch:
+        uploads = tmp_path_factory.mktemp("uploads")
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        page = page_for(str(saved_generator), "cpu", checkout_examples(), limits)
+        page.launch(**launch_options(limits), prevent_thread_lock=True, quiet=True)
+        page.uploads = uploads
+        yield page
+        page.close()

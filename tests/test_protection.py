@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, image_files
-from unseg_hf.protection import apply_noise
+from unseg_hf.image_files import from_array
+from unseg_hf.protection import apply_noise, compare
 
 RNG = np.random.default_rng(0)
 
@@ -344,6 +345,20 @@ def test_report_measures_the_pixels(loud_protector):
         use_sample_covariance=False,
     )
     assert result.report["ssim"] == pytest.approx(reference, abs=2e-3)  # the two treat the border differently
+
+
+def test_ssim_measured_in_strips_is_that_of_the_whole_picture():
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    rng = np.random.default_rng(0)
+    original = rng.integers(0, 256, (900, 700, 1), np.uint8)
+    changed = np.clip(original + rng.integers(-20, 21, original.shape) * (np.arange(900)[:, None, None] > 500), 0, 255)
+    pictures = [from_array(pixels.astype(np.uint8)) for pixels in (original, changed)]
+    figures = compare(*pictures, np.ones((900, 700), bool))
+    whole = (torch.from_numpy(p.pixels.astype(np.float32)).permute(2, 0, 1)[None] for p in reversed(pictures))
+    expected = float(structural_similarity_index_measure(*whole, data_range=255.0))
+    assert figures["ssim"] == pytest.approx(expected, abs=1e-6)
+    assert figures["ssim"] < 0.999
 
 
 def test_prompt_object_and_fields_are_the_same(tiny_protector):

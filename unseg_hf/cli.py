@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .demo.serving import add_demo
 from .evaluation.audit_command import add_audit
 from .layouts.command import add_protect_dataset
 
@@ -114,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     dataset = add_protect_dataset(commands)
     _add_strength_options(dataset)
     _add_model_options(dataset)
+    _add_model_options(add_demo(commands))
     return parser
 
 

@@ -125,13 +125,15 @@ class Picture:
         return np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
-def read(source: str | Path | bytes | BinaryIO, upright: bool = True) -> Picture:
+def read(source: str | Path | bytes | BinaryIO, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Picture:
     """The picture in a file, in bytes, or in an open binary file (read from where it stands).
 
     upright: turned as its EXIF says; else as stored, for masks that were drawn so (not TIFF, which pillow turns).
-    Raises ImageFileError for anything that is not one whole, undamaged picture of at most MAX_PIXELS pixels.
+    Raises ImageFileError for anything that is not one whole, undamaged picture of at most max_pixels pixels; a bigger
+    one is refused by its header, before its pixels are decoded.
     """
     image, name = _open(source)
+    _check_size(*image.size, name, max_pixels)
     if upright:
         return from_pil(image, name)
     orientation = 1
@@ -245,7 +247,7 @@ def from_array(array: Any, name: str = "the array") -> Picture:
     return Picture(values)
 
 
-def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray:
+def read_mask(source: str | Path | bytes | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The (height, width) labels of a mask file or pillow image: bool for 1-bit files, else the integers it holds.
 
     Palette files give their indices, grey files their values, RGB files the value that the three channels share.
@@ -254,6 +256,7 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image) -> np.ndarray
     Raises ImageFileError for colours and floats, and for what `read` refuses.
     """
     image, name = (source, "the mask") if isinstance(source, Image.Image) else _open(source)
+    _check_size(*image.size, name, max_pixels)
     labels = _labels_of(*_decode(image, name)[:2], name)
     return labels >= 128 if image.format in ("JPEG", "MPO") else labels
 
@@ -362,11 +365,11 @@ def _identify(data: bytes, name: str) -> Image.Image:
     raise _error(name, "this is not an image of a kind that is read here", fix)
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     if width < 1 or height < 1:
         raise _error(name, f"it has no pixels ({width} x {height})", "export it again")
-    if width * height > MAX_PIXELS:
-        raise _error(name, f"{width} x {height} is more than {MAX_PIXELS} pixels", "make it smaller or crop it")
+    if width * height > max_pixels:
+        raise _error(name, f"{width} x {height} is more than {max_pixels} pixels", "make it smaller or crop it")
 
 
 def _decode(image: Image.Image, name: str) -> tuple[Image.Image, str, int]:

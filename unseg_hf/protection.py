@@ -261,9 +261,8 @@ class Protector:
     def finish(self, job: "Job", embeddings: UnSegImageEmbeddings) -> Protected:
         """The last step: finds the masks if none were given, makes the noise, adds it and checks the bound."""
         start = time.perf_counter()
-        masks, notes = job.masks, list(job.picture.notes)
-        if masks is None:
-            masks = self._find_masks(job, embeddings, notes)
+        masks, found = self.find_masks(job, embeddings)
+        notes = [*job.picture.notes, *found]
         region = masks[0].copy()
         for mask in masks[1:]:
             region |= mask
@@ -282,6 +281,12 @@ class Protector:
             seconds=job.seconds + time.perf_counter() - start,
             notes=tuple(notes),
         )
+
+    @torch.inference_mode()
+    def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
+        """What `finish` will protect: `(height, width)` bool masks, and what a user should know of them."""
+        notes: list[str] = []
+        return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
 
     def propose_masks(self, image: ImageInput) -> list[np.ndarray]:
         """The segments that SAM finds by itself: a list of `(height, width)` bool arrays, best first, maybe empty."""
@@ -419,23 +424,38 @@ def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -
 
 def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
     """`max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     scale = 255 / original.max_value
     inside, outside = max_noise(original.pixels, protected.pixels, region)
     a, b = (
         torch.from_numpy(p.pixels.astype(np.float32) * scale).permute(2, 0, 1)[None] for p in (original, protected)
     )
     error = torch.mean((a - b) ** 2, dtype=torch.float64).item()
-    # The window of 11 pixels must fit; smaller pictures are continued at their edges.
-    short = [max(0, 11 - side) for side in a.shape[-2:]]
-    a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
     return {
         "max_noise": inside * scale,
         "max_noise_background": outside * scale,
         "psnr": None if error == 0 else float(10 * np.log10(255**2 / error)),
-        "ssim": float(structural_similarity_index_measure(b, a, data_range=255.0)),
+        "ssim": _ssim(a, b),
     }
+
+
+def _ssim(a: torch.Tensor, b: torch.Tensor) -> float:
+    """SSIM of two pictures `(1, channels, height, width)`, in [0, 255]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    # The window of 11 pixels must fit; smaller pictures are continued at their edges.
+    short = [max(0, 11 - side) for side in a.shape[-2:]]
+    a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
+    # In strips, with the five rows around them that their windows reach: at once, a photo of 15 megapixels takes 7 GB.
+    height, step = a.shape[2], max(1, 2**18 // a.shape[3])
+    total = 0.0
+    for start in range(0, height, step):
+        end = min(start + step, height)
+        rows = slice(max(0, start - 5), min(height, end + 5))
+        _, similarity = structural_similarity_index_measure(
+            b[:, :, rows], a[:, :, rows], data_range=255.0, return_full_image=True
+        )
+        total += similarity[:, :, start - rows.start : end - rows.start].sum(dtype=torch.float64).item()
+    return total / a.numel()
 
 
 def read_any(image: ImageInput) -> Picture:

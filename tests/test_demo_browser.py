@@ -1,0 +1,307 @@
+"""The demo in a real browser, as a user has it."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unseg_hf import Protector, cli
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+COFFEE = Path(__file__).parents[1] / "spaces_demo" / "examples" / "coffee.png"
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, demo_page):
+    """A function: a new visitor's page; what its console complains of, and what it asks other servers, is noted."""
+    contexts = []
+
+    def open_one(theme="light", size="desktop"):
+        context = browser.new_context(viewport=SIZES[size], accept_downloads=True)
+        context.set_default_timeout(30_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.complaints = []
+        page.on("console", lambda m: page.complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.goto(f"{demo_page.local_url}?__theme={theme}")
+        page.wait_for_selector("#upload input[type=file]", state="attached")
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+def upload(page, file: Path) -> None:
+    page.set_input_files("#upload input[type=file]", file)
+    page.wait_for_selector("#view img")
+
+
+def click_at(page, x: float, y: float) -> None:
+    """Click on the picture, at shares of its width and height, and wait for the answer."""
+    picture = page.locator("#view img")
+    before = picture.get_attribute("src")
+    box = picture.bounding_box()
+    picture.click(position={"x": box["width"] * x, "y": box["height"] * y})
+    page.wait_for_function("before => document.querySelector('#view img').src != before", arg=before)
+
+
+def hint(page, words: str) -> None:
+    """Wait until the line that screen readers read out says this."""
+    page.wait_for_function("words => document.querySelector('#hint').innerText.includes(words)", arg=words)
+
+
+def choose(page, way: str) -> None:
+    page.get_by_role("radio", name=way, exact=True).click()
+
+
+def protect(page) -> None:
+    page.locator("#protect").click()
+    page.wait_for_function("() => document.querySelector('#download')?.closest('a, div')?.offsetParent !== null")
+    page.wait_for_selector("#slider img")
+
+
+def downloaded(page, folder: Path, button="#download") -> Path:
+    with page.expect_download() as download:
+        page.locator(button).click()
+    target = folder / download.value.suggested_filename
+    download.value.save_as(target)
+    return target
+
+
+def by_command(page, folder: Path, model: Path) -> bytes:
+    """What the command that the page shows writes, in a folder with the photo (and the mask) in it."""
+    import shlex
+
+    page.get_by_role("button", name="The same on the command line").click()
+    shown = page.locator(".cm-content").inner_text()
+    words = shlex.split(shown.replace("\n", " "))
+    assert words[0] == "unseg"
+    assert words[words.index("--model") + 1] == str(model)
+    paths = {2: folder / words[2], words.index("-o") + 1: folder / "by_command.png"}
+    if "--masks" in words:
+        at = words.index("--masks") + 1
+        paths[at] = folder / words[at]
+    assert cli.main([str(paths.get(i, word)) for i, word in enumerate(words)][1:]) == 0
+    return (folder / "by_command.png").read_bytes()
+
+
+def test_clicked_protected_and_downloaded_pixels_are_those_of_the_command_line(open_page, tmp_path, saved_generator):
+    shutil.copy(COFFEE, tmp_path)
+    page = open_page()
+    upload(page, tmp_path / "coffee.png")
+    click_at(page, 0.5, 0.5)
+    page.get_by_role("radio", name="not on it").click()
+    click_at(page, 0.05, 0.05)
+    protect(page)
+    file = downloaded(page, tmp_path)
+    assert file.name == "coffee_protected.png"
+    assert file.read_bytes() == by_command(page, tmp_path, saved_generator)
+    mask = np.asarray(Image.open(downloaded(page, tmp_path, "#mask-download")))
+    noise = np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(Image.open(COFFEE)))
+    assert noise[mask].max() <= 8
+    assert noise.max() > 0
+    assert page.complaints == []
+
+
+def test_the_picture_beside_the_original_is_the_download_itself(open_page, tmp_path):
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    protect(page)
+    file = downloaded(page, tmp_path)
+    sources = page.locator("#slider img").evaluate_all("images => images.map(image => image.src)")
+    shown = [page.request.get(source).body() for source in dict.fromkeys(sources)]
+    assert file.read_bytes() in shown
+    pixels = [np.asarray(Image.open(COFFEE))]
+    original = next(data for data in shown if data != file.read_bytes())
+    (tmp_path / "original").write_bytes(original)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "original")), pixels[0])
+
+
+def test_a_box_of_two_clicks_and_another_strength(open_page, tmp_path, saved_generator):
+    shutil.copy(COFFEE, tmp_path)
+    page = open_page(size="phone", theme="dark")
+    upload(page, tmp_path / "coffee.png")
+    choose(page, "Draw boxes")
+    hint(page, "one corner of a box")
+    click_at(page, 0.8, 0.9)
+    hint(page, "Now click on the opposite corner")
+    click_at(page, 0.3, 0.3)
+    page.get_by_role("radio", name="high (16)").first.click()
+    protect(page)
+    file = downloaded(page, tmp_path)
+    assert file.read_bytes() == by_command(page, tmp_path, saved_generator)
+    noise = np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(Image.open(COFFEE)))
+    outside = np.ones(noise.shape[:2], bool)
+    outside[int(0.29 * 400) : int(0.91 * 400), int(0.29 * 600) : int(0.81 * 600)] = False
+    assert noise[outside].max() <= 4
+    width = page.evaluate("() => document.documentElement.scrollWidth")
+    assert width <= SIZES["phone"]["width"]
+
+
+def test_what_is_brushed_is_protected(open_page, tmp_path, saved_generator):
+    shutil.copy(COFFEE, tmp_path)
+    page = open_page()
+    upload(page, tmp_path / "coffee.png")
+    choose(page, "Brush")
+    canvas = page.locator("#brush canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(1_500)  # the editor draws its picture some time after it has one
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    protect(page)
+    file = downloaded(page, tmp_path)
+    mask = np.asarray(Image.open(downloaded(page, tmp_path, "#mask-download")))
+    assert mask.shape == (400, 600)
+    assert 0.005 < mask.mean() < 0.3
+    rows, columns = np.nonzero(mask)
+    assert abs(rows.mean() - 200) < 40
+    assert abs(columns.mean() - 300) < 40
+    assert file.read_bytes() == by_command(page, tmp_path, saved_generator)
+
+
+def test_a_mask_file_takes_the_place_of_the_brush(open_page, tmp_path, saved_generator):
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Brush")
+    mask_file = COFFEE.with_name("coffee_mask.png")
+    page.wait_for_selector("text=or a mask file")
+    chooser = page.locator("div.block:has-text('or a mask file') input[type=file]").last
+    chooser.set_input_files(mask_file)
+    hint(page, "1 object")
+    protect(page)
+    expected = Protector.from_pretrained(saved_generator).protect(COFFEE, mask=mask_file)
+    got = np.asarray(Image.open(downloaded(page, tmp_path)))
+    np.testing.assert_array_equal(got, np.asarray(expected.image))
+
+
+def test_everything_but_brushing_works_from_the_keyboard(open_page, tmp_path, saved_generator):
+    page = open_page()
+    upload(page, COFFEE)
+    page.get_by_role("radio", name="Click on objects").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    hint(page, "one corner of a box")
+    page.get_by_role("button", name="Type coordinates instead of clicking").focus()
+    page.keyboard.press("Enter")
+    page.get_by_label("Pixels of the photo").fill("30,40,500,300")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => !document.querySelector('#hint').innerText.includes('one corner')")
+    page.locator("#protect").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#slider img")
+    page.locator("#download").focus()
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    download.value.save_as(tmp_path / "protected.png")
+    expected = Protector.from_pretrained(saved_generator).protect(COFFEE, boxes=[[30, 40, 500, 300]])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "protected.png")), np.asarray(expected.image))
+
+
+def test_every_control_has_a_name_for_screen_readers(open_page):
+    page = open_page()
+    upload(page, COFFEE)
+    unnamed = page.evaluate("""() => [...document.querySelectorAll('button, input, textarea, img, canvas')]
+        .filter(e => e.offsetParent !== null && e.type !== 'file')
+        .filter(e => !(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.alt || e.title
+                       || e.innerText || (e.labels && e.labels.length && e.labels[0].innerText)
+                       || e.querySelector('img[alt]:not([alt=""])')))
+        .map(e => e.outerHTML.slice(0, 160))""")
+    assert unnamed == []
+    assert page.locator("[role=status]").count() >= 1
+
+
+def test_a_bad_photo_gives_one_line_and_the_next_one_works(open_page, tmp_path):
+    bad = tmp_path / "holiday.png"
+    bad.write_bytes(COFFEE.read_bytes()[:5_000])
+    page = open_page()
+    page.set_input_files("#upload input[type=file]", bad)
+    toast = page.locator(".toast-body")
+    toast.wait_for()
+    text = toast.inner_text()
+    assert "holiday.png" in text
+    assert "cut short" in text
+    assert "Traceback" not in text
+    assert page.locator("#protect").is_disabled()
+    page.locator("#upload").get_by_label("Clear").first.click()
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    protect(page)
+
+
+def test_two_visitors_do_not_see_each_others_photos(open_page, tmp_path):
+    other = tmp_path / "other.png"
+    Image.fromarray(np.asarray(Image.open(COFFEE))[::-1, :300].copy()).save(other)
+    pages = [open_page(), open_page()]
+    for page, file in zip(pages, (COFFEE, other), strict=True):
+        upload(page, file)
+    for page in pages:
+        choose(page, "Everything")
+    for page in pages:
+        page.locator("#protect").click()
+    sizes = []
+    for page, name in zip(pages, ("coffee", "other"), strict=True):
+        page.wait_for_selector("#slider img")
+        file = downloaded(page, tmp_path)
+        assert file.name == f"{name}_protected.png"
+        sizes.append(Image.open(file).size)
+    assert sizes == [(600, 400), (300, 400)]
+
+
+def test_several_photos_come_back_in_one_zip(open_page, tmp_path, saved_generator):
+    import io
+    import zipfile
+
+    good = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for number, file in enumerate(good):
+        Image.fromarray(np.asarray(Image.open(COFFEE))[: 100 + number]).save(file)
+    (tmp_path / "c.png").write_bytes(b"no photo")
+    page = open_page()
+    page.get_by_role("tab", name="Several photos").click()
+    page.locator("#batch-upload input[type=file]").set_input_files([*good, tmp_path / "c.png"])
+    page.wait_for_selector("#batch-upload [aria-label='c.png']")
+    page.locator("#batch-start").click()
+    page.wait_for_selector("text=2 of 3 protected")
+    assert "c.png: this is not an image" in page.locator("#batch-table").inner_text()
+    with page.expect_download() as download:
+        page.locator("#batch-zip a").first.click()
+    download.value.save_as(tmp_path / "got.zip")
+    with zipfile.ZipFile(tmp_path / "got.zip") as archive:
+        assert set(archive.namelist()) == {"a_protected.png", "b_protected.png", "report.json"}
+        for file in good:
+            got = np.asarray(Image.open(io.BytesIO(archive.read(f"{file.stem}_protected.png"))))
+            expected = Protector.from_pretrained(saved_generator).protect(file, whole_image=True)
+            np.testing.assert_array_equal(got, np.asarray(expected.image))
+
+
+def test_the_example_can_be_picked_and_the_about_page_says_what_is_known(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Or try: coffee").click()
+    page.wait_for_selector("#view img")
+    page.get_by_role("tab", name="About").click()
+    # The generator of these tests has no card.
+    assert "has no model card" in page.locator("#card").inner_text()

@@ -1,0 +1,123 @@
+"""Gradio's upload components, made fit for a public server: bytes as they came, from the upload folder alone.
+
+Gradio's own decode images before the page's code sees them, fetch what a client gives as a link, and leave a file in
+the temporary folder for each upload.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import numpy as np
+from gradio.components.base import server
+from gradio.data_classes import FileData, ListFiles
+from gradio.utils import get_upload_folder
+
+from unseg_hf.demo.session import VIEW_SIDE, file_stem
+from unseg_hf.image_files import read
+
+LAYER_BYTES = 8 * 2**20
+LAYERS_KEPT = 32
+"""Layers that were sent by pages and not yet asked for."""
+
+
+class Upload(NamedTuple):
+    """A file in the upload folder, and the name that its user knows."""
+
+    path: Path
+    name: str
+
+
+class _NoLinks:
+    """Refuses links, which the server would fetch without any limit of size, and says so in the API's description."""
+
+    def api_info_as_input(self) -> dict[str, Any]:
+        return super().api_info_as_input() | {"additional_description": "a local file"}
+
+    def move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        _refuse_link(url_or_file_path)
+        return super().move_resource_to_block_cache(url_or_file_path)
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        _refuse_link(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+def _refuse_link(path: Any) -> None:
+    if str(path).startswith(("http://", "https://")):
+        raise gr.Error("links are not fetched here: upload the file itself", print_exception=False)
+
+
+def _uploaded(path: str | None) -> Path:
+    """The path of an upload; an error for any other file of the server."""
+    # Gradio's own check passes over an image whose description lacks the "meta" that marks uploads.
+    if not path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise gr.Error("upload the image as a file", print_exception=False)
+    return Path(path)
+
+
+def _upload(file: FileData | Any) -> Upload:
+    path = _uploaded(file.path)
+    name = file.orig_name or path.name
+    return Upload(path, file_stem(name) + re.sub(r"[^.\w]", "", Path(name).suffix)[:8])
+
+
+class PhotoUpload(_NoLinks, gr.Image):
+    """An image that is uploaded, pasted or dropped; gives an [`Upload`]."""
+
+    def get_block_name(self) -> str:
+        return "image"
+
+    def preprocess(self, payload: Any) -> Upload | None:
+        return None if payload is None else _upload(payload)
+
+
+class FileUpload(_NoLinks, gr.File):
+    """One or several files; gives an [`Upload`], or a list of them."""
+
+    def get_block_name(self) -> str:
+        return "file"
+
+    def preprocess(self, payload: FileData | ListFiles | None) -> Upload | list[Upload] | None:
+        if payload is None:
+            return [] if self.file_count == "multiple" else None
+        files = payload.root if isinstance(payload, ListFiles) else [payload]
+        return [_upload(file) for file in files] if self.file_count == "multiple" else _upload(files[0])
+
+
+class BrushedMask(_NoLinks, gr.ImageEditor):
+    """A picture to brush on; gives the brushed part as `(height, width)` bool, or None where nothing was brushed."""
+
+    def get_block_name(self) -> str:
+        return "imageeditor"
+
+    def preprocess(self, payload: Any) -> np.ndarray | None:
+        if payload is None:
+            return None
+        if payload.id is not None:
+            stored = self.blob_storage.pop(payload.id, None)
+            layers = stored.layers if stored else []
+        else:
+            layers = payload.layers
+        drawn = None
+        for layer in layers:
+            if layer is None:
+                continue
+            # The canvas may be a pixel larger than the view, and never much.
+            picture = read(layer if isinstance(layer, bytes) else _uploaded(layer.path), 4 * VIEW_SIDE**2)
+            if picture.alpha is None:
+                continue
+            one = picture.alpha > 0
+            drawn = one if drawn is None or drawn.shape != one.shape else drawn | one
+        return drawn if drawn is not None and drawn.any() else None
+
+    @server
+    def accept_blobs(self, data: Any) -> None:
+        if len(data.files[0][1]) > LAYER_BYTES:
+            raise gr.Error("this drawing is too large", print_exception=False)
+        while len(self.blob_storage) >= LAYERS_KEPT:
+            self.blob_storage.pop(next(iter(self.blob_storage)))
+        super().accept_blobs(data)

@@ -1,0 +1,410 @@
+"""The demo's web page and its API: what a browser or `gradio_client` sends and gets."""
+
+from __future__ import annotations
+
+import html
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from unseg_hf import image_files
+from unseg_hf.cli import STRENGTHS
+from unseg_hf.demo import texts
+from unseg_hf.demo.api import add_api
+from unseg_hf.demo.batch import protect_to_zip
+from unseg_hf.demo.card import read_card, results
+from unseg_hf.demo.components import BrushedMask, FileUpload, PhotoUpload, Upload
+from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
+from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, one_line, report_rows
+from unseg_hf.inspection import amplified_noise
+from unseg_hf.protection import Prompt, Protected
+
+PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What the server keeps of a user between two clicks."""
+
+    photo: Photo
+    marks: Marks
+    protected: Protected | None = None  # until the pictures that take longer are there
+
+
+def failures_in_one_line(function: Callable) -> Callable:
+    """What a user can mend reaches them as one line; anything else is logged, and they learn no more than that."""
+
+    @wraps(function)
+    def safe(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except gr.Error:
+            raise
+        except ValueError as error:
+            raise gr.Error(one_line(error), print_exception=False) from None
+        except Exception:
+            logger.exception("%s failed", function.__name__)
+            message = "this did not work, and the server's log says why; try another photo"
+            raise gr.Error(message, print_exception=False) from None
+
+    return safe
+
+
+def new_file(name: str) -> Path:
+    """Where a result may be written: in Gradio's folder, which empties itself, under a name that nobody can guess."""
+    folder = Path(get_upload_folder()) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    return folder / name
+
+
+def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
+    """The page.
+
+    Args:
+        bench: with the generator and the limits.
+        examples: folder of example photos; masks in it (`*_mask.png`) are left out.
+    """
+    limits = bench.limits
+    # One job at a time of all that run the model: two would take each other's cores, and twice the memory.
+    job = {"concurrency_id": "generator", "concurrency_limit": 1, "api_visibility": "private"}
+    with gr.Blocks(
+        title="unseg: protect a photo",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(max(1, limits.kept_seconds // 6), limits.kept_seconds),
+    ) as page:
+        gr.Markdown(texts.HEAD)
+        with gr.Tab("One photo"):
+            _one_photo(bench, examples, job)
+        with gr.Tab("Several photos"):
+            _several_photos(bench, job)
+        with gr.Tab("About"):
+            name = bench.checkpoint or "unseg-tiny, which comes with the package"
+            gr.Markdown(texts.ABOUT.format(name=name))
+            gr.Markdown(results(read_card(bench.card)), elem_id="card")
+        add_api(bench, job, new_file, failures_in_one_line)
+    page.queue(max_size=limits.waiting, default_concurrency_limit=1)
+    return page
+
+
+def _strength(bench: Workbench) -> gr.Slider:
+    presets = gr.Radio(list(PRESETS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
+    epsilon = gr.Slider(0, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    presets.input(lambda preset: PRESETS.get(preset), presets, epsilon, **quiet)
+    epsilon.change(_preset, epsilon, presets, **quiet)
+    return epsilon
+
+
+def _preset(epsilon: float) -> str | None:
+    return next((name for name, value in PRESETS.items() if value == epsilon), None)
+
+
+def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
+    limits = bench.limits
+    session = gr.State(None, time_to_live=limits.kept_seconds)
+    with gr.Row():
+        with gr.Column(min_width=320):
+            upload = PhotoUpload(
+                type="filepath",
+                sources=["upload", "clipboard"],
+                image_mode=None,
+                height=220,
+                label="1. Your photo",
+                placeholder=texts.UPLOAD.format(mb=limits.file_bytes // 2**20, megapixels=limits.pixels // 10**6),
+                buttons=[],
+                alt_text="Your photo",
+                elem_id="upload",
+            )
+            photos = sorted(p for p in (examples or Path("/nonexistent")).glob("*.png") if "_mask" not in p.stem)
+            # Not gr.Examples: its pictures have no name for screen readers.
+            chosen = [(path, gr.Button(f"Or try: {path.stem}", icon=str(path), size="sm")) for path in photos]
+            with gr.Column(visible=False) as marking:
+                way = gr.Radio(
+                    [(texts.WAYS[name], name) for name in texts.WAYS],
+                    value="points",
+                    label="2. What to protect",
+                    elem_classes="choices",
+                )
+                hint = gr.HTML(_status(texts.HINTS["points"]), elem_id="hint")
+                label = gr.Radio([("on the object", 1), ("not on it", 0)], value=1, label="My clicks are")
+                view = gr.Image(
+                    type="pil",
+                    format="jpeg",
+                    interactive=False,
+                    label="Click here",
+                    alt_text="Your photo with what will be protected coloured",
+                    buttons=["fullscreen"],
+                    elem_id="view",
+                )
+                brush = BrushedMask(
+                    type="pil",
+                    format="png",
+                    sources=[],
+                    transforms=[],
+                    layers=False,
+                    brush=gr.Brush(colors=[("#0090f0", 0.7)], default_size=24, color_mode="fixed"),
+                    label="Brush over the object",
+                    visible=False,
+                    elem_id="brush",
+                )
+                mask_file = FileUpload(
+                    label="or a mask file of the photo's size (0 is outside)", height=150, visible=False
+                )
+                with gr.Row():
+                    undo = gr.Button("Undo", size="sm")
+                    clear = gr.Button("Clear", size="sm")
+                with gr.Accordion("Type coordinates instead of clicking", open=False) as typing:
+                    typed = gr.Textbox(label="Pixels of the photo", info=texts.TYPED, submit_btn="Add", max_lines=1)
+        with gr.Column(min_width=320):
+            with gr.Group():
+                epsilon = _strength(bench)
+                keep_exif = gr.Checkbox(False, label="Keep EXIF", info=texts.EXIF)
+            protect = gr.Button("3. Protect", variant="primary", interactive=False, elem_id="protect")
+            with gr.Column(visible=False) as result:
+                slider = gr.ImageSlider(
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    label="Original (left) and protected (right)",
+                    buttons=["fullscreen"],
+                    elem_id="slider",
+                )
+                download = gr.DownloadButton("Download the protected PNG", variant="primary", elem_id="download")
+                mask_download = gr.DownloadButton("Download the mask", size="sm", elem_id="mask-download")
+                report = gr.Markdown(elem_id="report")
+                with gr.Accordion("The noise, amplified", open=False):
+                    noise = gr.Image(
+                        type="pil",
+                        format="png",
+                        interactive=False,
+                        show_label=False,
+                        alt_text="The noise alone, amplified, around grey",
+                        buttons=["download", "fullscreen"],
+                    )
+                with gr.Accordion("What a web site would do", open=True):
+                    gr.Markdown(texts.WEB)
+                    with gr.Row():
+                        web = [_web_image(title) for title in WEB_TREATMENTS.values()]
+                with gr.Accordion("The same on the command line", open=False):
+                    command = gr.Code(language="shell", interactive=False, label="unseg protect", wrap_lines=True)
+                    gr.Markdown(texts.COMMAND)
+
+    shown = [session, view, brush, hint, label, mask_file, typing, undo]
+    results_of = [session, result, slider, download, mask_download, report, command, noise, *web]
+
+    def refreshed(current: Session, view_only: bool = False) -> list[Any]:
+        """Values for `shown`: the masks found anew for the marks."""
+        photo, marks = current.photo, current.marks
+        prompt = marks.prompt()
+        masks, notes = bench.find_masks(photo, prompt) if prompt is not None else ([], [])
+        brushing = marks.way == "brush" and marks.drawn is None
+        text = texts.found(marks, masks, notes)
+        picture = marked(photo, marks, masks)
+        return [
+            current,
+            gr.update(value=picture, visible=not brushing, label=texts.VIEW_LABELS[marks.way]),
+            gr.skip() if view_only else gr.update(visible=brushing, value=None),
+            _status(text),
+            gr.update(visible=marks.way == "points"),
+            gr.skip() if view_only else gr.update(visible=marks.way == "brush"),
+            gr.update(visible=marks.way in ("points", "boxes")),
+            gr.update(visible=marks.way in ("points", "boxes")),
+        ]
+
+    def background(current: Session | None):
+        """The photo to brush on; the editor takes it only once it is on the page."""
+        if current is None or current.marks.way != "brush" or current.marks.drawn is not None:
+            return gr.skip()
+        return {"background": current.photo.view, "layers": [], "composite": None}
+
+    def emptied() -> list[Any]:
+        hidden = gr.update(visible=False)
+        return [None, hidden, gr.update(interactive=False), hidden, None]
+
+    @failures_in_one_line
+    def open_photo(uploaded: Upload | None, chosen: str):
+        if uploaded is None:
+            return [gr.skip()] * (2 + len(shown))
+        photo = bench.open(*uploaded)
+        ready = [gr.update(visible=True), gr.update(interactive=True)]
+        return ready + refreshed(Session(photo, Marks(way=chosen)))
+
+    @failures_in_one_line
+    def choose_way(current: Session | None, chosen: str):
+        current = _needed(current)
+        return refreshed(replace(current, marks=replace(current.marks, way=chosen)))
+
+    @failures_in_one_line
+    def click(current: Session | None, point_label: int, event: gr.SelectData):
+        current = _needed(current)
+        x, y = current.photo.from_view(*event.index)
+        return refreshed(_with(current, current.marks.clicked(x, y, point_label), limits.marks), view_only=True)
+
+    @failures_in_one_line
+    def type_in(current: Session | None, text: str, point_label: int):
+        current = _needed(current)
+        marks = texts.typed_marks(text, current.marks, point_label)
+        prompt = marks.prompt()
+        if prompt is not None:
+            prompt.check_inside(current.photo.picture.height, current.photo.picture.width)
+        return ["", *refreshed(_with(current, marks, limits.marks), view_only=True)]
+
+    @failures_in_one_line
+    def use_mask_file(current: Session | None, uploaded: Upload | None):
+        current = _needed(current)
+        drawn = None if uploaded is None else bench.read_mask(*uploaded, current.photo)
+        return refreshed(replace(current, marks=replace(current.marks, drawn=drawn)))
+
+    @failures_in_one_line
+    def take_back(current: Session | None):
+        current = _needed(current)
+        return refreshed(replace(current, marks=current.marks.undone()), view_only=True)
+
+    @failures_in_one_line
+    def clear_marks(current: Session | None):
+        current = _needed(current)
+        return [None, *refreshed(replace(current, marks=current.marks.cleared()))]
+
+    @failures_in_one_line
+    def protect_photo(current: Session | None, brushed: np.ndarray | None, level: float, exif: bool):
+        current = _needed(current)
+        photo, marks = current.photo, current.marks
+        if marks.way == "brush" and marks.drawn is None and brushed is not None:
+            marks = replace(marks, drawn=photo.mask_from_view(brushed))
+        prompt = marks.prompt()
+        if prompt is None:
+            raise ValueError(texts.NOTHING_MARKED[marks.way])
+        protected = bench.protect(photo, prompt, level, keep_exif=exif)
+        stem = file_stem(photo.name)
+        target = new_file(f"{stem}_protected.png")
+        image_files.write(protected.picture, target)
+        before, mask_path = (target.with_name(f"{stem}_{name}.png") for name in ("original", "mask"))
+        before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
+        Image.fromarray(protected.region).save(mask_path)
+        figures = protected.report
+        return [
+            replace(current, protected=protected),
+            gr.update(visible=True),
+            (str(before), str(target)),
+            str(target),
+            str(mask_path),
+            texts.report(report_rows(protected, figures), figures, photo.picture.exif is not None and not exif),
+            bench.command(photo, marks, level),
+            *[None] * (1 + len(web)),
+        ]
+
+    @failures_in_one_line
+    def look_closer(current: Session | None):
+        if current is None or current.protected is None:
+            return [gr.skip()] * (2 + len(web))
+        protected = current.protected
+        noise_path = new_file(f"{file_stem(current.photo.name)}_noise.png")
+        amplified = image_files.from_pil(amplified_noise(protected.original, protected.picture))
+        noise_path.write_bytes(image_files.encode(amplified, "png"))
+        treated = web_treatments(protected)
+        return [
+            replace(current, protected=None),
+            str(noise_path),
+            *(gr.update(value=image, label=texts.web_caption(title, share)) for image, title, share in treated),
+        ]
+
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    light = job | {"show_progress": "minimal", "show_progress_on": [view]}
+    for path, button in chosen:
+        button.click(lambda path=str(path): path, None, upload, **quiet)
+    fill = {"fn": background, "inputs": session, "outputs": brush} | quiet
+    upload.change(emptied, None, [session, marking, protect, result, mask_file], **quiet).then(
+        open_photo, [upload, way], [marking, protect, *shown], **job, show_progress_on=[upload]
+    ).success(**fill)
+    way.input(choose_way, [session, way], shown, **light).success(**fill)
+    # Every click counts, also one that comes while the last one is being answered.
+    view.select(click, [session, label], shown, **light, trigger_mode="multiple")
+    typed.submit(type_in, [session, typed, label], [typed, *shown], **light)
+    mask_file.upload(use_mask_file, [session, mask_file], shown, **light)
+    mask_file.clear(use_mask_file, [session, mask_file], shown, **light).success(**fill)
+    undo.click(take_back, session, shown, **light, trigger_mode="multiple")
+    clear.click(clear_marks, session, [mask_file, *shown], **light).success(**fill)
+    protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
+        look_closer, session, [session, noise, *web], **job, show_progress_on=web
+    )
+
+
+def _web_image(title: str) -> gr.Image:
+    return gr.Image(
+        type="pil",
+        format="png",
+        interactive=False,
+        label=title,
+        alt_text=f"A detail of the protected photo after {title}",
+        buttons=["fullscreen"],
+        min_width=140,
+    )
+
+
+def _several_photos(bench: Workbench, job: dict) -> None:
+    limits = bench.limits
+    gr.Markdown(texts.BATCH.format(photos=limits.photos, mb=limits.batch_bytes // 2**20))
+    with gr.Row():
+        with gr.Column(min_width=320):
+            uploads = FileUpload(
+                file_count="multiple", type="filepath", label="Photos", height=220, elem_id="batch-upload"
+            )
+            what = gr.Radio(
+                [(texts.WAYS["whole"], "whole"), (texts.WAYS["objects"], "objects")],
+                value="whole",
+                label="What to protect in each",
+                elem_classes="choices",
+            )
+            epsilon = _strength(bench)
+            keep_exif = gr.Checkbox(False, label="Keep EXIF", info=texts.EXIF)
+            start = gr.Button("Protect all", variant="primary", elem_id="batch-start")
+        with gr.Column(min_width=320):
+            archive = gr.File(label="Zip of the protected PNG files", interactive=False, elem_id="batch-zip")
+            table = gr.Markdown(elem_id="batch-table")
+
+    @failures_in_one_line
+    def protect_all(files: list[Upload], chosen: str, level: float, exif: bool, progress=gr.Progress()):  # noqa: B008
+        if not files:
+            raise ValueError("no photos yet: upload some first")
+        target = new_file("protected.zip")
+        prompt = Prompt(whole_image=True) if chosen == "whole" else Prompt()
+        entries = protect_to_zip(
+            bench,
+            files,
+            target,
+            prompt,
+            level,
+            exif,
+            lambda done, count, name: progress((done, count), desc=name, unit="photos"),
+        )
+        return str(target) if target.exists() else None, texts.batch_table(entries)
+
+    start.click(protect_all, [uploads, what, epsilon, keep_exif], [archive, table], **job)
+
+
+def _needed(session: Session | None) -> Session:
+    if session is None:
+        raise ValueError("no photo here: upload one (photos are forgotten after a while)")
+    return session
+
+
+def _with(session: Session, marks: Marks, most: int) -> Session:
+    if max(len(marks.points), len(marks.boxes)) > most:
+        raise ValueError(f"at most {most} points or boxes on a photo")
+    return replace(session, marks=marks)
+
+
+def _status(text: str) -> str:
+    """Read out by screen readers when it changes."""
+    return f'<p role="status">{html.escape(text, quote=False)}</p>'

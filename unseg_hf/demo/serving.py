@@ -1,0 +1,125 @@
+"""Starting the demo: on a Hugging Face Space from its environment, or by `unseg demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unseg_hf.demo.session import Limits, Workbench
+
+CSS = """
+.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
+#hint p {margin: 0; font-size: var(--text-md)}
+#report table {width: 100%}
+#card table {display: block; overflow-x: auto}
+#card th, #card td {overflow-wrap: normal; word-break: normal; padding: 6px}
+"""
+
+
+def add_demo(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's sub-parsers; its parser still lacks --model and --device."""
+    parser = commands.add_parser(
+        "demo",
+        help="a web page to try it with your photos",
+        description="Start the demo page on this machine. It stays here: nothing is sent anywhere.",
+    )
+    parser.set_defaults(run=run_demo)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    return parser
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Run the command; the exit status."""
+    from unseg_hf.cli import UsageError
+
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UsageError("the demo needs gradio: pip install 'unseg-hf[demo]'") from error
+    model = options.model or os.environ.get("UNSEG_MODEL") or None
+    with _folder_that_goes():
+        page = page_for(model, options.device, examples=checkout_examples())
+        page.launch(**launch_options(), server_name=options.host, server_port=options.port, inbrowser=options.open)
+    return 0
+
+
+@contextmanager
+def _folder_that_goes() -> Iterator[None]:
+    """Makes Gradio keep its files in a folder that is deleted at the end; stopped by Ctrl-C it leaves them behind."""
+    place = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if place is not None:
+                os.environ["GRADIO_TEMP_DIR"] = place
+
+
+def checkout_examples() -> Path | None:
+    """The example photos, where the package runs from a checkout of its repository."""
+    folder = Path(__file__).parents[2] / "spaces_demo" / "examples"
+    return folder if folder.is_dir() else None
+
+
+def page_for(model: str | None, device: str | None = None, examples: Path | None = None, limits: Limits | None = None):
+    """The page around a generator.
+
+    Args:
+        model: folder or Hub id; None is the embedded one.
+        device: where it runs; None is a GPU where there is one.
+        examples: folder of example photos.
+        limits: of the server.
+
+    Raises:
+        UsageError: a generator that does not load.
+    """
+    on_accelerator = _accelerator()
+
+    import torch
+
+    from unseg_hf.cli import load_protector
+    from unseg_hf.demo.page import build
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return build(Workbench(load_protector(model, device), limits or Limits(), model, on_accelerator), examples)
+
+
+def launch_options(limits: Limits | None = None) -> dict[str, Any]:
+    """What `launch` needs for a public server."""
+    import gradio as gr
+
+    limits = limits or Limits()
+    # Fonts that every machine has: the page must not ask another server for its own.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    # Gradio's grey is too faint to read on white.
+    theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    return {
+        "theme": theme,
+        "css": CSS,
+        "max_file_size": limits.file_bytes,
+        "state_session_capacity": limits.sessions,
+        "allowed_paths": [],
+        "show_error": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "ssr_mode": False,
+        "footer_links": ["api", "settings"],
+    }
+
+
+def _accelerator() -> Callable[[Callable], Callable]:
+    """`spaces.GPU` on a Space that shares GPUs (ZeroGPU); elsewhere functions stay as they are."""
+    try:
+        import spaces
+    except ImportError:
+        return lambda function: function
+    return spaces.GPU

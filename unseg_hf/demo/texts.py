@@ -1,0 +1,140 @@
+"""The words of the demo."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from unseg_hf.demo.session import Marks
+
+HEAD = """# Protect a photo
+Adds noise of a few grey levels that spoils segmentation models which are trained on the photo."""
+
+ABOUT = """## What this is
+The noise generator of UnSeg ([arXiv 2410.09909](https://arxiv.org/abs/2410.09909), NeurIPS 2024) in the package
+`unseg-hf`. You publish a photo, somebody scrapes it, labels it correctly and trains a segmentation model on it: the
+model should learn the noise instead of the object. No pixel changes by more than epsilon where you protect, nor by
+more than a quarter of it elsewhere; that is checked before you get the file.
+
+## What it does not do
+- It does not stop anybody from segmenting **this** photo, by hand or with a model that exists already.
+- It does not hide who or what is in it, and it is no watermark.
+- It helps where many of the photos that a model is trained on are protected. One among thousands changes nothing.
+- It is lost where the noise is lost: see "What a web site would do" for your own photo.
+
+## What was measured
+The rest of this page is the model card of the generator that is loaded here ({name}).
+"""
+
+WAYS = {
+    "points": "Click on objects",
+    "boxes": "Draw boxes",
+    "brush": "Brush",
+    "objects": "Find objects",
+    "whole": "Everything",
+}
+VIEW_LABELS = {
+    "points": "Click on the object",
+    "boxes": "Click on two opposite corners",
+    "brush": "Your mask",
+    "objects": "What will be protected",
+    "whole": "Everything will be protected",
+}
+HINTS = {
+    "points": "Click on an object; further clicks make its mask better.",
+    "boxes": "Click on one corner of a box, then on the opposite one.",
+    "brush": "Brush over what is to be protected, or upload a mask.",
+    "objects": "Looking for objects.",
+    "whole": "The whole photo gets the full strength.",
+}
+NOTHING_MARKED = {
+    "points": "nothing is marked yet: click on an object first",
+    "boxes": "no box yet: click on two opposite corners first",
+    "brush": "nothing is brushed yet: brush over the object, or upload a mask",
+}
+UPLOAD = "Drop a photo, click, or paste one\nat most {mb} MB and {megapixels} megapixels"
+EPSILON = "largest change of a pixel, of 255; a quarter of it outside the mask"
+EXIF = "camera, date and place (GPS) are removed from the download unless you tick this"
+TYPED = "for clicks: x,y   for boxes: left,top,right,bottom"
+WEB = (
+    "A detail of the protected photo after what web sites do to photos, and the share of the noise that is left, "
+    "measured on the whole photo (half size: enlarged again)."
+)
+COMMAND = (
+    "The same pixels from a terminal (`pip install unseg-hf`); for a brushed mask, download it above. The command "
+    "keeps EXIF."
+)
+BATCH = (
+    "Up to {photos} photos and {mb} MB at once. Each is protected by itself and comes back as a PNG in a zip, with a "
+    "report; one that cannot be read does not stop the others."
+)
+
+
+def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> str:
+    """What the marks gave, for the line under the choice of ways."""
+    if marks.way == "boxes" and marks.corner is not None:
+        return "Now click on the opposite corner."
+    if notes:
+        text = "; ".join(dict.fromkeys(notes))
+        return f"{text[0].upper()}{text[1:]}. A box or the brush protects less."
+    if not masks or marks.way == "whole":
+        return HINTS[marks.way]
+    share = np.logical_or.reduce(masks).mean()
+    count = f"{len(masks)} objects" if len(masks) > 1 else "1 object"
+    return f"{count}, {share:.0%} of the photo."
+
+
+def typed_marks(text: str, marks: Marks, label: int) -> Marks:
+    """Marks with a point or box that was typed; ValueError for anything else."""
+    wanted = {"points": (2, "x,y"), "boxes": (4, "left,top,right,bottom")}
+    if marks.way not in wanted:
+        raise ValueError("coordinates are for clicks and boxes: choose one of them first")
+    count, form = wanted[marks.way]
+    # The page shows messages as HTML.
+    quoted = html.escape(text[:40], quote=False)
+    try:
+        numbers = tuple(round(float(part)) for part in text.split(","))
+    except (ValueError, OverflowError):
+        numbers = ()
+    if len(numbers) != count:
+        raise ValueError(f"{quoted!r} is not {form} in pixels, with commas between")
+    if marks.way == "points":
+        return marks.clicked(*numbers, label)
+    if not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
+        raise ValueError(f"box {quoted}: left must be below right, and top below bottom, in pixels")
+    return replace(marks, corner=None, boxes=(*marks.boxes, numbers))
+
+
+def report(rows: Sequence[tuple[str, str]], figures: dict[str, Any], exif_gone: bool) -> str:
+    """The report as a Markdown table with notes."""
+    notes = list(figures["notes"]) + (["EXIF (camera, date, place) removed"] if exif_gone else [])
+    table = "\n".join(f"| {what} | {figure} |" for what, figure in rows)
+    return f"| Report | |\n|---|---|\n{table}\n\n" + "".join(f"- {note}\n" for note in notes)
+
+
+def web_caption(title: str, share: float | None) -> str:
+    # A little below 0 is no noise either: what is left then points the other way by chance.
+    return f"{title}: no noise" if share is None else f"{title}: {max(share, 0):.0%} left"
+
+
+def batch_table(entries: Sequence[dict[str, Any]]) -> str:
+    """What happened to each photo, as a Markdown table."""
+    lines = ["| Photo | Result |", "|---|---|"]
+    for entry in entries:
+        if entry["status"] == "failed":
+            result = f"**failed**: {entry['error']}"
+        else:
+            figures = entry["report"]
+            psnr = "no difference" if figures["psnr"] is None else f"{figures['psnr']:.1f} dB"
+            result = "; ".join([f"largest change {figures['max_noise']:g}", f"PSNR {psnr}", *figures["notes"]])
+        lines.append(f"| {_cell(entry['input'])} | {_cell(result)} |")
+    done = sum(entry["status"] == "protected" for entry in entries)
+    return f"{done} of {len(entries)} protected\n\n" + "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|")
