@@ -107,7 +107,7 @@ class BrushedMask(_NoLinks, gr.ImageEditor):
             if layer is None:
                 continue
             # The canvas may be a pixel larger than the view, and never much.
-            picture = read(layer if isinstance(layer, bytes) else _uploaded(layer.path), 4 * VIEW_SIDE**2)
+            picture = read(layer if isinstance(layer, bytes) else _uploaded(layer.path), max_pixels=4 * VIEW_SIDE**2)
             if picture.alpha is None:
                 continue
             one = picture.alpha > 0

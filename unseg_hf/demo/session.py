@@ -171,7 +171,7 @@ class Workbench:
         Raises:
             ImageFileError: not one whole picture within the limits; the message names `name`, never the path.
         """
-        picture = read(self._file(path, name), self.limits.pixels)
+        picture = read(self._file(path, name), max_pixels=self.limits.pixels)
         if max(picture.width, picture.height) > self.limits.side:
             raise ImageFileError(
                 f"{name}: {picture.width} x {picture.height}, and no side may be above {self.limits.side} pixels; "
