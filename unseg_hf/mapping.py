@@ -178,7 +178,7 @@ class ProtectImages:
 
     def _prepared(self, protector: Protector, image: Any, mask: Any) -> Job | Outcome:
         try:
-            return protector.prepare(_source(image, "the image"), self.prompt(mask), *self._budget)
+            return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *self._budget)
         except MemoryError:
             raise
         # Whatever reading a damaged file raises is that record's trouble alone.
@@ -206,8 +206,8 @@ class ProtectImages:
         if several:
             if self.label_maps:
                 raise RecordError("a list of masks is no label map; leave label_maps out")
-            return Prompt(masks=[_source(one, "the mask") for one in mask], **fields)
-        return Prompt(**{"label_map" if self.label_maps else "mask": _source(mask, "the mask")}, **fields)
+            return Prompt(masks=[stored_image(one, "the mask") for one in mask], **fields)
+        return Prompt(**{"label_map" if self.label_maps else "mask": stored_image(mask, "the mask")}, **fields)
 
     def _finished(self, protector: Protector, waiting: list[Job | Outcome]) -> Iterator[Outcome]:
         jobs = [job for job in waiting if isinstance(job, Job)]
@@ -265,8 +265,13 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
     return list(values)
 
 
-def _source(value: Any, what: str) -> Any:
-    """An image or mask out of a column, as [`Protector`] reads it."""
+def stored_image(value: Any, what: str) -> Any:
+    """An image or mask out of a column, as [`Protector`] reads it.
+
+    Raises:
+        RecordError: there is none.
+        OSError: its file cannot be read.
+    """
     if value is None:
         raise RecordError(f"{what} is missing")
     if not isinstance(value, Mapping):
