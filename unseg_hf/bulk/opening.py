@@ -51,9 +51,12 @@ def open_source(
 
         _refuse(masks=masks)
         return SavedDataset(found[0], split, shard_size, image_column or "image", mask_column)
+    if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
+        raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = _files(found, (".parquet",)), _files(found, TAR_SUFFIXES)
-    if parquet and tars:
-        raise ValueError(f"{found[0]} has parquet files and tars: name those of one kind")
+    strange = [path for path in found if path.is_file() and path not in parquet + tars]
+    if (parquet and tars) or (strange and parquet + tars):
+        raise ValueError(f"{', '.join(inputs)}: parquet files, tars and images are not mixed; name those of one kind")
     if parquet:
         from .tables import ParquetFiles
 
@@ -67,9 +70,6 @@ def open_source(
     if all(path.exists() for path in found):
         _refuse(image_column=image_column, mask_column=mask_column)
         return ImageFolder(found, shard_size, masks, output)
-    if len(inputs) > 1:
-        missing = next(path for path in found if not path.exists())
-        raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     from .tables import StreamedDataset
 
     _refuse(masks=masks)
