@@ -40,7 +40,7 @@ class ProtectImages:
 
     Images are best left undecoded, so that a broken one cannot stop the others, and nothing of a file is lost:
     `Dataset.map` needs nothing for that, an `IterableDataset` a `.decode(False)` before and a `.decode()` after, and
-    `features=` in its `map`.
+    `features=protect.features(dataset.features)` in its `map`.
 
     Args:
         model: folder, Hub id, or None for the generator in the package.
@@ -150,6 +150,17 @@ class ProtectImages:
         kept = [index for index, error in enumerate(errors) if not error]
         others = {name: _undecoded(batch, name) for name in batch if name not in columns}
         return {name: [values[index] for index in kept] for name, values in (others | columns).items()}
+
+    def features(self, features: Mapping[str, Any]) -> Any:
+        """`datasets.Features` of the result, of those before: an `IterableDataset` does not find them by itself."""
+        from datasets import Features, Value
+
+        added = {
+            f"protection_{name}": Value("string" if name == "notes" else "float64") for name in self.report_columns
+        }
+        if self.on_error in ("mark", "keep"):
+            added[self.error_column] = Value("string")
+        return Features({**features, **added})
 
     def outcomes(self, pairs: Iterable[tuple[Any, Any]], rank: int | None = None) -> Iterator[Outcome]:
         """Protect images with their masks, in order; what is wrong with one is its `error`.
