@@ -4,7 +4,8 @@
 
 Every run is training_scripts/protect_dataset.py in processes of its own, on JPEG images with masks that are written
 first. The rate is that from the first complete shard to the last, so that loading the package and the generator does
-not count; the whole time is given too. The share of each step comes from one process that protects some of the images.
+not count; the whole time is given too, and the CPU time of all processes, their start included, which other work on
+the machine hardly changes. The share of each step, in CPU time, comes from one process that protects some images.
 With `--model tiny` the generator is a random one of 64 px, which costs next to nothing: what is left is all the rest.
 """
 
@@ -22,11 +23,13 @@ SCRIPT = Path(__file__).parent.parent / "training_scripts" / "protect_dataset.py
 
 
 def write_images(folder: Path, count: int, size: int) -> None:
-    """Crops of the example photo, as JPEG, with a box in the middle as mask."""
+    """Crops of the example photo, enlarged if need be, as JPEG, with a box in the middle as mask."""
     import numpy as np
     from PIL import Image
 
     photo = Image.open(EXAMPLE).convert("RGB")
+    if size > min(photo.size):
+        photo = photo.resize((2 * size, 2 * size), Image.Resampling.LANCZOS)
     mask = np.zeros((size, size), np.uint8)
     mask[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 255
     drawn = io.BytesIO()
@@ -60,8 +63,9 @@ def write_tiny_generator(folder: Path) -> str:
     return str(folder)
 
 
-def measure(folder: Path, processes: int, model: str | None, shard_size: int, kind: str) -> tuple[float, float, float]:
-    """Seconds of a run, images/s from its first complete shard to its last, and the most memory of a process in MB."""
+def measure(folder: Path, processes: int, model: str | None, shard_size: int, kind: str) -> tuple[float, ...]:
+    """Seconds of a run, images/s from its first complete shard to its last, CPU seconds of all processes, and the most
+    memory of one in MB."""
     with tempfile.TemporaryDirectory() as output:
         command = [str(SCRIPT), str(folder / "images"), "--masks", str(folder / "masks"), "--output", f"{output}/out"]
         command += ["--shard_size", str(shard_size), "--output_format", kind] + (["--model", model] if model else [])
@@ -71,7 +75,8 @@ def measure(folder: Path, processes: int, model: str | None, shard_size: int, ki
             "runs = [subprocess.Popen([sys.executable, *sys.argv[2:], '--shard', f'{i}/{sys.argv[1]}'],"
             " stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for i in range(int(sys.argv[1]))]\n"
             "assert not any([run.wait() for run in runs])\n"
-            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)\n"
+            "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+            "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)\n"
         )
         start = time.perf_counter()
         done = subprocess.run(
@@ -81,11 +86,11 @@ def measure(folder: Path, processes: int, model: str | None, shard_size: int, ki
         marks = sorted(Path(output, "out/manifest").glob("*.json"), key=lambda path: path.stat().st_mtime)
         first, last = (marks[index].stat().st_mtime for index in (0, -1))
         images = sum(json.loads(mark.read_text())["records"] for mark in marks[1:])
-        return seconds, images / (last - first), float(done.stdout)
+        return seconds, images / (last - first), *map(float, done.stdout.split())
 
 
 def shares(folder: Path, model: str | None, count: int) -> dict[str, float]:
-    """Seconds an image in decoding and preparing, in the model, and in encoding (PNG, decoded again and compared)."""
+    """CPU seconds an image in decoding and preparing, the model, and encoding (PNG, decoded again and compared)."""
     from unseg_hf import Prompt, Protector
     from unseg_hf.image_files import encode_verified
 
@@ -94,13 +99,13 @@ def shares(folder: Path, model: str | None, count: int) -> dict[str, float]:
     images = sorted((folder / "images").rglob("*.jpg"))[: count + 1]
     for index, path in enumerate(images):
         mask = folder / "masks" / path.relative_to(folder / "images").with_suffix(".png")
-        times = [time.perf_counter()]
+        times = [time.process_time()]
         job = protector.prepare(path.read_bytes(), Prompt(mask=mask))
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         protected = protector.finish(job, protector.encode([job])[0])
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         encode_verified(protected.picture, "png")
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         if index:  # the first one warms up
             for name, start, end in zip(seconds, times, times[1:], strict=False):
                 seconds[name] += (end - start) / (len(images) - 1)
@@ -127,13 +132,15 @@ def main() -> None:
                 images = Path(folder) / str(count)
                 if not images.is_dir():
                     write_images(images, count, options.size)
-                seconds, rate, memory = measure(images, processes, model, options.shard_size, options.output_format)
+                seconds, rate, cpu, memory = measure(
+                    images, processes, model, options.shard_size, options.output_format
+                )
                 line = f"{processes} process(es)  {count:>6} images  {seconds:7.1f} s  {rate:6.1f} images/s"
-                print(f"{line}  {memory:6.0f} MB a process", flush=True)
+                print(f"{line}  {cpu:7.1f} s of CPU  {memory:6.0f} MB a process", flush=True)
         taken = shares(Path(folder) / str(options.images[-1]), model, min(50, options.images[-1] - 1))
     total = sum(taken.values())
     parts = ", ".join(f"{name} {value * 1000:.0f} ms ({value / total:.0%})" for name, value in taken.items())
-    print(f"an image, on {torch.get_num_threads()} threads: {parts}")
+    print(f"CPU time of an image, on {torch.get_num_threads()} threads: {parts}")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,26 @@ def test_names_in_a_tar_that_lead_out_of_the_output_are_refused(place, saved_gen
     assert not list(place.parent.glob("evil*"))
 
 
+def test_names_of_tars_with_dots_stay_apart_and_the_same_name_twice_is_refused(place, saved_generator):
+    write_tars(place)
+    for part in range(2):
+        Path(f"in/part{part}.tar").rename(f"in/part.{part}.tar")
+    run({"inputs": ["in"], "mask_column": "mask.png"}, saved_generator, kind="tars")
+    assert sorted(path.name for path in Path("out/data").iterdir()) == ["part.0.tar", "part.1.tar"]
+    shutil.copy("in/part.0.tar", "in/part.0.tgz")
+    with pytest.raises(ValueError, match=r"several tars are called part.0: .*rename one"):
+        open_source(["in"], Path("out"))
+
+
+@pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet")])
+def test_an_output_inside_the_input_is_not_protected_again(place, saved_generator, given, kind):
+    source = WRITE[given](place)
+    first = run(source, saved_generator, "in/out", kind=kind)
+    before = files("in/out")
+    assert run(source, saved_generator, "in/out", kind=kind) == first
+    assert files("in/out") == before
+
+
 def test_sa1b_annotations_are_masks(place, saved_generator):
     from unseg_hf.data.records import Record
     from unseg_hf.data.sa1b_writer import write_sa1b
@@ -299,8 +319,9 @@ def test_finished_shards_are_not_made_again_unless_they_were_damaged(place, save
     assert files("out") == expected
 
 
-def test_shards_dealt_to_several_jobs_equal_one_run(place, saved_generator):
-    source = write_parquet(place)
+@pytest.mark.parametrize("given", ["parquet", "saved"])
+def test_shards_dealt_to_several_jobs_equal_one_run(place, saved_generator, given):
+    source = WRITE[given](place)
     run(source, saved_generator, "whole")
     first = run(source, saved_generator, process=(0, 2))
     assert not first.complete

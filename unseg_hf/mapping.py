@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .configuration_unseg import check_epsilon
-from .image_files import encode_verified
+from .image_files import ImageFileError, encode_verified, read_mask
 from .model_identity import model_identity
 from .protection import Job, Prompt, Protected, Protector
 
@@ -217,8 +217,8 @@ class ProtectImages:
         if several:
             if self.label_maps:
                 raise RecordError("a list of masks is no label map; leave label_maps out")
-            return Prompt(masks=[stored_image(one, "the mask") for one in mask], **fields)
-        return Prompt(**{"label_map" if self.label_maps else "mask": stored_image(mask, "the mask")}, **fields)
+            return Prompt(masks=[_read_mask(one) for one in mask], **fields)
+        return Prompt(**{"label_map" if self.label_maps else "mask": _read_mask(mask)}, **fields)
 
     def _finished(self, protector: Protector, waiting: list[Job | Outcome]) -> Iterator[Outcome]:
         jobs = [job for job in waiting if isinstance(job, Job)]
@@ -274,6 +274,17 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
     if isinstance(values, Mapping | str | bytes) or not hasattr(values, "__len__"):
         raise ValueError("ProtectImages takes batches of rows: pass batched=True to map")
     return list(values)
+
+
+def _read_mask(value: Any) -> Any:
+    """A mask out of a column, decoded here so that an error says that it is the mask's."""
+    source = stored_image(value, "the mask")
+    if not isinstance(source, bytes | str):
+        return source
+    try:
+        return read_mask(source)
+    except ImageFileError as error:
+        raise RecordError(f"the mask cannot be used: {error}") from error
 
 
 def stored_image(value: Any, what: str) -> Any:

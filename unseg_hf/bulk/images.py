@@ -28,11 +28,10 @@ class ImageFolder:
 
     def __init__(self, inputs: Sequence[Path], shard_size: int, masks: Path | None, output: Path):
         unreadable: list[str] = []
-        data = output / "data"
-        self._tasks = plan(inputs, data, "png", masks, unreadable)
+        self._tasks = plan(inputs, output, "png", masks, unreadable)
         if unreadable:
             raise OSError(unreadable[0])
-        self._names = [task.target.relative_to(data).with_suffix("").as_posix() for task in self._tasks]
+        self._names = [task.target.relative_to(output).with_suffix("").as_posix() for task in self._tasks]
         self._keys = [_below(task.source, inputs) for task in self._tasks]
         self._size = shard_size
         self.description = {"kind": "images", "shard_size": shard_size, "masks": masks is not None}
@@ -47,13 +46,9 @@ class ImageFolder:
         start = shard * self._size
         for index in range(start, start + self.shards[shard].records):
             task = self._tasks[index]
-            data, error = None, ""
-            try:
-                data = task.source.read_bytes()
-            except OSError as problem:
-                error = f"{task.source.name}: it cannot be read ({problem.strerror or problem})"
-            mask = None if task.mask is None else str(task.mask)
-            yield Record(self._keys[index], self._names[index], data, mask, error)
+            data, error = _read(task.source, "the image")
+            mask, mask_error = (None, "") if task.mask is None else _read(task.mask, "the mask")
+            yield Record(self._keys[index], self._names[index], data, mask, error or mask_error)
 
     def schema(self) -> pa.Schema:
         from datasets import Features, Image, Value
@@ -65,6 +60,14 @@ class ImageFolder:
 
     def files(self, record: Record) -> Mapping[str, Any]:
         return {}
+
+
+def _read(path: Path, what: str) -> tuple[bytes | None, str]:
+    """The bytes of a file, or why there are none; without its folders, which are nobody's business."""
+    try:
+        return path.read_bytes(), ""
+    except OSError as error:
+        return None, f"{what} {path.name} cannot be read ({error.strerror or error})"
 
 
 def _below(path: Path, inputs: Sequence[Path]) -> str:

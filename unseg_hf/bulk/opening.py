@@ -53,7 +53,7 @@ def open_source(
         return SavedDataset(found[0], split, shard_size, image_column or "image", mask_column)
     if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
-    parquet, tars = _files(found, (".parquet",)), _files(found, TAR_SUFFIXES)
+    parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
     strange = [path for path in found if path.is_file() and path not in parquet + tars]
     if (parquet and tars) or (strange and parquet + tars):
         raise ValueError(f"{', '.join(inputs)}: parquet files, tars and images are not mixed; name those of one kind")
@@ -81,13 +81,13 @@ def _matches(pattern: str) -> list[str]:
     return sorted(glob(pattern, recursive=True)) if any(c in pattern for c in "*?[") else []
 
 
-def _files(found: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files with one of these suffixes, those in folders included, sorted."""
+def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> list[Path]:
+    """The files with one of these suffixes, those in folders included, sorted; none that the output holds."""
     files = []
     for path in found:
         inside = path.rglob("*") if path.is_dir() else [path]
         files += sorted(p for p in inside if p.name.endswith(suffixes) and p.is_file() and p.name[0] != ".")
-    return files
+    return [path for path in files if output.resolve() not in path.resolve().parents]
 
 
 def _refuse(**options: Any) -> None:

@@ -118,8 +118,8 @@ class TarShard(ShardWriter):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        plan = self.source.shards[self.index].name
-        stem = folder_of(plan) if ".tar" in plan else f"{self.index:05d}"
+        is_tar = self.source.description["kind"] == "tars"
+        stem = folder_of(self.source.shards[self.index].name) if is_tar else f"{self.index:05d}"
         self._prefix = f"{stem}/"
         path = self._open(f"data/{stem}.tar")
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115

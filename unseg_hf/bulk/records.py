@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -93,6 +94,14 @@ def image_bytes(value: Any) -> tuple[bytes | None, str]:
         raise
     except Exception as error:  # of any of the file systems that a path may lead to
         return None, " ".join(str(error).split()) or type(error).__name__
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """Names of files, with as many of their folders as it takes to tell them apart."""
+    depth = 1
+    while len({file.parts[-depth:] for file in files}) < len(set(files)):
+        depth += 1
+    return ["/".join(file.parts[-depth:]) for file in files]
 
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

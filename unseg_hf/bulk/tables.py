@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, image_bytes, listing_digest
+from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, image_bytes, listing_digest, short_names
 
 ROWS = 16  # read at once: rows of images are large
 
@@ -98,7 +98,7 @@ class ParquetFiles(Table):
 
     def __init__(self, files: Sequence[Path], shard_size: int, image_column: str, mask_column: str | None):
         schemas, self._parts, entries, self.shards = [], [], [], []
-        for file, label in zip(files, _labels(files), strict=True):
+        for file, label in zip(files, short_names(files), strict=True):
             try:
                 metadata = pq.read_metadata(file)
             except (OSError, pa.ArrowException) as error:
@@ -136,28 +136,19 @@ class ParquetFiles(Table):
             raise SourceError(f"{path.name}: it is damaged ({' '.join(str(error).split())})") from error
 
 
-def _labels(files: Sequence[Path]) -> list[str]:
-    """Names of files, with as many of their folders as it takes to tell them apart."""
-    depth = 1
-    while len({file.parts[-depth:] for file in files}) < len(files):
-        depth += 1
-    return ["/".join(file.parts[-depth:]) for file in files]
-
-
 class SavedDataset(Table):
     """A split of what `save_to_disk` wrote, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, shard_size: int, image_column: str, mask_column: str | None):
         from ..data.hf_datasets import open_saved
 
-        self._rows, self._split = open_saved(folder, split), split
-        super().__init__(self._rows.features.arrow_schema, image_column, mask_column)
-        self._rows = self._rows.with_format("arrow")
-        count, self._size = len(self._rows), shard_size
+        rows = open_saved(folder, split)
+        super().__init__(rows.features.arrow_schema, image_column, mask_column)
+        self._rows, self._split, self._size, count = rows.with_format("arrow"), split, shard_size, len(rows)
         self.shards = [
             ShardPlan(f"{split}#{start}", min(shard_size, count - start)) for start in range(0, count, shard_size)
         ]
-        self.listing = listing_digest([(self._rows._fingerprint, count)])
+        self.listing = listing_digest([(rows._fingerprint, count)])
         self.description = {"kind": "saved", "shard_size": shard_size, "mask_column": mask_column, "split": split}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
@@ -171,7 +162,7 @@ class StreamedDataset(Table):
     """A split of a data set of the Hub, streamed, one of its files a shard.
 
     Args:
-        location: Hub id, or whatever else `load_dataset` streams.
+        location: Hub id.
         revision: commit, tag or branch; it is pinned to the commit that it is now.
         options: `name` (the configuration) and others of `load_dataset`.
 
@@ -192,8 +183,7 @@ class StreamedDataset(Table):
         from huggingface_hub import HfApi
 
         try:
-            if not Path(location).exists():
-                revision = HfApi().dataset_info(location, revision=revision).sha
+            revision = HfApi().dataset_info(location, revision=revision).sha
             stream = load_dataset(location, split=split, revision=revision, streaming=True, **options)
         except Exception as error:  # of the Hub's client, of `datasets` and of what reads the files
             said = " ".join(str(error).split())

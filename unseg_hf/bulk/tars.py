@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from ..cli import SUFFIXES
 from ..data.sa1b_tars import WholeTarInfo
-from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, listing_digest
+from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, listing_digest, short_names
 
 _TEXT = ("json", "txt", "cls", "caption")
 
@@ -25,16 +26,16 @@ class TarFiles:
 
     Raises:
         OSError: a tar is not there.
+        ValueError: two tars differ in their suffix alone.
     """
 
     image_column = "image"
 
     def __init__(self, files: Sequence[Path], image_suffix: str | None, mask_suffix: str | None):
         self._files, self._image, self._mask = list(files), image_suffix, mask_suffix
-        depth = 1
-        while len({file.parts[-depth:] for file in files}) < len(files):
-            depth += 1
-        labels = ["/".join(file.parts[-depth:]) for file in files]
+        labels = short_names(files)
+        if twice := [name for name, count in Counter(map(folder_of, labels)).items() if count > 1]:
+            raise ValueError(f"several tars are called {twice[0]}: their outputs would be one file; rename one")
         self.shards = [ShardPlan(label, None) for label in labels]
         self.listing = listing_digest([(label, f.stat().st_size) for label, f in zip(labels, files, strict=True)])
         self.description = {"kind": "tars", "image_suffix": image_suffix, "mask_column": mask_suffix}
@@ -110,8 +111,7 @@ class TarFiles:
 
 def folder_of(label: str) -> str:
     """Name of a tar as a folder: without .tar, .tar.gz or the like."""
-    head, tail = label.rsplit("/", 1) if "/" in label else ("", label)
-    return f"{head}/{tail.partition('.')[0]}".lstrip("/")
+    return label.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
