@@ -481,6 +481,18 @@ def test_columns_without_a_note_of_datasets_and_of_plain_bytes_are_read(place, s
     assert manifest.read_settings(Path("out"))["source"]["image_column"] == "picture"
 
 
+def test_images_that_are_paths_are_read(place, saved_generator):
+    (place / "p.jpg").write_bytes(encoded(photo(1), "JPEG"))
+    pq.write_table(pa.table({"image": [str(place / "p.jpg"), str(place / "gone.jpg")]}), "in.parquet")
+    source = open_source(["in.parquet"], Path("out"))
+    protect_dataset(source, Path("out"), "parquet", ProtectImages(str(saved_generator), whole_image=True))
+    first, second = pq.read_table("out/data").to_pylist()
+    expected = Protector.from_pretrained(saved_generator).protect("p.jpg", whole_image=True).image
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(first["image"]["bytes"]))), np.asarray(expected))
+    assert second["image"] is None
+    assert "No such file" in second["protection_error"]
+
+
 @pytest.mark.slow
 def test_two_processes_of_the_script_killed_and_begun_again_equal_one(place, saved_generator):
     source = write_images(place)

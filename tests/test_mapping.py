@@ -9,11 +9,14 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from hub_server import Commit, HubServer, Repository
+from huggingface_hub import constants
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from unseg_hf import ProtectImages, Protector, cli
 from unseg_hf.mapping import RecordError
+from unseg_hf.model_identity import model_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,6 +260,27 @@ def test_a_column_that_is_not_there_and_a_map_without_batches_are_refused(datase
         dataset.map(ProtectImages(str(saved_generator), image_column="picture"), batched=True)
     with pytest.raises(ValueError, match="pass batched=True"):
         dataset.map(ProtectImages(str(saved_generator), whole_image=True))
+
+
+def test_a_generator_of_the_hub_is_known_by_its_commit_also_where_the_hub_cannot_be_reached(
+    saved_generator, tmp_path, monkeypatch
+):
+    with HubServer() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.repositories["tester/tiny"] = Repository(False, [Commit("one", {"config.json": b"{}"})])
+        commit = hub.repositories["tester/tiny"].commits[-1].sha
+        assert model_identity("tester/tiny") == (f"tester/tiny@{commit}", commit)
+        # As the client keeps what it has fetched.
+        fetched = tmp_path / "cache/models--tester--tiny"
+        for name, text in (("refs/main", "a" * 40), (f"snapshots/{'a' * 40}/config.json", "{}")):
+            (fetched / name).parent.mkdir(parents=True)
+            (fetched / name).write_text(text)
+        hub.failures["."] = (403, "closed")
+        assert model_identity("tester/tiny") == (f"tester/tiny@{'a' * 40}", "a" * 40)
+        with pytest.raises(ValueError, match=r"tester/other: no such folder, and as a Hub id: .*closed"):
+            model_identity("tester/other")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
