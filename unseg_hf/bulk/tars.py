@@ -1,5 +1,6 @@
 """WebDataset tars as a source: samples are neighbours that share a name up to the first dot of the file name."""
 
+import functools
 import json
 import tarfile
 from collections import Counter
@@ -79,6 +80,10 @@ class TarFiles:
         return list(RleMasks(f"{key}.json", [m["segmentation"] for m in found], [m["area"] for m in found]))
 
     def schema(self) -> pa.Schema:
+        return self._schema
+
+    @functools.cached_property
+    def _schema(self) -> pa.Schema:
         from datasets import Features, Image, Value
 
         first = next(self.read(0), None)
@@ -89,20 +94,18 @@ class TarFiles:
         return Features(features).arrow_schema
 
     def row(self, record: Record) -> pa.Table:
-        schema = self._schema if hasattr(self, "_schema") else self.schema()
-        self._schema = schema
-        if unknown := sorted(set(record.rest) - set(schema.names)):
+        if unknown := sorted(set(record.rest) - set(self._schema.names)):
             raise ValueError(
                 f"{record.key} has a .{unknown[0]}, which the first sample of the first tar has not: write tars, "
                 "whose samples may differ"
             )
         values: dict[str, Any] = {"__key__": record.key}
         for suffix, data in record.rest.items():
-            kind = schema.field(suffix).type
+            kind = self._schema.field(suffix).type
             values[suffix] = {"bytes": data, "path": None} if kind == IMAGE_TYPE else data
             if pa.types.is_string(kind):
                 values[suffix] = data.decode()
-        others = [field for field in schema if field.name != self.image_column]
+        others = [field for field in self._schema if field.name != self.image_column]
         return pa.Table.from_pylist([values], pa.schema(others))
 
     def files(self, record: Record) -> Mapping[str, bytes]:
@@ -135,6 +138,5 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         if members:
             yield key, members
     except (tarfile.TarError, EOFError, OSError) as error:
-        if members:
-            yield key, members
+        # The last sample may lack its mask or its annotations: it is not given out.
         raise SourceError(f"{path.name}: it is damaged, or no tar, at {last} ({error})") from error
