@@ -365,6 +365,7 @@ def test_a_tar_that_is_cut_gives_what_is_whole_and_says_so(place, saved_generato
     assert last["source"] == "part1.tar"
     assert "part1.tar: it is damaged" in last["error"]
     assert any(line["source"].startswith("part1.tar/") and line["status"] == "protected" for line in lines())
+    assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 
 def test_a_damaged_parquet_file_is_named(place, saved_generator):

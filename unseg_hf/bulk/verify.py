@@ -89,32 +89,33 @@ def _broken_bounds(
     source: Source, shard: int, lines: list[dict[str, Any]], output: Path, settings: dict[str, Any]
 ) -> Iterator[str]:
     """One line for each image of a shard that is further from its original than the budget allows, or has another."""
-    protected = [line for line in lines if line["status"] == "protected"]
-    places = [(line["output"], line["at"]) for line in protected]
-    wanted = iter(protected)
-    line = next(wanted, None)
+    places = [(line["output"], line["at"]) for line in lines if line["status"] == "protected"]
     images = published_images(output, places, settings["source"]["image_column"])
-    try:
-        for record in source.read(shard):
-            if line is None or record.key != line["source"]:
-                continue
-            where = line["output"] if line["at"] is None else f"{line['output']}, {line['at']}"
-            try:
-                image = next(images)
-            except Exception as error:  # of whatever reads parquet files and tars that were damaged
-                yield f"{where}: it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
-                return
-            if hashlib.sha256(image).hexdigest() != line["output_sha256"]:
-                yield f"{where}: its image is not the one in the manifest"
-            if record.image is None or hashlib.sha256(record.image).hexdigest() != line["input_sha256"]:
-                yield f"{where}: its original {record.key} was changed since, or cannot be read"
-            elif problem := _beyond(record.image, image, record.mask, settings["protection"]):
-                yield f"{where}: {problem}"
-            line = next(wanted, None)
-    except SourceError as error:
-        yield str(error)
-    if line is not None:
-        yield f"{line['output']}: its original {line['source']} is not there"
+    records = source.read(shard)
+    for line in lines:
+        try:
+            record = next(records, None)
+        except SourceError as error:
+            if line["status"] == "protected":
+                yield f"{line['output']}: its original {line['source']} cannot be read: {error}"
+            return
+        if line["status"] != "protected":
+            continue
+        where = line["output"] if line["at"] is None else f"{line['output']}, {line['at']}"
+        if record is None or record.key != line["source"]:
+            yield f"{where}: its original {line['source']} is not there"
+            return
+        try:
+            image = next(images)
+        except Exception as error:  # of whatever reads parquet files and tars that were damaged
+            yield f"{where}: it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+            return
+        if hashlib.sha256(image).hexdigest() != line["output_sha256"]:
+            yield f"{where}: its image is not the one in the manifest"
+        if record.image is None or hashlib.sha256(record.image).hexdigest() != line["input_sha256"]:
+            yield f"{where}: its original {record.key} was changed since, or cannot be read"
+        elif problem := _beyond(record.image, image, record.mask, settings["protection"]):
+            yield f"{where}: {problem}"
 
 
 def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, Any]) -> str:
