@@ -1,4 +1,5 @@
-"""A Hub on the loopback interface: what the huggingface_hub client asks for when it pushes and loads a model.
+"""A Hub on the loopback interface: what the huggingface_hub client asks for when it pushes and loads a model or a data
+set.
 
 Nothing is written to disk. LFS uploads are checked against their sha256, and a commit may only name objects that were
 uploaded. A client speaks to it with `HF_ENDPOINT` set to its address, `HF_TOKEN` to [`TOKEN`], and
@@ -13,7 +14,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -43,7 +44,7 @@ class HubServer:
 
     Attributes:
         url: where it listens.
-        repositories: `{"namespace/name": Repository}`.
+        repositories: `{"namespace/name": Repository}`; of data sets `"datasets:namespace/name"`.
         objects: `{sha256: content}` of LFS uploads.
         requests: `"METHOD /path"` of every request so far.
         failures: `{regular expression of "METHOD /path": (status, message)}`, answered instead of what was asked for.
@@ -68,7 +69,7 @@ class HubServer:
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".parquet", ".tar"))
 
 
 def etag(path: str, content: bytes) -> str:
@@ -87,11 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self):
         path = unquote(urlsplit(self.path).path)
-        request = f"{self.command} {path}"
-        self.hub.requests.append(request)
+        asked, request = (f"{self.command} {p}" for p in (path, re.sub(DATASETS, _as_model, path)))
+        self.hub.requests.append(asked)
         body = self._body()
         for pattern, (status, message) in self.hub.failures.items():
-            if re.search(pattern, request):
+            if re.search(pattern, asked):
                 return self._error(status, message)
         for pattern, needs_token, answer in ROUTES:
             if match := re.fullmatch(pattern, request):
@@ -143,10 +144,14 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body):
         wanted = json.loads(body)
         model_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        known = model_id in self.hub.repositories
+        is_dataset = wanted.get("type") == "dataset"
+        key = f"datasets:{model_id}" if is_dataset else model_id
+        known = key in self.hub.repositories
         if not known:
-            self.hub.repositories[model_id] = Repository(private=wanted.get("visibility") == "private")
-        self._json({"url": f"{self.hub.url}/{model_id}", "name": model_id}, 409 if known else 200)
+            self.hub.repositories[key] = Repository(private=wanted.get("visibility") == "private")
+        self._json(
+            {"url": f"{self.hub.url}/{'datasets/' * is_dataset}{model_id}", "name": model_id}, 409 if known else 200
+        )
 
     def validate_yaml(self, body):
         front_matter = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
@@ -203,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(400, f"cannot do {operation['key']}")
         repository.commits.append(Commit(header["value"]["summary"], files))
         sha = repository.commits[-1].sha
-        return self._json({"commitUrl": f"{self.hub.url}/{model_id}/commit/{sha}", "commitOid": sha})
+        shown = model_id.replace("datasets:", "datasets/")
+        return self._json({"commitUrl": f"{self.hub.url}/{shown}/commit/{sha}", "commitOid": sha})
 
     def info(self, body, model_id):
         if repository := self._repository(model_id):
@@ -211,10 +217,36 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in last.files]
             self._json({"id": model_id, "sha": last.sha, "private": repository.private, "siblings": siblings})
 
-    def tree(self, body, model_id):
-        """Of a folder inside the repository; there is none, the models pushed are flat."""
-        if self._repository(model_id):
-            self._error(404, "no such folder", X_Error_Code="EntryNotFound")
+    def tree(self, body, model_id, folder):
+        """The files and folders in a folder of the newest commit; those below it too where they are asked for."""
+        repository = self._repository(model_id)
+        if repository is None:
+            return None
+        prefix, found = f"{folder}/" if folder else "", {}
+        recursive = "recursive=true" in self.path.lower()
+        for path, content in repository.commits[-1].files.items():
+            if path.startswith(prefix):
+                parts = path.removeprefix(prefix).split("/")
+                for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
+                    name = prefix + "/".join(parts[:depth])
+                    found[name] = {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+                if recursive or len(parts) == 1:
+                    found[path] = {"type": "file", "path": path, "oid": etag(path, content), "size": len(content)}
+        if not found:
+            return self._error(404, "no such folder", X_Error_Code="EntryNotFound")
+        return self._json(list(found.values()))
+
+    def paths_info(self, body, model_id):
+        if repository := self._repository(model_id):
+            files = repository.commits[-1].files
+            wanted = parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
+            self._json(
+                [
+                    {"type": "file", "path": path, "oid": etag(path, files[path]), "size": len(files[path])}
+                    for path in wanted
+                    if path in files
+                ]
+            )
 
     def resolve(self, body, model_id, revision, path):
         repository = self._repository(model_id)
@@ -231,6 +263,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 MODEL = "([^/]+/[^/]+)"
+DATASETS = r"(/api)?/datasets/([^/]+/)"  # data sets are repositories beside the models, with ids of their own
+
+
+def _as_model(match: re.Match) -> str:
+    return f"{'/api/models' if match[1] else ''}/datasets:{match[2]}"
+
+
 # "METHOD /path", whether the token is needed, what answers. An LFS upload carries its permission in its address.
 ROUTES = [
     (r"GET /api/whoami-v2", True, _Handler.whoami),
@@ -241,6 +280,7 @@ ROUTES = [
     (r"PUT /lfs/(\w+)", False, _Handler.lfs_put),
     (rf"POST /api/models/{MODEL}/commit/main", True, _Handler.commit),
     (rf"GET /api/models/{MODEL}(?:/revision/[^/]+)?", False, _Handler.info),
-    (rf"GET /api/models/{MODEL}/tree/.*", False, _Handler.tree),
+    (rf"GET /api/models/{MODEL}/tree/[^/]+/?(.*)", False, _Handler.tree),
+    (rf"POST /api/models/{MODEL}/paths-info/.*", False, _Handler.paths_info),
     (rf"(?:GET|HEAD) /{MODEL}/resolve/([^/]+)/(.+)", False, _Handler.resolve),
 ]

@@ -2,6 +2,7 @@
 
 from .configuration_unseg import UnSegConfig
 from .image_files import ImageFileError
+from .mapping import ProtectImages
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel, UnSegOutput
 from .pipeline_unseg import ImageProtectionPipeline
 from .processing_unseg import UnSegProcessor
@@ -33,6 +34,7 @@ __all__ = [
     "ImageFileError",
     "ImageProtectionPipeline",
     "Prompt",
+    "ProtectImages",
     "Protected",
     "Protector",
     "UnSegConfig",

@@ -110,6 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--json", action="store_true", help="print JSON")
 
+    check = commands.add_parser(
+        "verify",
+        help="check a protected data set",
+        description="Check what training_scripts/protect_dataset.py wrote: every file against the manifest, and with "
+        "--originals every pixel against the bound.",
+    )
+    check.set_defaults(run=run_verify)
+    check.add_argument("output", type=Path, metavar="OUT", help="folder of the protected data set")
+    check.add_argument("--originals", nargs="+", metavar="IN", help="what was protected, as it was named then")
+    check.add_argument("--masks", type=Path, metavar="PATH", help="the masks of a folder of images")
+
     _add_model_options(add_audit(commands))
 
     dataset = add_protect_dataset(commands)
@@ -444,6 +455,22 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.picture:
         print(f"picture         {options.picture}")
     return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from .bulk.verify import verify
+
+    if options.masks and not options.originals:
+        raise UsageError("--masks needs --originals")
+    result = verify(options.output, options.originals, options.masks)
+    for line in result.wrong:
+        print(f"unseg: {line}", file=sys.stderr)
+    what = "files and pixels" if options.originals else "files"
+    print(
+        f"{options.output}: {result.images} images in {result.files} files, {len(result.wrong)} of them wrong; "
+        f"{what} checked; {result.failed_before} records could not be protected, see manifest/"
+    )
+    return 1 if result.wrong else 0
 
 
 def _decibels(psnr: float | None) -> str:

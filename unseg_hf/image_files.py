@@ -288,6 +288,11 @@ def encode(picture: Picture, format: str, quality: int = 95) -> bytes:
     return _encode(picture, _format_named(format, "the picture"), quality, "the picture")
 
 
+def encode_verified(picture: Picture, format: str) -> bytes:
+    """As `encode`, for a lossless format, after decoding the result again: it gives back equal pixels and alpha."""
+    return _verified(picture, _format_named(format, "the picture"), 95, "the picture")[0]
+
+
 def write(picture: Picture, path: str | Path, format: str | None = None, quality: int = 95) -> Picture:
     """Write the picture and return it as decoded back from what was written. The format defaults to the suffix's.
 
@@ -297,11 +302,7 @@ def write(picture: Picture, path: str | Path, format: str | None = None, quality
     """
     target, name = Path(path), str(path)
     format = _format_named(SUFFIXES.get(target.suffix.lower(), target.suffix) if format is None else format, name)
-    data = _encode(picture, format, quality, name)
-    image, _ = _open(data)
-    written = from_pil(image, name)
-    if format in LOSSLESS_FORMATS and not _same(picture, written):
-        raise _error(name, f"the {format} file does not give back the same pixels", "report this; try another format")
+    data, written = _verified(picture, format, quality, name)
     if format == "webp" and picture.pixels.shape[2] == 1:
         written = replace(written, notes=(*written.notes, "WebP has no grey: stored as RGB, without a grey profile"))
     put_in_place(data, target, name)
@@ -564,6 +565,16 @@ def _encode(picture: Picture, format: str, quality: int, name: str) -> bytes:
         problem = f"{format} cannot hold this picture ({error or type(error).__name__})"
         raise _error(name, problem, "leave its EXIF out or use .png") from error
     return buffer.getvalue()
+
+
+def _verified(picture: Picture, format: str, quality: int, name: str) -> tuple[bytes, Picture]:
+    """The encoded picture, and the picture that it decodes to."""
+    data = _encode(picture, format, quality, name)
+    image, _ = _open(data)
+    written = from_pil(image, name)
+    if format in LOSSLESS_FORMATS and not _same(picture, written):
+        raise _error(name, f"the {format} file does not give back the same pixels", "report this; try another format")
+    return data, written
 
 
 def _tiff(picture: Picture, profile: bytes | None) -> bytes:

@@ -238,7 +238,7 @@ class Protector:
         check_epsilon(epsilon, epsilon_background)
         picture = read_any(image)
         prompt.check_inside(picture.height, picture.width)
-        masks = _given_masks(prompt, (picture.height, picture.width))
+        masks = given_masks(prompt, (picture.height, picture.width))
         features = self.processor(
             picture.rgb8(),
             input_boxes=None if prompt.boxes is None else [prompt.boxes],
@@ -474,7 +474,7 @@ def read_any(image: ImageInput) -> Picture:
     return read(image)
 
 
-def _given_masks(prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray] | None:
+def given_masks(prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray] | None:
     """`(height, width)` bool masks of a prompt that holds them itself, else None."""
     if prompt.whole_image:
         return [np.ones(size, dtype=bool)]

@@ -172,7 +172,7 @@ def _open(location: str, config: str | None, split: str):
                 raise ValueError("not a parquet file; give one, a folder, or a Hub id")
             return load_dataset("parquet", data_files=str(path), split=split)
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            return _open_saved(path, split)
+            return open_saved(path, split)
         if path.is_dir():
             return load_dataset(str(path.resolve()), config, split=split)
         return _open_from_hub(location, config, split)
@@ -182,7 +182,7 @@ def _open(location: str, config: str | None, split: str):
         raise ValueError(f"{location}: {error.__cause__ or error}") from error
 
 
-def _open_saved(folder: Path, split: str):
+def open_saved(folder: Path, split: str):
     from datasets import Dataset, load_from_disk
 
     saved = load_from_disk(folder)

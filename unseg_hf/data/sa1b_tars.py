@@ -162,7 +162,7 @@ def _alone(tar: str, member: Member) -> ValueError:
     )
 
 
-class _WholeTarInfo(tarfile.TarInfo):
+class WholeTarInfo(tarfile.TarInfo):
     """Says so where tarfile takes a cut archive for the end of one: nothing, or no header, where one must be."""
 
     @classmethod
@@ -179,7 +179,7 @@ def _members(name: str, file: Any, mode: str) -> Iterator[Member]:
     """The images and annotations of a tar, with their data if `mode` is one of a stream."""
     last = "its beginning"
     try:
-        with tarfile.open(fileobj=file, mode=mode, tarinfo=_WholeTarInfo) as tar:
+        with tarfile.open(fileobj=file, mode=mode, tarinfo=WholeTarInfo) as tar:
             for info in tar:
                 last = info.name
                 path = PurePosixPath(info.name)

@@ -20,6 +20,7 @@ from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED, control_noise
 from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
+from unseg_hf.model_identity import model_identity
 
 NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
@@ -97,7 +98,7 @@ def noise_settings(
         bounds = noise_budget(noise, epsilon, epsilon_background)
         settings |= zip(("epsilon", "epsilon_background"), bounds, strict=True)
     if noise.startswith("generator"):
-        settings["model"] = _model_fingerprint(model)
+        settings["model"] = model_identity(model)[0]
     return settings
 
 
@@ -198,19 +199,6 @@ def _protection(
         return Image.fromarray(pixels)
 
     return protect_with_control
-
-
-def _model_fingerprint(model: str | None) -> str:
-    from unseg_hf.protection import default_checkpoint
-
-    folder = default_checkpoint() if model is None else Path(model)
-    if not folder.is_dir():
-        return f"Hub: {model}"
-    digest = hashlib.sha256()
-    # What decides the noise, and not the card, which quotes the figures of this evaluation.
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def treat(

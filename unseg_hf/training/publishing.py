@@ -146,7 +146,7 @@ def check_hub(model_id: str, token: str | None = None) -> str:
             f"no token to push to {model_id} with: log in with `hf auth login`, or set HF_TOKEN"
         ) from error
     except Exception as error:  # of any of the client's layers
-        raise HubError(f"could not ask {api.endpoint} about pushing to {model_id}: {_reason(error)}") from error
+        raise HubError(f"could not ask {api.endpoint} about pushing to {model_id}: {reason(error)}") from error
     access = (user.get("auth") or {}).get("accessToken") or {}  # not there for some kinds of token
     if access.get("role") == "read":
         raise ValueError(
@@ -195,7 +195,7 @@ def push_generator(
         again = f"{json.dumps(str(folder))}, {json.dumps(model_id)}{', private=True' if private else ''}"
         code = f"from {__name__} import push_generator; push_generator({again})"
         raise HubError(
-            f"could not push to {model_id} at {api.endpoint}: {_reason(error)}. "
+            f"could not push to {model_id} at {api.endpoint}: {reason(error)}. "
             f"The generator is safe in {folder}; push it later with: python -c {shlex.quote(code)}"
         ) from error
     return str(repository)
@@ -211,7 +211,7 @@ def _published(folder: Path) -> list[str]:
     return names
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line on an error of the Hub's client, with what to do where that is known."""
     if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the client says which file, its cause says why

@@ -1,0 +1,513 @@
+"""Whole data sets in shards: every kind in and out, killed at every step, and checked afterwards."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from unseg_hf import ProtectImages, Protector, cli
+from unseg_hf.bulk import manifest, outputs
+from unseg_hf.bulk.opening import open_source
+from unseg_hf.bulk.progress import Progress, duration
+from unseg_hf.bulk.run import protect_dataset
+from unseg_hf.mapping import RecordError
+
+SCRIPT = Path(__file__).parent.parent / "training_scripts" / "protect_dataset.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def encoded(pixels, format="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def photo(seed, height=24, width=32):
+    return np.random.default_rng(seed).integers(40, 210, (height, width + seed % 3, 3), dtype=np.uint8)
+
+
+def mask(seed, height=24, width=32):
+    drawn = np.zeros((height, width + seed % 3), np.uint8)
+    drawn[4:15, 6:20] = 255
+    return drawn
+
+
+GOOD = 9
+BROKEN = {
+    "cut": encoded(photo(0))[:-60],
+    "empty": b"",
+    "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "text": b"hello",
+}
+
+
+def samples():
+    """Name, suffix, image and mask of every record, in the order of their names."""
+    found = [(f"p{i}", "jpg" if i % 2 else "png", i) for i in range(GOOD)]
+    good = [(name, suffix, encoded(photo(i), {"jpg": "JPEG"}.get(suffix, "PNG")), i) for name, suffix, i in found]
+    bad = [(name, "png", data, 0) for name, data in BROKEN.items()]
+    bad.append(("other_mask", "png", encoded(photo(0)), 1))
+    return sorted((name, suffix, data, encoded(mask(i))) for name, suffix, data, i in good + bad)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_images(folder):
+    for name, suffix, data, drawn in samples():
+        for path, content in ((f"in/{name}.{suffix}", data), (f"masks/{name}.png", drawn)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+    return {"inputs": ["in"], "masks": folder / "masks"}
+
+
+def rows():
+    return {
+        "image": [{"bytes": data, "path": None} for _, _, data, _ in samples()],
+        "mask": [{"bytes": drawn, "path": None} for *_, drawn in samples()],
+        "caption": [name for name, *_ in samples()],
+        "numbers": [[1, index] for index, _ in enumerate(samples())],
+    }
+
+
+FEATURES = Features(
+    {"image": ImageFeature(), "mask": ImageFeature(), "caption": Value("string"), "numbers": [Value("int16")]}
+)
+
+
+def write_parquet(folder):
+    dataset = Dataset.from_dict(rows(), features=FEATURES)
+    (folder / "in").mkdir()
+    dataset.select(range(8)).to_parquet(folder / "in/a.parquet", batch_size=3)
+    dataset.select(range(8, len(dataset))).to_parquet(folder / "in/b.parquet")
+    return {"inputs": ["in"], "mask_column": "mask"}
+
+
+def write_saved(folder):
+    Dataset.from_dict(rows(), features=FEATURES).save_to_disk(folder / "in")
+    return {"inputs": ["in"], "mask_column": "mask"}
+
+
+def write_tars(folder):
+    (folder / "in").mkdir()
+    for part in range(2):
+        with tarfile.open(folder / f"in/part{part}.tar", "w") as tar:
+            for name, suffix, data, drawn in samples()[part * 7 :][:7]:
+                for ending, content in (
+                    (suffix, data),
+                    ("mask.png", drawn),
+                    ("json", b'{"name": "%s"}' % name.encode()),
+                ):
+                    info = tarfile.TarInfo(f"s/{name}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return {"inputs": ["in/*.tar"], "mask_column": "mask.png"}
+
+
+WRITE = {"images": write_images, "parquet": write_parquet, "saved": write_saved, "tars": write_tars}
+
+
+def run(source, model, output="out", kind="parquet", epsilon=None, **options):
+    opened = open_source(**source, output=Path(output), shard_size=5)
+    protect = ProtectImages(str(model), mask_column="masks", epsilon=epsilon)
+    return protect_dataset(opened, Path(output), kind, protect, **options)
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
+
+
+def lines(output="out"):
+    parts = sorted(Path(output, "manifest").glob("*.jsonl"))
+    return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+
+
+def published(output="out"):
+    """Source key and image of everything that was published."""
+    found = {}
+    for line in lines(output):
+        if line["status"] == "protected":
+            places = [(line["output"], line["at"])]
+            found[line["source"]] = next(outputs.published_images(Path(output), places, "image"))
+    return found
+
+
+@pytest.mark.parametrize("kind", outputs.KINDS)
+@pytest.mark.parametrize("given", WRITE)
+def test_every_source_in_every_output_has_the_protectors_pixels(place, saved_generator, given, kind):
+    source = WRITE[given](place)
+    summary = run(source, saved_generator, kind=kind)
+    assert summary.complete
+    assert (summary.records, summary.failed) == (GOOD + 5, 5)
+    protector = Protector.from_pretrained(saved_generator)
+    images = published()
+    assert len(images) == GOOD
+    for line, (name, _, data, drawn) in zip(lines(), samples(), strict=True):
+        if line["status"] == "failed":
+            assert name in {*BROKEN, "other_mask"}
+            assert line["error"]
+            continue
+        expected = protector.protect(data, mask=drawn)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(images[line["source"]]))), np.asarray(expected.image))
+        assert line["max_noise"] == expected.report["max_noise"]
+    assert not Path("out/.partial").exists()
+
+
+def test_parquet_keeps_all_columns_and_marks_what_failed(place, saved_generator):
+    run(write_parquet(place), saved_generator)
+    dataset = load_dataset("out", split="train", cache_dir=str(place / "cache"))
+    assert dataset.features == Features(FEATURES | {"protection_error": Value("string")})
+    assert dataset["caption"][:] == rows()["caption"]
+    assert dataset["numbers"][:] == rows()["numbers"]
+    images = dataset.cast_column("image", ImageFeature(decode=False))["image"]
+    failed = [bool(error) for error in dataset["protection_error"]]
+    assert [image is None for image in images] == failed
+    assert sum(failed) == 5
+    shutil.rmtree("out")
+    run({"inputs": ["in"], "mask_column": "mask"}, saved_generator, on_error="drop")
+    dropped = load_dataset("out", split="train", cache_dir=str(place / "cache2"))
+    assert dropped.features == FEATURES
+    assert dropped["caption"][:] == [name for name, gone in zip(rows()["caption"], failed, strict=True) if not gone]
+
+
+def test_tars_and_folders_keep_what_lies_beside_an_image(place, saved_generator):
+    run(write_tars(place), saved_generator, kind="tars")
+    with tarfile.open("out/data/part0.tar") as tar:
+        names = tar.getnames()
+        assert [name for name in names if "/p0." in name] == ["s/p0.png", "s/p0.mask.png", "s/p0.json"]
+        assert json.loads(tar.extractfile("s/p0.json").read()) == {"name": "p0"}
+        assert not any("/cut." in name for name in names)
+    shutil.rmtree("in")
+    run(write_parquet(place), saved_generator, "folder", kind="folder")
+    assert Image.open("folder/data/a/00000005.png").format == "PNG"
+
+
+def test_an_image_beside_a_mask_that_is_called_png_gets_a_name_of_its_own(place, saved_generator):
+    with tarfile.open("a.tar", "w") as tar:
+        for name, data in (("0.jpg", encoded(photo(0), "JPEG")), ("0.png", encoded(mask(0)))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    run({"inputs": ["a.tar"], "mask_column": "png"}, saved_generator, kind="tars")
+    with tarfile.open("out/data/a.tar") as tar:
+        assert tar.getnames() == ["0.image.png", "0.png"]
+
+
+def test_names_in_a_tar_that_lead_out_of_the_output_are_refused(place, saved_generator):
+    with tarfile.open("a.tar", "w") as tar:
+        for name in ("../../evil.png", "fine.png", "fine.txt", "other.png", "fine.png"):
+            data = encoded(photo(0))
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    opened = open_source(["a.tar"], Path("out"))
+    protect_dataset(opened, Path("out"), "folder", ProtectImages(str(saved_generator), whole_image=True))
+    assert [line.get("error", "")[-40:] for line in lines()] == [
+        "../../evil leads out of the output; rename it"[-40:],
+        "",
+        "",
+        "a/fine is there a second time; rename one"[-40:],
+    ]
+    assert not list(place.parent.glob("evil*"))
+
+
+def test_names_of_tars_with_dots_stay_apart_and_the_same_name_twice_is_refused(place, saved_generator):
+    write_tars(place)
+    for part in range(2):
+        Path(f"in/part{part}.tar").rename(f"in/part.{part}.tar")
+    run({"inputs": ["in"], "mask_column": "mask.png"}, saved_generator, kind="tars")
+    assert sorted(path.name for path in Path("out/data").iterdir()) == ["part.0.tar", "part.1.tar"]
+    shutil.copy("in/part.0.tar", "in/part.0.tgz")
+    with pytest.raises(ValueError, match=r"several tars are called part.0: .*rename one"):
+        open_source(["in"], Path("out"))
+
+
+@pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet")])
+def test_an_output_inside_the_input_is_not_protected_again(place, saved_generator, given, kind):
+    source = WRITE[given](place)
+    first = run(source, saved_generator, "in/out", kind=kind)
+    before = files("in/out")
+    assert run(source, saved_generator, "in/out", kind=kind) == first
+    assert files("in/out") == before
+
+
+def test_sa1b_annotations_are_masks(place, saved_generator):
+    from unseg_hf.data.records import Record
+    from unseg_hf.data.sa1b_writer import write_sa1b
+
+    masks = [mask(0) > 0, np.roll(mask(0) > 0, 8, axis=1)]
+    write_sa1b([Record("a", Image.fromarray(photo(0)), masks)], "in", report=lambda line: None)
+    run({"inputs": ["in"], "mask_column": "json"}, saved_generator, kind="tars")
+    with tarfile.open("in/sa_000000.tar") as tar:
+        original = tar.extractfile("sa_1.jpg").read()
+    expected = Protector.from_pretrained(saved_generator).protect(original, masks=masks).image
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(published()["sa_000000.tar/sa_1"]))), np.asarray(expected))
+    assert cli.main(["verify", "out", "--originals", "in"]) == 0
+
+
+def killed_at(step, source, model, **options):
+    """Run in a process that kills itself before the renaming number `step`; False if it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            replace, left = os.replace, [step]
+
+            def replace_or_die(*arguments):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(*arguments)
+
+            os.replace = replace_or_die
+            run(source, model, **options)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet"), ("tars", "tars")])
+def test_killed_before_every_renaming_the_next_run_gives_the_same_bytes(place, saved_generator, given, kind):
+    source = WRITE[given](place)
+    run(source, saved_generator, "whole", kind=kind)
+    expected, step = files("whole"), 0
+    while killed_at(step, source, saved_generator, kind=kind):
+        assert set(files("out")) != set(expected)
+        run(source, saved_generator, kind=kind)
+        assert files("out") == expected, step
+        shutil.rmtree("out")
+        step += 2
+    assert step >= 6
+    # Killed again and again, every time later.
+    shutil.rmtree("out")
+    step = 1
+    while killed_at(step, source, saved_generator, kind=kind):
+        step += 2
+    assert files("out") == expected
+
+
+def test_finished_shards_are_not_made_again_unless_they_were_damaged(place, saved_generator, monkeypatch):
+    source = write_images(place)
+    run(source, saved_generator)
+    expected, made = files("out"), []
+    finish = Protector.finish
+    monkeypatch.setattr(Protector, "finish", lambda self, *a: made.append(1) or finish(self, *a))
+    run(source, saved_generator)
+    assert not made
+    second = Path("out/data/train-00001-of-00003.parquet")
+    second.write_bytes(second.read_bytes()[:-1])
+    run(source, saved_generator)
+    assert 0 < len(made) <= 5
+    assert files("out") == expected
+
+
+@pytest.mark.parametrize("given", ["parquet", "saved"])
+def test_shards_dealt_to_several_jobs_equal_one_run(place, saved_generator, given):
+    source = WRITE[given](place)
+    run(source, saved_generator, "whole")
+    first = run(source, saved_generator, process=(0, 2))
+    assert not first.complete
+    assert first.finished_shards < first.shards
+    assert run(source, saved_generator, process=(1, 2)).complete
+    assert files("out") == files("whole")
+
+
+def test_other_settings_are_refused_by_name(place, saved_generator):
+    source = write_images(place)
+    run(source, saved_generator)
+    before = files("out")
+    with pytest.raises(ValueError, match=r"begun with output.on_error 'mark' and not 'drop', protection.epsilon 0.03"):
+        run(source, saved_generator, epsilon=0.01, on_error="drop")
+    (place / "in/new.png").write_bytes(encoded(photo(3)))
+    with pytest.raises(ValueError, match=r"begun with .*source.listing"):
+        run(source, saved_generator)
+    assert files("out") == before
+    Path("full").mkdir()
+    Path("full/mine.txt").touch()
+    with pytest.raises(FileExistsError, match=r"full holds files and no settings.json"):
+        run(source, saved_generator, "full")
+
+
+def test_a_broken_record_stops_the_run_on_request_and_what_was_finished_stays(place, saved_generator):
+    source = write_images(place)
+    with pytest.raises(RecordError, match=r"cut.png: .*damaged.*mend it, or choose --on_error"):
+        run(source, saved_generator, on_error="raise")
+    assert not list(Path("out").rglob("*.parquet")) or all(
+        ".partial" in str(p) for p in Path("out").rglob("*.parquet")
+    )
+
+
+def test_a_tar_that_is_cut_gives_what_is_whole_and_says_so(place, saved_generator):
+    source = write_tars(place)
+    data = Path("in/part1.tar").read_bytes()
+    Path("in/part1.tar").write_bytes(data[: len(data) * 2 // 3])
+    summary = run(source, saved_generator, kind="tars")
+    assert summary.complete
+    last = lines()[-1]
+    assert last["source"] == "part1.tar"
+    assert "part1.tar: it is damaged" in last["error"]
+    assert any(line["source"].startswith("part1.tar/") and line["status"] == "protected" for line in lines())
+    assert cli.main(["verify", "out", "--originals", "in"]) == 0
+
+
+def test_a_damaged_parquet_file_is_named(place, saved_generator):
+    source = write_parquet(place)
+    data = bytearray(Path("in/b.parquet").read_bytes())
+    Path("in/c.parquet").write_bytes(data[:-20])
+    with pytest.raises(ValueError, match=r"c.parquet: no parquet file, or a damaged one"):
+        run(source, saved_generator)
+    Path("in/c.parquet").unlink()
+    data[4:400] = bytes(396)
+    Path("in/b.parquet").write_bytes(data)
+    assert run(source, saved_generator).complete
+    assert any("b.parquet: it is damaged" in line.get("error", "") for line in lines())
+
+
+@pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet"), ("tars", "tars")])
+def test_verify_finds_a_changed_byte_a_strange_file_and_a_broken_bound(place, saved_generator, capsys, given, kind):
+    source = WRITE[given](place)
+    run(source, saved_generator, kind=kind)
+    originals = ["--originals", *source["inputs"]] + (["--masks", "masks"] if given == "images" else [])
+    if given == "tars":
+        originals = ["--originals", "in"]
+    assert cli.main(["verify", "out"]) == 0
+    assert cli.main(["verify", "out", *originals]) == 0
+    assert f"{GOOD} images" in capsys.readouterr().out
+
+    victim = next(path for path in sorted(Path("out/data").rglob("*.*")) if path.is_file())
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    Path("out/data/unprotected.png").write_bytes(encoded(photo(0)))
+    assert cli.main(["verify", "out"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert f"{victim.relative_to('out')}: its sha256 is not the manifest's" in said[0]
+    assert "data/unprotected.png: it is not in the manifest" in said[1]
+    victim.write_bytes(whole)
+    Path("out/data/unprotected.png").unlink()
+
+    settings = json.loads(Path("out/settings.json").read_text())
+    settings["protection"] |= {"epsilon": 1 / 255, "epsilon_background": 1 / 255}
+    Path("out/settings.json").write_text(json.dumps(settings))
+    assert cli.main(["verify", "out", *originals]) == 1
+    said = capsys.readouterr().err
+    assert said.count("differs from its original by") == GOOD
+    assert "where 1 is the most" in said
+
+
+def test_verify_knows_the_mask_and_changed_originals(place, saved_generator, capsys):
+    source = write_images(place)
+    run(source, saved_generator, kind="folder")
+    drawn = np.asarray(Image.open("masks/p1.png"))
+    Image.fromarray(255 - drawn).save("masks/p1.png")
+    Image.fromarray(photo(5)).save("in/p3.jpg", "PNG")
+    assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "data/p1.png: it differs from its original by" in said[0]
+    assert "outside the mask, where 2 is the most" in said[0]
+    assert "data/p3.png: its original p3.jpg was changed since" in said[1]
+    Path("in/p3.jpg").rename("in/p33.jpg")
+    assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 2
+    assert "these are not the originals of out" in capsys.readouterr().err
+    assert cli.main(["verify", "in"]) == 2
+    assert "in has no settings.json" in capsys.readouterr().err
+
+
+def test_verify_says_which_shards_are_not_there_yet(place, saved_generator, capsys):
+    run(write_images(place), saved_generator, process=(0, 2))
+    assert cli.main(["verify", "out"]) == 1
+    assert "shard 1: it is not complete" in capsys.readouterr().err
+
+
+def test_progress_counts_what_all_processes_have_finished(place, saved_generator):
+    source = write_images(place)
+    said = []
+    run(source, saved_generator, process=(0, 2), report=said.append, report_every=0)
+    assert said[0].startswith("1 of 14 images (7%), ")
+    opened = open_source(**source, output=Path("out"), shard_size=5)
+    progress = Progress(Path("out"), opened, None)
+    assert progress.line().startswith("9 of 14 images (64%), 0.0 images/s")
+    run(source, saved_generator, process=(1, 2))
+    assert progress.line().startswith("14 of 14 images (100%), ")
+    assert [duration(s) for s in (5, 600, 7200, 360000)] == ["5 s", "10 min", "2.0 h", "4.2 days"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (["no/thing/here"], {}, "no/thing/here: no such file or folder"),
+        (["in", "nowhere"], {}, "nowhere: no such file or folder; a Hub id stands alone"),
+        (["in/a.parquet", "images/a.png"], {}, "parquet files, tars and images are not mixed"),
+        (["in/a.parquet"], {"image_column": "photo"}, "no column 'photo'; there is image, mask"),
+        (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
+        (["in"], {"shard_size": 0}, "shard_size=0"),
+        (["images"], {"mask_column": "mask"}, "--mask_column mask is for tables and tars"),
+    ],
+)
+def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, options, message):
+    write_parquet(place)
+    Path("images").mkdir()
+    Image.fromarray(photo(0)).save("images/a.png")
+    with pytest.raises(ValueError, match=message):
+        open_source(inputs, Path("out"), **options)
+
+
+def test_columns_without_a_note_of_datasets_and_of_plain_bytes_are_read(place, saved_generator):
+    data = [encoded(photo(i)) for i in range(3)]
+    pq.write_table(pa.table({"picture": data, "when": pa.array([1, 2, 3], pa.timestamp("s"))}), "a.parquet")
+    source = open_source(["a.parquet"], Path("out"), image_column="picture")
+    protect_dataset(source, Path("out"), "parquet", ProtectImages(str(saved_generator), whole_image=True))
+    table = pq.read_table("out/data/train-00000-of-00001.parquet")
+    assert table.schema.field("when").type == pa.timestamp("ms")  # as parquet stores it
+    assert all(image["bytes"].startswith(b"\x89PNG") for image in table["picture"].to_pylist())
+    assert manifest.read_settings(Path("out"))["source"]["image_column"] == "picture"
+
+
+def test_images_that_are_paths_are_read(place, saved_generator):
+    (place / "p.jpg").write_bytes(encoded(photo(1), "JPEG"))
+    pq.write_table(pa.table({"image": [str(place / "p.jpg"), str(place / "gone.jpg")]}), "in.parquet")
+    source = open_source(["in.parquet"], Path("out"))
+    protect_dataset(source, Path("out"), "parquet", ProtectImages(str(saved_generator), whole_image=True))
+    first, second = pq.read_table("out/data").to_pylist()
+    expected = Protector.from_pretrained(saved_generator).protect("p.jpg", whole_image=True).image
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(first["image"]["bytes"]))), np.asarray(expected))
+    assert second["image"] is None
+    assert "No such file" in second["protection_error"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_script_killed_and_begun_again_equal_one(place, saved_generator):
+    source = write_images(place)
+    run(source, saved_generator, "whole")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [SCRIPT, "in", "--masks", "masks", "--output", "out", "--model", saved_generator, "--shard_size", "5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Alone first, killed as soon as there is something of it.
+    alone = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=subprocess.DEVNULL)
+    while alone.poll() is None and not list(Path("out").glob("data/*")):
+        pass
+    alone.kill()
+    alone.wait()
+    finished = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "9 images protected, 5 failed" in finished.stdout
+    assert files("out") == files("whole")

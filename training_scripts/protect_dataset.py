@@ -1,0 +1,153 @@
+"""Protect a whole data set, in as many processes as there are, so that it may be killed and begun again at any time.
+
+A folder of images with masks, on one machine with two processes:
+
+    torchrun --nproc-per-node 2 training_scripts/protect_dataset.py photos --masks masks --output protected
+
+SA-1B's tars with their own masks, on one GPU; eight processes, since reading and writing images take a CPU:
+
+    accelerate launch --num_processes 8 training_scripts/protect_dataset.py "sa1b/*.tar" --mask_column json \\
+        --output protected --output_format tars --device cuda
+
+A data set of the Hub, streamed, as one job of an array of 64; the last command pushes when all are done:
+
+    python training_scripts/protect_dataset.py user/name --output /shared/protected --shard 0/64
+    python training_scripts/protect_dataset.py user/name --output /shared/protected --push_to_hub user/protected
+
+The same command goes on where a killed run stopped. docs/datasets.md has the rest.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="Parquet files, tars, images, folders of them, or a Hub id.")
+    add("--output", required=True, type=Path, help="Folder of the protected data set.")
+    add("--output_format", choices=("parquet", "folder", "tars"), default="parquet", help="Default: parquet.")
+    add("--model", help="Generator: folder or Hub id (default: the embedded one).")
+    add("--model_revision", help="Of a generator on the Hub.")
+    add("--device", default="cpu", help="cpu, cuda, mps; with cuda every process takes the next GPU.")
+    add("--batch_size", type=int, default=8, help="Images encoded together on a GPU.")
+    add("--image_column", help="Column of images; in tars their suffix (default: the only image of a sample).")
+    add("--mask_column", help="Column of masks; in tars their suffix, json for SA-1B's.")
+    add("--masks", type=Path, help="Folder of masks for a folder of images, matched by name.")
+    add("--labels", action="store_true", help="The masks are label maps: every label but the ignored is an object.")
+    add("--ignore_labels", type=int, nargs="+", default=[0, 255], help="Labels that are no objects.")
+    add("--per_segment", action="store_true", help="Noise of its own for each mask, not one for their union.")
+    add("--whole_image", action="store_true", help="Everything, at full strength.")
+    add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
+    add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of epsilon).")
+    add("--split", default="train", help="Of a data set on disk or on the Hub.")
+    add("--name", help="Configuration of a data set of the Hub.")
+    add("--revision", help="Of a data set of the Hub.")
+    add("--shard_size", type=int, default=500, help="Images in a shard: what a killed process loses at most.")
+    add("--shard", default="0/1", metavar="I/N", help="Part I, from 0, of N jobs that share the output folder.")
+    add("--on_error", choices=("mark", "drop", "raise"), default="mark", help="What becomes of broken records.")
+    add("--push_to_hub", metavar="ID", help="Data set of the Hub that the complete output is pushed to.")
+    add("--private", action="store_true", help="A new data set on the Hub is private.")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns 0, or 2 for a request that makes no sense or a run that had to stop."""
+    options = build_parser().parse_args(arguments)
+    from unseg_hf.cli import UsageError
+    from unseg_hf.training.publishing import HubError
+
+    try:
+        return run(options)
+    except (UsageError, ValueError, OSError, HubError) as error:
+        print(f"protect_dataset.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    job, jobs = parse_shard(options.shard)
+    # As torchrun and accelerate set them; nothing is sent between the processes, so none waits for another.
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if options.push_to_hub and jobs > 1:
+        raise ValueError(
+            f"--push_to_hub with --shard {options.shard}: run once more without --shard when all jobs are done; what "
+            "is finished is not made again"
+        )
+    from transformers.utils import logging
+
+    from unseg_hf import ProtectImages
+    from unseg_hf.bulk.card import push_dataset
+    from unseg_hf.bulk.opening import open_source
+    from unseg_hf.bulk.run import protect_dataset, wait_for_others
+    from unseg_hf.training.publishing import check_hub
+
+    logging.disable_progress_bar()
+    dataset_id = check_hub(options.push_to_hub) if options.push_to_hub else None
+    source = open_source(
+        options.inputs,
+        options.output,
+        masks=options.masks,
+        image_column=options.image_column,
+        mask_column=options.mask_column,
+        split=options.split,
+        name=options.name,
+        revision=options.revision,
+        shard_size=options.shard_size,
+    )
+    protect = ProtectImages(
+        options.model,
+        mask_column="masks" if options.mask_column or options.masks else None,
+        revision=options.model_revision,
+        label_maps=options.labels,
+        ignore_labels=tuple(options.ignore_labels),
+        mode="per_segment" if options.per_segment else "union",
+        whole_image=options.whole_image,
+        epsilon=None if options.epsilon is None else options.epsilon / 255,
+        epsilon_background=None if options.epsilon_background is None else options.epsilon_background / 255,
+        device=options.device,
+        batch_size=options.batch_size,
+    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    speaks = rank == 0
+    summary = protect_dataset(
+        source,
+        options.output,
+        options.output_format,
+        protect,
+        on_error=options.on_error,
+        process=(job * world + rank, jobs * world),
+        rank=int(os.environ.get("LOCAL_RANK", 0)),
+        report=say if speaks else None,
+    )
+    if dataset_id and speaks:
+        wait_for_others(options.output, len(source.shards), say)
+        print(f"pushed to {push_dataset(options.output, dataset_id, options.private)}")
+    if summary.complete:
+        print(
+            f"{options.output}: {summary.records - summary.failed} images protected, {summary.failed} failed; largest "
+            f"change {summary.max_noise:g} of 255; manifest/ lists all"
+        )
+    elif speaks:
+        print(
+            f"{options.output}: {summary.finished_shards} of {summary.shards} shards are complete; this process has "
+            "made its own"
+        )
+    # Records that failed are no error here: a launcher would stop the other processes.
+    return 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`"2/8"` as (2, 8)."""
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise ValueError(f"--shard {text}: write I/N, with I from 0 to N - 1")
+    return int(first), int(second)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

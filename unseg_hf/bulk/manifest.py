@@ -1,0 +1,173 @@
+"""What lies beside the images of an output: its settings, and for every shard a line a record and a mark that it is
+complete."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SETTINGS = "settings.json"
+FOLDER = "manifest"
+PARTIAL = ".partial"
+
+
+class SettingsError(ValueError):
+    """An output was made with other settings than those asked for; names them."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of an output."""
+    import PIL
+    import pyarrow
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "unseg_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
+
+
+def keep_settings(output: Path, settings: Mapping[str, Any], partial: Path) -> None:
+    """Write the settings of a new output, or compare them with those of one that was begun.
+
+    Raises:
+        SettingsError: they differ.
+        FileExistsError: the folder holds something else.
+    """
+    file = output / SETTINGS
+    if not file.is_file():
+        others = [path for path in output.glob("*") if path.name not in (PARTIAL, SETTINGS)]
+        # Asked once more: another process may have begun meanwhile.
+        if others and not file.is_file():
+            raise FileExistsError(f"{output} holds files and no {SETTINGS}: choose a new folder")
+        write_in_place(json.dumps(settings, indent=2).encode() + b"\n", file, partial)
+    there, wanted = (dict(_flat(values)) for values in (read_settings(output), json.loads(json.dumps(settings))))
+    different = [key for key in sorted(there.keys() | wanted.keys()) if there.get(key) != wanted.get(key)]
+    if different:
+        said = ", ".join(f"{key} {there.get(key)!r} and not {wanted.get(key)!r}" for key in different)
+        raise SettingsError(f"{output} was begun with {said}: go on with the same, or choose another folder")
+
+
+def read_settings(output: Path) -> dict[str, Any]:
+    """The settings of an output; FileNotFoundError if there is none."""
+    try:
+        return json.loads((output / SETTINGS).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{output} has no {SETTINGS}: it is no output of training_scripts/protect_dataset.py"
+        ) from None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_in_place(data: bytes, target: Path, partial: Path) -> None:
+    """Write a file that is there whole or not at all; what a killed process leaves is below `partial`."""
+    partial.mkdir(parents=True, exist_ok=True)
+    temporary = partial / target.name
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, target)
+
+
+def complete_shard(
+    output: Path, shard: int, lines: list[dict[str, Any]], files: Mapping[str, str], partial: Path
+) -> dict[str, Any]:
+    """Write a shard's lines, and then the mark that says it is complete, which is returned.
+
+    Args:
+        output: folder of the data set.
+        shard: its number.
+        lines: one for each record.
+        files: sha256 of the shard's files by name.
+        partial: as for [`write_in_place`].
+    """
+    data = b"".join(json.dumps(line, sort_keys=True).encode() + b"\n" for line in lines)
+    lines_file, mark_file = part_files(output, shard)
+    write_in_place(data, lines_file, partial)
+    names = f"{FOLDER}/{lines_file.name}"
+    failed = sum(line["status"] != "protected" for line in lines)
+    mark = {
+        "shard": shard,
+        "records": len(lines),
+        "failed": failed,
+        "max_noise": max((line["max_noise"] for line in lines if line["status"] == "protected"), default=0),
+        "files": {**files, names: hashlib.sha256(data).hexdigest()},
+    }
+    write_in_place(json.dumps(mark, indent=1).encode() + b"\n", mark_file, partial)
+    return mark
+
+
+def part_files(output: Path, shard: int) -> tuple[Path, Path]:
+    """The file of a shard's lines, and that of its mark."""
+    return tuple(output / FOLDER / f"{shard:06d}.{suffix}" for suffix in ("jsonl", "json"))
+
+
+def read_mark(output: Path, shard: int) -> dict[str, Any] | None:
+    """The mark of a shard; None if it is not complete."""
+    try:
+        return json.loads(part_files(output, shard)[1].read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def read_lines(output: Path, shard: int) -> list[dict[str, Any]]:
+    """One dictionary for each record of a complete shard."""
+    return [json.loads(line) for line in part_files(output, shard)[0].read_text().splitlines()]
+
+
+def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files of a complete shard, one line each."""
+    wrong = []
+    for name, digest in mark["files"].items():
+        try:
+            with open(output / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    wrong.append(f"{name}: its sha256 is not the manifest's: it was changed")
+        except OSError as error:
+            wrong.append(f"{name}: it cannot be read ({error.strerror})")
+    return wrong
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest."""
+
+    shards: int
+    finished_shards: int
+    records: int
+    failed: int
+    max_noise: int
+
+    @property
+    def complete(self) -> bool:
+        return self.finished_shards == self.shards
+
+
+def summarize(output: Path, shards: int) -> Summary:
+    """What the marks of all processes say."""
+    marks = [mark for mark in (read_mark(output, shard) for shard in range(shards)) if mark is not None]
+    return Summary(
+        shards=shards,
+        finished_shards=len(marks),
+        records=sum(mark["records"] for mark in marks),
+        failed=sum(mark["failed"] for mark in marks),
+        max_noise=max((mark["max_noise"] for mark in marks), default=0),
+    )

@@ -1,0 +1,97 @@
+"""Which kind of source a location is."""
+
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from .records import Source
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def open_source(
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    masks: Path | None = None,
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    shard_size: int = 500,
+) -> Source:
+    """The source at a location.
+
+    Args:
+        inputs: parquet files, tars, images, patterns for them, folders of any of these, a folder that `save_to_disk`
+            wrote, or a Hub id.
+        output: where the protected images go; nothing below it is taken for an input.
+        masks: for images: a folder of masks, matched by name as `unseg protect` does.
+        image_column: column of images, or the suffix of images in tars; by default `image`, and in tars the only image
+            of a sample.
+        mask_column: the same of masks; in tars `json` reads SA-1B's annotations.
+        split: of a data set on disk or on the Hub.
+        name: configuration of a data set of the Hub.
+        revision: of a data set of the Hub.
+        shard_size: images in a shard; tars and files of streamed data sets are shards of their own.
+
+    Raises:
+        ValueError: nothing is there, or options do not fit; names them.
+        OSError: something cannot be read.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}: must be at least 1")
+    from .images import ImageFolder
+
+    found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
+    if len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        from .tables import SavedDataset
+
+        _refuse(masks=masks)
+        return SavedDataset(found[0], split, shard_size, image_column or "image", mask_column)
+    if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
+        raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
+    parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
+    strange = [path for path in found if path.is_file() and path not in parquet + tars]
+    if (parquet and tars) or (strange and parquet + tars):
+        raise ValueError(f"{', '.join(inputs)}: parquet files, tars and images are not mixed; name those of one kind")
+    if parquet:
+        from .tables import ParquetFiles
+
+        _refuse(masks=masks)
+        return ParquetFiles(parquet, shard_size, image_column or "image", mask_column)
+    if tars:
+        from .tars import TarFiles
+
+        _refuse(masks=masks)
+        return TarFiles(tars, image_column, mask_column)
+    if all(path.exists() for path in found):
+        _refuse(image_column=image_column, mask_column=mask_column)
+        return ImageFolder(found, shard_size, masks, output)
+    from .tables import StreamedDataset
+
+    _refuse(masks=masks)
+    options = {} if name is None else {"name": name}
+    return StreamedDataset(inputs[0], split, revision, image_column or "image", mask_column, **options)
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob(pattern, recursive=True)) if any(c in pattern for c in "*?[") else []
+
+
+def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> list[Path]:
+    """The files with one of these suffixes, those in folders included, sorted; none that the output holds."""
+    files = []
+    for path in found:
+        inside = path.rglob("*") if path.is_dir() else [path]
+        files += sorted(p for p in inside if p.name.endswith(suffixes) and p.is_file() and p.name[0] != ".")
+    return [path for path in files if output.resolve() not in path.resolve().parents]
+
+
+def _refuse(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            kind = "folders of images" if name == "masks" else "tables and tars"
+            raise ValueError(f"--{name} {value} is for {kind}: this source is none")

@@ -1,0 +1,107 @@
+"""What a data set is made of on its way through a run: shards of records, whatever kind of files they come from."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+
+from ..mapping import stored_image
+
+
+class ShardPlan(NamedTuple):
+    """A part of a source that becomes one part of the output: its name there, and its number of records if known."""
+
+    name: str
+    records: int | None
+
+
+@dataclass(eq=False)
+class Record:
+    """One image, not decoded.
+
+    Args:
+        key: names it in its source, and nothing else there.
+        name: of its files in a folder or tar, without a suffix; `/` separates folders.
+        image: the bytes of its file; None with an `error`.
+        mask: as [`unseg_hf.ProtectImages`] takes one.
+        error: one line on why it cannot be read.
+        rest: what else belongs to it, in whatever form its source holds it.
+    """
+
+    key: str
+    name: str
+    image: bytes | None
+    mask: Any = None
+    error: str = ""
+    rest: Any = field(default=None, repr=False)
+
+
+class Source(Protocol):
+    """Where records come from; shards are known before anything is decoded, and the same in every process.
+
+    Attributes:
+        description: of what decides shards and records, for the settings that lie beside the output.
+        listing: sha256 over what the source holds, as far as it is known without reading it all.
+        shards: the parts.
+        image_column: of the rows that `row` makes.
+    """
+
+    description: dict[str, Any]
+    listing: str
+    shards: Sequence[ShardPlan]
+    image_column: str
+
+    def read(self, shard: int) -> Iterator[Record]:
+        """The records of a shard, in stored order.
+
+        Raises:
+            SourceError: the shard is damaged; what came before was whole.
+        """
+
+    def schema(self) -> pa.Schema:
+        """Of parquet files made of this source; the image column holds `{"bytes", "path"}`."""
+
+    def row(self, record: Record) -> pa.Table:
+        """One row with the columns of the schema, the image column aside."""
+
+    def files(self, record: Record) -> Mapping[str, bytes]:
+        """What lies beside the image in a folder or tar: contents by suffix (`"json"`, `"mask.png"`)."""
+
+
+class SourceError(ValueError):
+    """A file of a source that holds many records is damaged; names it and what is wrong."""
+
+
+def listing_digest(entries: Sequence[tuple]) -> str:
+    """sha256, in hex, of a list of names and sizes."""
+    return hashlib.sha256(repr([tuple(entry) for entry in entries]).encode()).hexdigest()
+
+
+def image_bytes(value: Any) -> tuple[bytes | None, str]:
+    """The bytes of an image in a column, or None and one line on why there are none."""
+    try:
+        source = stored_image(value, "the image")
+        if isinstance(source, bytes):
+            return source, ""
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                return file.read(), ""
+        return None, f"the image is {type(source).__name__}, not an encoded image"
+    except MemoryError:
+        raise
+    except Exception as error:  # of any of the file systems that a path may lead to
+        return None, " ".join(str(error).split()) or type(error).__name__
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """Names of files, with as many of their folders as it takes to tell them apart."""
+    depth = 1
+    while len({file.parts[-depth:] for file in files}) < len(set(files)):
+        depth += 1
+    return ["/".join(file.parts[-depth:]) for file in files]
+
+
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -1,0 +1,188 @@
+"""A run over a whole data set, shard by shard, which may be killed at any time and begun again."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..mapping import Outcome, ProtectImages, RecordError
+from ..protection import Protected, max_noise
+from . import manifest
+from .card import data_card
+from .outputs import WRITERS, ShardWriter, put_shard_in_place
+from .progress import Progress
+from .records import Record, Source, SourceError
+
+ON_ERROR = ("mark", "drop", "raise")
+"""What may become of a record that cannot be protected: a data set that is published keeps none unprotected."""
+
+
+def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: str) -> dict[str, Any]:
+    """Everything that decides the bytes of an output, for JSON."""
+    from ..configuration_unseg import UnSegConfig
+    from ..protection import default_checkpoint
+
+    epsilon, background = protect.epsilon, protect.epsilon_background
+    if epsilon is None:
+        where = default_checkpoint() if protect.model is None else protect.model
+        config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
+        epsilon, background = config.epsilon, config.epsilon_background if background is None else background
+    elif background is None:
+        background = epsilon / 4
+    return {
+        "source": {**source.description, "image_column": source.image_column, "listing": source.listing},
+        "output": {"kind": kind, "shards": len(source.shards), "on_error": on_error},
+        "protection": {
+            "epsilon": epsilon,
+            "epsilon_background": background,
+            "masks": protect.mask_column is not None,
+            "label_maps": protect.label_maps,
+            "ignore_labels": list(protect.ignore_labels),
+            "mode": protect.mode,
+            "whole_image": protect.whole_image,
+        },
+        "model": {
+            "name": Path(protect.model).name if protect.model and os.path.isdir(protect.model) else protect.model,
+            "identity": protect.identity,
+        },
+        "versions": manifest.versions(),
+    }
+
+
+def protect_dataset(
+    source: Source,
+    output: Path,
+    kind: str,
+    protect: ProtectImages,
+    on_error: str = "mark",
+    process: tuple[int, int] = (0, 1),
+    rank: int | None = None,
+    report: Callable[[str], None] | None = None,
+    report_every: float = 10.0,
+) -> manifest.Summary:
+    """Protect this process's share of the shards that are not complete yet.
+
+    A shard is complete when the mark of the manifest is there and its files have the sha256 that it says; all others
+    are made anew from their beginning.
+
+    Args:
+        source: the images.
+        output: folder for them; new, or one that was begun with the same settings.
+        kind: of the output, one of [`unseg_hf.bulk.outputs.KINDS`].
+        protect: how they are protected.
+        on_error: "mark" (parquet: a row without an image, with the reason; elsewhere as "drop"), "drop" (only the
+            manifest lists it), or "raise".
+        process: number of this process, and how many there are: shards are dealt in turn.
+        rank: of the process on its machine, which picks the GPU.
+        report: gets a line on the progress of all processes now and then; None is silent.
+        report_every: seconds between two of these lines.
+
+    Raises:
+        RecordError: a record failed and `on_error` is "raise".
+        SettingsError: the output was begun with other settings.
+        FileExistsError: the folder holds something else.
+    """
+    number, processes = process
+    partial = output / manifest.PARTIAL / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    manifest.keep_settings(output, run_settings(source, kind, protect, on_error), partial)
+    progress = Progress(output, source, report, report_every)
+    for shard in range(number, len(source.shards), processes):
+        mark = manifest.read_mark(output, shard)
+        if mark is None or manifest.damaged_files(output, mark):
+            writer = WRITERS[kind](source, shard, partial, on_error == "mark")
+            _protect_shard(source, shard, output, writer, protect, on_error, rank, progress)
+            progress.end_shard()
+    shutil.rmtree(partial, ignore_errors=True)
+    summary = manifest.summarize(output, len(source.shards))
+    if summary.complete:
+        # Whoever else finishes at this moment writes the same card before removing anything.
+        with contextlib.suppress(FileNotFoundError):
+            manifest.write_in_place(data_card(output, summary).encode(), output / "README.md", partial)
+        # With what processes that were killed left.
+        shutil.rmtree(output / manifest.PARTIAL, ignore_errors=True)
+    return summary
+
+
+def wait_for_others(
+    output: Path, shards: int, report: Callable[[str], None], seconds: float = 5.0
+) -> manifest.Summary:
+    """Wait until every shard is complete, whoever makes it."""
+    said = 0
+    while not (summary := manifest.summarize(output, shards)).complete:
+        if summary.finished_shards != said:
+            said = summary.finished_shards
+            report(f"{said} of {shards} shards are complete; waiting for the other processes")
+        time.sleep(seconds)
+    return summary
+
+
+def _protect_shard(
+    source: Source,
+    shard: int,
+    output: Path,
+    writer: ShardWriter,
+    protect: ProtectImages,
+    on_error: str,
+    rank: int | None,
+    progress: Progress,
+) -> None:
+    lines = []
+    for record, outcome in _outcomes(source, shard, protect, rank):
+        line = {
+            "source": record.key,
+            "input_sha256": None if record.image is None else hashlib.sha256(record.image).hexdigest(),
+        }
+        error = record.error or outcome.error
+        if not error:
+            try:
+                file, at = writer.add(record, outcome.png)
+            except ValueError as problem:
+                error = str(problem)
+            else:
+                digest = hashlib.sha256(outcome.png).hexdigest()
+                line |= {"status": "protected", "output": file, "at": at, "output_sha256": digest}
+                line |= _noise(outcome.protected)
+        if error:
+            if on_error == "raise":
+                raise RecordError(f"{record.key}: {error}; mend it, or choose --on_error mark or drop")
+            if record.name:
+                writer.add_failed(record, error)
+            line |= {"status": "failed", "error": error}
+        lines.append(line)
+        progress.add()
+    writer.close()
+    files = put_shard_in_place(writer.partial, output, writer.names)
+    manifest.complete_shard(output, shard, lines, files, writer.partial)
+
+
+def _noise(protected: Protected) -> dict[str, float]:
+    """Largest changes inside and outside the masks, in grey levels of 255."""
+    original = protected.original
+    scale = 255 / original.max_value
+    inside, outside = max_noise(original.pixels, protected.picture.pixels, protected.region)
+    return {"max_noise": inside * scale, "max_noise_background": outside * scale}
+
+
+def _outcomes(
+    source: Source, shard: int, protect: ProtectImages, rank: int | None
+) -> Iterator[tuple[Record, Outcome]]:
+    """Every record with what became of it; a damaged end of the shard is a record of its own."""
+    records: list[Record] = []  # those whose outcome is still to come: a few, where a GPU takes several at once
+
+    def pairs():
+        try:
+            for record in source.read(shard):
+                records.append(record)
+                yield record.image, record.mask
+        except SourceError as error:
+            records.append(Record(source.shards[shard].name, "", None, error=str(error)))
+            yield None, None
+
+    for outcome in protect.outcomes(pairs(), rank):
+        yield records.pop(0), outcome

@@ -1,0 +1,142 @@
+"""WebDataset tars as a source: samples are neighbours that share a name up to the first dot of the file name."""
+
+import functools
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from ..cli import SUFFIXES
+from ..data.sa1b_tars import WholeTarInfo
+from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, listing_digest, short_names
+
+_TEXT = ("json", "txt", "cls", "caption")
+
+
+class TarFiles:
+    """Local tars, each of them a shard; see [`unseg_hf.bulk.records.Source`].
+
+    Args:
+        files: the tars, compressed or not.
+        image_suffix: of the members that are protected; None is the only image of each sample, its mask aside.
+        mask_suffix: of the members that are masks; `json` reads SA-1B's annotations; None where there are none.
+
+    Raises:
+        OSError: a tar is not there.
+        ValueError: two tars differ in their suffix alone.
+    """
+
+    image_column = "image"
+
+    def __init__(self, files: Sequence[Path], image_suffix: str | None, mask_suffix: str | None):
+        self._files, self._image, self._mask = list(files), image_suffix, mask_suffix
+        labels = short_names(files)
+        if twice := [name for name, count in Counter(map(folder_of, labels)).items() if count > 1]:
+            raise ValueError(f"several tars are called {twice[0]}: their outputs would be one file; rename one")
+        self.shards = [ShardPlan(label, None) for label in labels]
+        self.listing = listing_digest([(label, f.stat().st_size) for label, f in zip(labels, files, strict=True)])
+        self.description = {"kind": "tars", "image_suffix": image_suffix, "mask_column": mask_suffix}
+        if mask_suffix == "json":
+            from ..data.sa1b import run_length_coder
+
+            run_length_coder()
+
+    def read(self, shard: int) -> Iterator[Record]:
+        label = self.shards[shard].name
+        for key, members in _samples(self._files[shard]):
+            image, mask, error = None, None, ""
+            suffix = self._image or self._only_image(members)
+            if suffix is None or suffix not in members:
+                wanted = self._image or "one image"
+                error = f"the sample {key} has {', '.join(members)}: {wanted} was wanted; keep its files side by side"
+            else:
+                image = members.pop(suffix)
+            try:
+                mask = self._read_mask(key, members)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+                error = error or f"the masks in {key}.json cannot be read ({problem!r})"
+            yield Record(f"{label}/{key}", f"{folder_of(label)}/{key}", image, mask, error, members)
+
+    def _only_image(self, members: Mapping[str, bytes]) -> str | None:
+        found = [
+            suffix
+            for suffix in members
+            if suffix != self._mask and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def _read_mask(self, key: str, members: Mapping[str, bytes]) -> Any:
+        if self._mask is None or self._mask not in members:
+            return None
+        if self._mask != "json":
+            return members[self._mask]
+        from ..data.sa1b import RleMasks
+
+        found = [mask for mask in json.loads(members["json"])["annotations"] if mask["area"]]
+        return list(RleMasks(f"{key}.json", [m["segmentation"] for m in found], [m["area"] for m in found]))
+
+    def schema(self) -> pa.Schema:
+        return self._schema
+
+    @functools.cached_property
+    def _schema(self) -> pa.Schema:
+        from datasets import Features, Image, Value
+
+        first = next(self.read(0), None)
+        features = {"__key__": Value("string"), "image": Image()}
+        for suffix in first.rest if first else ():
+            kind = suffix.rpartition(".")[2].lower()
+            features[suffix] = Image() if f".{kind}" in SUFFIXES else Value("string" if kind in _TEXT else "binary")
+        return Features(features).arrow_schema
+
+    def row(self, record: Record) -> pa.Table:
+        if unknown := sorted(set(record.rest) - set(self._schema.names)):
+            raise ValueError(
+                f"{record.key} has a .{unknown[0]}, which the first sample of the first tar has not: write tars, "
+                "whose samples may differ"
+            )
+        values: dict[str, Any] = {"__key__": record.key}
+        for suffix, data in record.rest.items():
+            kind = self._schema.field(suffix).type
+            values[suffix] = {"bytes": data, "path": None} if kind == IMAGE_TYPE else data
+            if pa.types.is_string(kind):
+                values[suffix] = data.decode()
+        others = [field for field in self._schema if field.name != self.image_column]
+        return pa.Table.from_pylist([values], pa.schema(others))
+
+    def files(self, record: Record) -> Mapping[str, bytes]:
+        return record.rest
+
+
+def folder_of(label: str) -> str:
+    """Name of a tar as a folder: without .tar, .tar.gz or the like."""
+    return label.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members, by suffix, of each sample."""
+    key, members, last = "", {}, "its beginning"
+    try:
+        with tarfile.open(path, "r:*", tarinfo=WholeTarInfo) as tar:
+            for info in tar:
+                last = info.name
+                tar.members = []  # else it grows with the tar
+                name = PurePosixPath(info.name)
+                if not info.isfile() or name.name.startswith("."):
+                    continue
+                stem, _, suffix = name.name.partition(".")
+                own = (name.parent / stem).as_posix()
+                if own != key and members:
+                    yield key, members
+                    members = {}
+                key = own
+                members[suffix] = tar.extractfile(info).read()
+        if members:
+            yield key, members
+    except (tarfile.TarError, EOFError, OSError) as error:
+        # The last sample may lack its mask or its annotations: it is not given out.
+        raise SourceError(f"{path.name}: it is damaged, or no tar, at {last} ({error})") from error

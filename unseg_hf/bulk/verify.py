@@ -1,0 +1,146 @@
+"""Checks of an output that was published or copied: against its manifest, and against the originals."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import image_files
+from ..mapping import stored_image
+from ..protection import Prompt, given_masks, max_noise, whole_levels
+from . import manifest
+from .opening import open_source
+from .outputs import published_images
+from .records import Source, SourceError
+
+
+@dataclass
+class Verification:
+    """What a check found: a line for each thing that is wrong, and numbers of what was looked at."""
+
+    wrong: list[str] = field(default_factory=list)
+    files: int = 0
+    images: int = 0
+    failed_before: int = 0  # records that could not be protected, as the manifest says
+
+
+def verify(output: Path, originals: list[str] | None = None, masks: Path | None = None) -> Verification:
+    """Check every file of an output, and with originals every pixel.
+
+    Args:
+        output: folder that `training_scripts/protect_dataset.py` wrote.
+        originals: what was protected, as it was named then.
+        masks: for folders of images: the masks; without them the bound inside the masks is checked everywhere.
+
+    Returns:
+        What is wrong; the list is empty if nothing is.
+
+    Raises:
+        FileNotFoundError: the folder is no such output.
+        ValueError: the originals are not those that the manifest lists.
+    """
+    settings = manifest.read_settings(output)
+    result, listed = Verification(), set()
+    source = _originals(settings, originals, masks, output) if originals else None
+    for shard in range(settings["output"]["shards"]):
+        mark = manifest.read_mark(output, shard)
+        if mark is None:
+            result.wrong.append(f"shard {shard}: it is not complete; run protect_dataset.py again")
+            continue
+        listed |= mark["files"].keys()
+        result.files += len(mark["files"])
+        result.failed_before += mark["failed"]
+        damage = manifest.damaged_files(output, mark)
+        result.wrong += damage
+        lines_file = manifest.part_files(output, shard)[0].relative_to(output).as_posix()
+        if any(line.startswith(f"{lines_file}:") for line in damage):
+            continue
+        lines = manifest.read_lines(output, shard)
+        result.images += sum(line["status"] == "protected" for line in lines)
+        if source is not None:
+            result.wrong += _broken_bounds(source, shard, lines, output, settings)
+    present = (path.relative_to(output).as_posix() for path in (output / "data").rglob("*") if path.is_file())
+    result.wrong += [f"{name}: it is not in the manifest" for name in sorted(set(present) - listed)]
+    return result
+
+
+def _originals(settings: dict[str, Any], originals: list[str], masks: Path | None, output: Path) -> Source:
+    described = settings["source"]
+    if described["kind"] == "images":
+        columns = {}
+    elif described["kind"] == "tars":
+        columns = {"image_column": described["image_suffix"], "mask_column": described["mask_column"]}
+    else:
+        columns = {"image_column": described["image_column"], "mask_column": described["mask_column"]}
+    columns |= {key: described[key] for key in ("split", "name", "revision", "shard_size") if key in described}
+    source = open_source(originals, output, masks=masks, **columns)
+    if source.listing != described["listing"] or source.description["kind"] != described["kind"]:
+        raise ValueError(
+            f"{', '.join(originals)}: these are not the originals of {output}, or files were added, removed or "
+            "renamed since: name them as they were named when they were protected"
+        )
+    return source
+
+
+def _broken_bounds(
+    source: Source, shard: int, lines: list[dict[str, Any]], output: Path, settings: dict[str, Any]
+) -> Iterator[str]:
+    """One line for each image of a shard that is further from its original than the budget allows, or has another."""
+    places = [(line["output"], line["at"]) for line in lines if line["status"] == "protected"]
+    images = published_images(output, places, settings["source"]["image_column"])
+    records = source.read(shard)
+    for line in lines:
+        try:
+            record = next(records, None)
+        except SourceError as error:
+            if line["status"] == "protected":
+                yield f"{line['output']}: its original {line['source']} cannot be read: {error}"
+            return
+        if line["status"] != "protected":
+            continue
+        where = line["output"] if line["at"] is None else f"{line['output']}, {line['at']}"
+        if record is None or record.key != line["source"]:
+            yield f"{where}: its original {line['source']} is not there"
+            return
+        try:
+            image = next(images)
+        except Exception as error:  # of whatever reads parquet files and tars that were damaged
+            yield f"{where}: it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+            return
+        if hashlib.sha256(image).hexdigest() != line["output_sha256"]:
+            yield f"{where}: its image is not the one in the manifest"
+        if record.image is None or hashlib.sha256(record.image).hexdigest() != line["input_sha256"]:
+            yield f"{where}: its original {record.key} was changed since, or cannot be read"
+        elif problem := _beyond(record.image, image, record.mask, settings["protection"]):
+            yield f"{where}: {problem}"
+
+
+def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, Any]) -> str:
+    """What is wrong with a pair; nothing if all is as promised."""
+    try:
+        before, after = image_files.read(original), image_files.read(published)
+        if before.pixels.shape != after.pixels.shape or before.pixels.dtype != after.pixels.dtype:
+            return "it has another size or another kind of pixels than its original"
+        region = _region(mask, (before.height, before.width), protection)
+    except ValueError as error:
+        return str(error)
+    found = max_noise(before.pixels, after.pixels, region)
+    allowed = whole_levels(before.max_value, protection["epsilon"], protection["epsilon_background"])
+    for where, largest, most in zip(("in", "outside"), found, allowed, strict=True):
+        if largest > most:
+            return f"it differs from its original by {largest} {where} the mask, where {most} is the most"
+    return ""
+
+
+def _region(mask: Any, size: tuple[int, int], protection: dict[str, Any]) -> np.ndarray:
+    """Where the full budget applied, `(height, width)` bool; everywhere if the mask is not known."""
+    if mask is None:
+        return np.ones(size, dtype=bool)
+    several = isinstance(mask, list)
+    value = [stored_image(one, "the mask") for one in mask] if several else stored_image(mask, "the mask")
+    field_name = "masks" if several else "label_map" if protection["label_maps"] else "mask"
+    masks = given_masks(Prompt(**{field_name: value}, ignore_labels=protection["ignore_labels"]), size)
+    return np.logical_or.reduce(masks)

@@ -1,0 +1,314 @@
+"""`Dataset.map` and `IterableDataset.map` over images: the same pixels as for one photo, stored as PNG."""
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .configuration_unseg import check_epsilon
+from .image_files import ImageFileError, encode_verified, read_mask
+from .model_identity import model_identity
+from .protection import Job, Prompt, Protected, Protector
+
+ON_ERROR = ("raise", "keep", "mark", "drop")
+REPORT_COLUMNS = ("max_noise", "max_noise_background", "psnr", "ssim", "masks", "protected_share", "notes")
+
+
+class RecordError(ValueError):
+    """A record whose image or mask cannot be used; one line that says which and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of one image: `png` and `protected`, or the one line of `error`."""
+
+    png: bytes | None = None
+    protected: Protected | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ProtectImages:
+    """A function for `map(..., batched=True)` that protects a column of images.
+
+    It holds settings and no weights: the generator is loaded once in each process, so that hashing (for the cache of
+    `datasets`) and pickling (for `num_proc`) are cheap, and the cache knows other weights in the same folder.
+
+    Images are best left undecoded, so that a broken one cannot stop the others, and nothing of a file is lost:
+    `Dataset.map` needs nothing for that, an `IterableDataset` a `.decode(False)` before and a `.decode()` after, and
+    `features=protect.features(dataset.features)` in its `map`.
+
+    Args:
+        model: folder, Hub id, or None for the generator in the package.
+        image_column: column of images; they come back as PNG, without a path (`datasets` would prefer a file of that
+            name, if there is one, to the bytes).
+        mask_column: column of mask images, or of lists of them; without one, SAM proposes segments.
+        revision: of a Hub id.
+        label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
+        ignore_labels: labels that are no objects.
+        mode: "union" or "per_segment", as in [`Prompt`].
+        whole_image: everything gets the full budget.
+        epsilon, epsilon_background: as for [`Protector.protect`].
+        on_error: what happens to a row whose image or mask cannot be used: "raise", "keep" the row as it is, its
+            image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it.
+        error_column: text, empty in rows without an error; written with "mark" and with "keep".
+        report_columns: figures to add as columns `protection_<name>`, of REPORT_COLUMNS; nan and "" where there is no
+            figure.
+        device: where the generator runs. For "cuda" with `with_rank=True` the rank picks the GPU.
+        batch_size: images that are encoded together on a GPU. On a CPU it is always one, so that pixels equal those of
+            a single photo.
+
+    Raises:
+        ValueError: settings that make no sense, naming them, or a model that is not there.
+
+    Example:
+
+    ```python
+    >>> protect = ProtectImages(image_column="image", mask_column="mask", on_error="mark")
+    >>> protected = dataset.map(protect, batched=True, batch_size=32, writer_batch_size=32)
+    ```
+    """
+
+    model: str | None = None
+    image_column: str = "image"
+    mask_column: str | None = None
+    revision: str | None = None
+    label_maps: bool = False
+    ignore_labels: tuple[int, ...] = (0, 255)
+    mode: str = "union"
+    whole_image: bool = False
+    epsilon: float | None = None
+    epsilon_background: float | None = None
+    on_error: str = "raise"
+    error_column: str = "protection_error"
+    report_columns: tuple[str, ...] = ()
+    device: str = "cpu"
+    batch_size: int = 8
+    identity: str = field(init=False)
+    version: str = field(init=False)
+
+    def __post_init__(self):
+        from . import __version__
+
+        Prompt(whole_image=self.whole_image, mode=self.mode, ignore_labels=self.ignore_labels)
+        if self.whole_image and self.mask_column:
+            raise ValueError(f"whole_image and mask_column={self.mask_column!r} were given: pass one kind of prompt")
+        if self.label_maps and not self.mask_column:
+            raise ValueError("label_maps needs mask_column")
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"on_error={self.on_error!r}: must be one of {', '.join(ON_ERROR)}")
+        if unknown := sorted(set(self.report_columns) - set(REPORT_COLUMNS)):
+            raise ValueError(f"report_columns has {', '.join(unknown)}: there is {', '.join(REPORT_COLUMNS)}")
+        if self.epsilon is not None:
+            background = self.epsilon / 4 if self.epsilon_background is None else self.epsilon_background
+            check_epsilon(self.epsilon, background)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
+        identity, revision = model_identity(self.model, self.revision)
+        settled = {
+            "model": None if self.model is None else str(self.model),
+            "revision": revision,
+            "ignore_labels": tuple(self.ignore_labels),
+            "report_columns": tuple(self.report_columns),
+            "identity": identity,
+            "version": __version__,
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> dict[str, list]:
+        """The columns of a batch that change; all of them where rows are dropped."""
+        _one_thread_in_workers()
+        images = _undecoded(batch, self.image_column)
+        masks = [None] * len(images) if self.mask_column is None else _undecoded(batch, self.mask_column)
+        rows: list[Any] = []
+        errors: list[str] = []
+        reports: dict[str, list] = {name: [] for name in self.report_columns}
+        outcomes = self.outcomes(zip(images, masks, strict=True), rank)
+        for index, (image, outcome) in enumerate(zip(images, outcomes, strict=True)):
+            if outcome.error and self.on_error == "raise":
+                raise RecordError(
+                    f"row {index} of the batch, column {self.image_column!r}: {outcome.error}; mend it, or pass "
+                    "on_error='mark', 'drop' or 'keep'"
+                )
+            errors.append(outcome.error)
+            if outcome.png is not None:
+                rows.append({"bytes": outcome.png, "path": None})
+            else:
+                rows.append(image if self.on_error == "keep" else None)
+            for name, value in self._figures(outcome.protected).items():
+                reports[name].append(value)
+        columns = {self.image_column: rows} | {f"protection_{name}": values for name, values in reports.items()}
+        if self.on_error in ("mark", "keep"):
+            return columns | {self.error_column: errors}
+        if not any(errors):
+            return columns
+        kept = [index for index, error in enumerate(errors) if not error]
+        others = {name: _undecoded(batch, name) for name in batch if name not in columns}
+        return {name: [values[index] for index in kept] for name, values in (others | columns).items()}
+
+    def features(self, features: Mapping[str, Any]) -> Any:
+        """`datasets.Features` of the result, of those before: an `IterableDataset` does not find them by itself."""
+        from datasets import Features, Value
+
+        added = {
+            f"protection_{name}": Value("string" if name == "notes" else "float64") for name in self.report_columns
+        }
+        if self.on_error in ("mark", "keep"):
+            added[self.error_column] = Value("string")
+        return Features({**features, **added})
+
+    def outcomes(self, pairs: Iterable[tuple[Any, Any]], rank: int | None = None) -> Iterator[Outcome]:
+        """Protect images with their masks, in order; what is wrong with one is its `error`.
+
+        Args:
+            pairs: an image, as in a column (`{"bytes": ..., "path": ...}`, or as [`Protector.protect`] takes it), and
+                its mask, a list of masks, or None, which is an error where masks were announced.
+            rank: of the process among those of this machine.
+        """
+        protector = self.protector(rank)
+        size = 1 if protector.model.device.type == "cpu" else self.batch_size
+        waiting: list[Job | Outcome] = []
+        for image, mask in pairs:
+            waiting.append(self._prepared(protector, image, mask))
+            if len(waiting) == size:
+                yield from self._finished(protector, waiting)
+                waiting = []
+        yield from self._finished(protector, waiting)
+
+    def protector(self, rank: int | None = None) -> Protector:
+        """The generator, loaded once in each process."""
+        device = self.device
+        if device == "cuda" and rank is not None:
+            device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+        return _load(self.model, self.revision, self.identity, device)
+
+    def _prepared(self, protector: Protector, image: Any, mask: Any) -> Job | Outcome:
+        try:
+            return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *self._budget)
+        except MemoryError:
+            raise
+        # Whatever reading a damaged file raises is that record's trouble alone.
+        except Exception as error:
+            return Outcome(error=" ".join(str(error).split()) or type(error).__name__)
+
+    @property
+    def _budget(self) -> tuple[float | None, float | None]:
+        return self.epsilon, self.epsilon_background
+
+    def prompt(self, mask: Any) -> Prompt:
+        """What to protect in an image with this mask, or these masks.
+
+        Raises:
+            RecordError: there is no mask, though masks were announced.
+        """
+        fields: dict[str, Any] = {"mode": self.mode, "ignore_labels": self.ignore_labels}
+        if self.mask_column is None:
+            return Prompt(whole_image=self.whole_image, **fields)
+        if mask is None:
+            raise RecordError("the mask is missing; give one, or choose what happens to such records")
+        if isinstance(mask, list) and mask and isinstance(mask[0], list):
+            mask = np.asarray(mask)  # of a column of arrays
+        several = isinstance(mask, list) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
+        if several:
+            if self.label_maps:
+                raise RecordError("a list of masks is no label map; leave label_maps out")
+            return Prompt(masks=[_read_mask(one) for one in mask], **fields)
+        return Prompt(**{"label_map" if self.label_maps else "mask": _read_mask(mask)}, **fields)
+
+    def _finished(self, protector: Protector, waiting: list[Job | Outcome]) -> Iterator[Outcome]:
+        jobs = [job for job in waiting if isinstance(job, Job)]
+        embeddings = iter(protector.encode(jobs) if jobs else ())
+        for job in waiting:
+            if isinstance(job, Outcome):
+                yield job
+                continue
+            protected = protector.finish(job, next(embeddings))
+            try:
+                yield Outcome(encode_verified(protected.picture, "png"), protected)
+            except ValueError as error:  # metadata that PNG cannot hold
+                yield Outcome(error=str(error))
+
+    def _figures(self, protected: Protected | None) -> dict[str, Any]:
+        """A value for each report column, always of one type: the type of a column is that of its first rows."""
+        if not self.report_columns:
+            return {}
+        report = {} if protected is None else protected.report
+        figures = {}
+        for name in self.report_columns:
+            if name == "notes":
+                figures[name] = "; ".join(report.get(name, ()))
+            else:
+                value = report.get(name)
+                figures[name] = float("nan") if value is None else float(value)
+        return figures
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model: str | None, revision: str | None, identity: str, device: str) -> Protector:
+    """`identity` is there so that a checkpoint which was replaced is loaded anew."""
+    return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
+
+
+def _one_thread_in_workers() -> None:
+    """Several processes with all threads each are slower, and a forked one would wait for threads it has not got."""
+    import multiprocess  # what `datasets` starts its workers with
+
+    if multiprocess.parent_process() is not None and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+def _undecoded(batch: Mapping[str, Any], column: str) -> list:
+    """The values of a column as they are stored: decoding a batch fails for all rows where it fails for one."""
+    from datasets.formatting.formatting import LazyBatch, LazyRow
+
+    if column not in batch:
+        raise ValueError(f"there is no column {column!r}: the data set has {', '.join(batch)}")
+    if isinstance(batch, LazyBatch) and column in batch.keys_to_format:
+        return batch.pa_table[column].to_pylist()
+    values = None if isinstance(batch, LazyRow) else batch[column]
+    if isinstance(values, Mapping | str | bytes) or not hasattr(values, "__len__"):
+        raise ValueError("ProtectImages takes batches of rows: pass batched=True to map")
+    return list(values)
+
+
+def _read_mask(value: Any) -> Any:
+    """A mask out of a column, decoded here so that an error says that it is the mask's."""
+    source = stored_image(value, "the mask")
+    if not isinstance(source, bytes | str):
+        return source
+    try:
+        return read_mask(source)
+    except ImageFileError as error:
+        raise RecordError(f"the mask cannot be used: {error}") from error
+
+
+def stored_image(value: Any, what: str) -> Any:
+    """An image or mask out of a column, as [`Protector`] reads it.
+
+    Raises:
+        RecordError: there is none.
+        OSError: its file cannot be read.
+    """
+    if value is None:
+        raise RecordError(f"{what} is missing")
+    if not isinstance(value, Mapping):
+        return value
+    data, path = value.get("bytes"), value.get("path")
+    if data is not None:
+        return data
+    if path is None:
+        raise RecordError(f"{what} is missing")
+    if os.path.isfile(path):
+        return path
+    from datasets.utils.file_utils import xopen
+
+    with xopen(path, "rb") as file:  # on the Hub, or in an archive
+        return file.read()
+
+
+__all__ = ["ProtectImages"]
