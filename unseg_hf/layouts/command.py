@@ -88,7 +88,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     names = None if options.names is None else read_names(options.names)
     classes = found.class_ids(options.classes, splits)
 
-    from unseg_hf.training.checkpoints import fingerprint
+    from unseg_hf.model_identity import model_identity
 
     from .run import RECORD, SETTINGS, Settings, prepare_output, run
 
@@ -120,7 +120,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
         jpeg_names=options.jpeg_names,
         quality=(options.quality or QUALITY) if options.jpeg_names == "jpeg" else None,
         link=options.link,
-        model=fingerprint(protector.model),
+        model=model_identity(options.model)[0],
     )
     prepare_output(options.output, settings)
     single = (lambda: protector) if options.processes == 1 else None

@@ -45,7 +45,7 @@ class Settings:
         jpeg_names: one of [`JPEG_NAMES`].
         quality: of JPEG; None where none is written.
         link: how files are taken over that stay as they are: one of [`LINKS`], None to copy.
-        model: fingerprint of the generator's weights.
+        model: the generator's identity, see `model_identity`.
         version: of this package.
     """
 
