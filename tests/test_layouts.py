@@ -187,7 +187,40 @@ def test_images_that_the_layout_does_not_know_and_archives_are_said(tmp_path, pr
     printed = capsys.readouterr().out
     assert "2 images of all protected" in printed
     assert "1 images stay clean: named otherwise than this layout's images" in printed
+    assert "1 images stay clean: outside this layout's folders of images" in printed
     assert "1 files that may hold the original images were taken over, such as kvasir-seg.zip" in printed
+
+
+@pytest.mark.parametrize(
+    ("tree", "copies", "others"),
+    [
+        (
+            "ssdd, official",
+            ["BBox_SSDD/coco_style/images/train/000001.jpg", "BBox_SSDD/voc_style/JPEGImages_train/000001.jpg",
+             "PSeg_SSDD/voc_style/JPEGImages_train/000001.jpg", "PSeg_SSDD/coco_style/images/old/000001.jpg"],
+            ["BBox_SSDD/voc_style/JPEGImages_test/000007.jpg"],
+        ),
+        (
+            "voc2012",
+            ["VOCdevkit/VOCaug/dataset/img/2007_000032.jpg", "VOCdevkit/VOC2012/JPEGImages/2007_000032.png",
+             "VOCdevkit/VOC2012/JPEGImages/old/2007_000032.jpg"],
+            ["VOCdevkit/VOCaug/dataset/img/2008_000009.jpg"],
+        ),
+        ("coco-instance", ["images/train2017/000000000009.jpg"], ["images/val2017/000000000077.jpg"]),
+    ],
+)  # fmt: skip
+def test_unprotected_copies_of_protected_images_are_left_out_and_said(tree, copies, others, tmp_path, protect, capsys):
+    name, write = TREES[tree]
+    write(tmp_path / "in")
+    for path in (*copies, *others):
+        photo(tmp_path / "in" / path)
+    assert protect(name) == 0
+    assert files(tmp_path / "in").keys() - data_files(tmp_path / "out").keys() == set(copies)
+    printed = capsys.readouterr().out
+    assert f"{len(copies)} files left out: unprotected copies of protected images" in printed
+    assert f"such as {min(copies)}" in printed
+    reason = "of other splits" if name == "coco-instance" else "outside this layout's folders of images"
+    assert f"images stay clean: {reason}" in printed
 
 
 def test_a_budget_that_is_given_replaces_the_data_sets(tmp_path, protect):

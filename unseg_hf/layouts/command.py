@@ -152,6 +152,11 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
         )
     for reason, count in plan.clean.items():
         print(f"{count} images stay clean: {reason}")
+    if plan.left_out:
+        print(
+            f"{len(plan.left_out)} files left out: unprotected copies of protected images, by their names, such as "
+            f"{plan.left_out[0]}"
+        )
     if plan.archives:
         print(
             f"{len(plan.archives)} files that may hold the original images were taken over, such as "
