@@ -187,7 +187,45 @@ def test_images_that_the_layout_does_not_know_and_archives_are_said(tmp_path, pr
     printed = capsys.readouterr().out
     assert "2 images of all protected" in printed
     assert "1 images stay clean: named otherwise than this layout's images" in printed
+    assert "1 images stay clean: outside this layout's folders of images" in printed
     assert "1 files that may hold the original images were taken over, such as kvasir-seg.zip" in printed
+
+
+@pytest.mark.parametrize(
+    ("tree", "copies", "others"),
+    [
+        (
+            "ssdd, official",
+            ["BBox_SSDD/coco_style/images/train/000001.jpg", "BBox_SSDD/voc_style/JPEGImages_train/000001.jpg",
+             "PSeg_SSDD/voc_style/JPEGImages_train/000001.jpg", "PSeg_SSDD/coco_style/images/old/000001.jpg"],
+            ["BBox_SSDD/voc_style/JPEGImages_test/000007.jpg"],
+        ),
+        (
+            "voc2012",
+            ["VOCdevkit/VOCaug/dataset/img/2007_000032.jpg", "VOCdevkit/VOC2012/JPEGImages/2007_000032.png",
+             "VOCdevkit/VOC2012/JPEGImages/old/2007_000032.jpg"],
+            ["VOCdevkit/VOCaug/dataset/img/2008_000009.jpg"],
+        ),
+        (
+            "coco-instance",
+            ["images/train2017/000000000009.jpg"],
+            ["images/val2017/000000000077.jpg", "panoptic_train2017/000000000009.png",
+             "stuffthingmaps/train2017/000000000009.png"],
+        ),
+    ],
+)  # fmt: skip
+def test_unprotected_copies_of_protected_images_are_left_out_and_said(tree, copies, others, tmp_path, protect, capsys):
+    name, write = TREES[tree]
+    write(tmp_path / "in")
+    for path in (*copies, *others):
+        photo(tmp_path / "in" / path)
+    assert protect(name) == 0
+    assert files(tmp_path / "in").keys() - data_files(tmp_path / "out").keys() == set(copies)
+    printed = capsys.readouterr().out
+    assert f"{len(copies)} files left out: unprotected copies of protected images" in printed
+    assert f"such as {min(copies)}" in printed
+    reason = "of other splits" if name == "coco-instance" else "outside this layout's folders of images"
+    assert f"images stay clean: {reason}" in printed
 
 
 def test_a_budget_that_is_given_replaces_the_data_sets(tmp_path, protect):
@@ -328,6 +366,85 @@ def test_several_processes_make_the_same_tree(tmp_path, protect):
     assert protect("kvasir-seg") == 1
     assert protect("kvasir-seg", "--processes", "2", output="two") == 1
     assert files(tmp_path / "out") == files(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("tree", "label"),
+    [
+        ("voc2012", "VOCdevkit/VOC2012/SegmentationClass/2007_000032.png"),
+        ("whu, authors", "train/label/0.tif"),
+        ("coco-panoptic", "panoptic_train2017/000000000009.png"),
+        ("coco-instance", "annotations/instances_train2017.json"),
+        ("cityscapes", "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"),
+    ],
+)
+def test_an_image_whose_label_was_edited_is_protected_again(tree, label, tmp_path, protect):
+    name, write = TREES[tree]
+    path = next(iter(write(tmp_path / "in")))
+    file = tmp_path / "in" / label
+    assert protect(name) == 0
+    before = data_files(tmp_path / "out")
+    if file.suffix == ".json":
+        edited = file.read_text().replace("[6, 4, 30, 4, 30, 18, 6, 18]", "[6, 4, 20, 4, 20, 18, 6, 18]")
+        file.write_text(edited)
+    else:
+        drawn = Image.open(file)
+        drawn.paste(drawn.crop((6, 4, 18, 18)), (40, 2))
+        drawn.save(file)
+    assert protect(name) == 0
+    after = data_files(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert after[path] != before[path]
+    assert after[label] == file.read_bytes() != before[label]
+    assert protect(name, output="whole") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_images_and_labels_of_the_same_size_are_done_again_and_others_are_not(tmp_path, protect):
+    (path,) = TREES["whu, authors"][1](tmp_path / "in")
+    assert protect("whu") == 0
+    times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in data_files(tmp_path / "out")}
+    size = (tmp_path / "in" / path).stat().st_size
+    photo(tmp_path / "in" / path, seed=9)
+    label = tmp_path / "in/val/label/0.tif"
+    save(label, labels((255, (slice(5, 19), slice(6, 30)))))
+    assert (tmp_path / "in" / path).stat().st_size == size == record(tmp_path / "out")[path]["input_bytes"]
+    assert label.stat().st_size == record(tmp_path / "out")["val/label/0.tif"]["input_bytes"]
+    assert protect("whu") == 0
+    again = {name for name, time_ in times.items() if (tmp_path / "out" / name).stat().st_mtime_ns != time_}
+    assert again == {path, "val/label/0.tif"}
+    assert protect("whu", output="whole") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_images_that_come_into_a_list_later_are_protected_and_their_copies_removed(tmp_path, protect, capsys):
+    (path,) = TREES["voc2012"][1](tmp_path / "in")
+    base = tmp_path / "in/VOCdevkit/VOC2012"
+    aside = "VOCdevkit/VOCaug/dataset/img/2007_000033.jpg"
+    photo(tmp_path / "in" / aside)
+    assert protect("voc2012") == 0
+    assert aside in record(tmp_path / "out")
+    text(base / "ImageSets/Segmentation/train.txt", "2007_000032\n2007_000033\n2008_000001\n")
+    assert protect("voc2012") == 1
+    assert (
+        "2008_000001.jpg: it is in a split to be protected, but its annotation is missing" in capsys.readouterr().err
+    )
+    entries = record(tmp_path / "out")
+    assert entries[path.replace("32", "33")]["status"] == "protected"
+    assert not (tmp_path / "out" / path.replace("2007_000032", "2008_000001")).exists()
+    assert not (tmp_path / "out" / aside).exists()
+    assert aside not in entries
+
+
+def test_another_folder_of_the_same_name_is_refused(tmp_path, protect, capsys):
+    TREES["whu, authors"][1](tmp_path / "in")
+    shutil.copytree(tmp_path / "in", tmp_path / "elsewhere/in")
+    assert protect("whu") == 0
+    before = files(tmp_path / "out")
+    assert protect("whu", root="elsewhere/in") == 2
+    assert "was begun with input='in (" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+    assert str(tmp_path).encode() not in b"".join(before[name] for name in (RECORD, SETTINGS))
 
 
 def test_other_settings_on_the_same_output_are_refused_by_name(tmp_path, protect, capsys):

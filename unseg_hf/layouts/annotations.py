@@ -20,6 +20,11 @@ OBJECT = 1000
 class Annotation(Protocol):
     """The annotation of one image."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that the masks depend on."""
+        ...
+
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         """The labelled pixels, without those to ignore and without crowds.
 
@@ -103,6 +108,10 @@ class BinaryMasks(FileKind):
 class BinaryMask:
     path: Path
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         values = image_files.read(self.path, upright=False).rgb8().max(axis=2)
         # Half of the range cuts smoothed edges and JPEG's ringing in the middle; a mask of 0 and 1 has neither.
@@ -148,6 +157,10 @@ class LabelImage:
     ignored: tuple[int, ...]
     objects: Path | None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,) if self.objects is None else (self.path, self.objects)
+
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         segments = fitting(_labels(self.path), size, self.path).astype(np.int32)
         labelled = ~np.isin(segments, self.ignored)
@@ -182,6 +195,10 @@ class CityscapesImage:
     path: Path
     stuff: frozenset[int]
     things: frozenset[int]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
 
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         segments = fitting(_labels(self.path), size, self.path)

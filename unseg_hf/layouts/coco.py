@@ -72,7 +72,7 @@ class CocoInstances(CocoKind):
             if name not in entries:
                 return None
             image, annotations = entries[name]
-            return InstanceMasks(f"{path}, {name}", (image.get("height"), image.get("width")), tuple(annotations))
+            return InstanceMasks(path, name, (image.get("height"), image.get("width")), tuple(annotations))
 
         return Index(find, frozenset(entries))
 
@@ -81,9 +81,18 @@ class CocoInstances(CocoKind):
 class InstanceMasks:
     """Objects of one image, as COCO's json has them."""
 
-    name: str
+    json: Path
+    image: str
     size: tuple[int, int]
     objects: tuple[dict[str, Any], ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.json,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.json}, {self.image}"
 
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         if tuple(size) != tuple(self.size):
@@ -140,7 +149,7 @@ class CocoPanoptic(CocoKind):
 
         def find(name: str) -> Annotation | None:
             annotations = entries[name][1] if name in entries else []
-            return PanopticPng(f"{path}, {name}", folder, annotations[0]) if annotations else None
+            return PanopticPng(path, name, folder, annotations[0]) if annotations else None
 
         return Index(find, frozenset(entries))
 
@@ -149,16 +158,22 @@ class CocoPanoptic(CocoKind):
 class PanopticPng:
     """Segments of one image: the folder of its PNG, and its entry in the json."""
 
-    name: str
+    json: Path
+    image: str
     folder: Path
     entry: dict[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        file_name = self.entry.get("file_name")
+        return (self.json, self.folder / file_name) if isinstance(file_name, str) else (self.json,)
 
     def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
         try:
             path = self.folder / self.entry["file_name"]
             class_of = {s["id"]: s["category_id"] for s in self.entry["segments_info"] if not s.get("iscrowd")}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.name}: its entry in the json lacks {error}") from error
+            raise ValueError(f"{self.json}, {self.image}: its entry in the json lacks {error}") from error
         colours = fitting(image_files.read(path).rgb8(), size, path).astype(np.int32)
         segments = colours[:, :, 0] + 256 * colours[:, :, 1] + 256**2 * colours[:, :, 2]
         return select_segments(segments, class_of, classes, separate)

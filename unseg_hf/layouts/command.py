@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """Protect the training images of a published data set in its own layout: OUT gets the same tree, so that
-training code runs on it unchanged. Annotations and all other images are copied. The same command again goes on where a
-stopped one was. OUT/unseg-protected.jsonl says what happened to each file.
+training code runs on it unchanged. Annotations and all other images are copied; copies of the protected ones are left
+out. The same command again goes on where a stopped one was. OUT/unseg-protected.jsonl says what happened to each file.
 """
 QUALITY = 100
 
@@ -90,7 +90,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
 
     from unseg_hf.model_identity import model_identity
 
-    from .run import RECORD, SETTINGS, Settings, prepare_output, run
+    from .run import RECORD, SETTINGS, Settings, folder_identity, prepare_output, run
 
     for file in (RECORD, SETTINGS):
         if (options.root / file).exists():
@@ -110,7 +110,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
         levels = (epsilon * 255, (epsilon / 4 if background is None else background) * 255)
     settings = Settings(
         data_set=options.name,
-        input=options.root.resolve().name,
+        input=folder_identity(options.root),
         splits=tuple(splits),
         names=None if names is None else hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest(),
         classes=None if classes is None else tuple(sorted(classes)),
@@ -152,6 +152,11 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
         )
     for reason, count in plan.clean.items():
         print(f"{count} images stay clean: {reason}")
+    if plan.left_out:
+        print(
+            f"{len(plan.left_out)} files left out: unprotected copies of protected images, by their names, such as "
+            f"{plan.left_out[0]}"
+        )
     if plan.archives:
         print(
             f"{len(plan.archives)} files that may hold the original images were taken over, such as "

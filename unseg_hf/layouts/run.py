@@ -20,6 +20,7 @@ import unseg_hf
 from unseg_hf import image_files
 from unseg_hf.protection import Prompt, Protector, max_noise
 
+from .annotations import Annotation
 from .bounded_jpeg import encode_within_bound
 from .tree import JPEG_SUFFIXES, ImageTask, Plan
 
@@ -36,7 +37,7 @@ class Settings:
 
     Args:
         data_set: its name.
-        input: name of its folder.
+        input: its folder, see [`folder_identity`].
         splits: whose images are protected.
         names: SHA-256 of the names of the images to protect; None for all.
         classes: numbers of the classes to protect; None for all.
@@ -138,6 +139,8 @@ class Worker:
         settings = self.settings
         if task.annotation is None:
             raise ValueError("it is in a split to be protected, but its annotation is missing")
+        # Before anything is read: what is edited meanwhile is done again by the next run.
+        state = _state(self.root, task.path, task.annotation)
         original = image_files.read(source, upright=False)
         masks = task.annotation.masks(
             (original.height, original.width),
@@ -165,7 +168,8 @@ class Worker:
         difference = np.abs(written.pixels.astype(np.int32) - original.pixels)
         return {
             "status": "protected",
-            **_sizes(source, target),
+            "bytes": target.stat().st_size,
+            **state,
             "sha256": _sha256(target),
             "input_sha256": _sha256(source),
             "epsilon": settings.epsilon,
@@ -178,6 +182,12 @@ class Worker:
             **costs,
             "notes": list(protected.notes),
         }
+
+
+def folder_identity(folder: Path) -> str:
+    """The name of a folder and the beginning of its path's SHA-256: the output is published, the path need not be."""
+    folder = folder.resolve()
+    return f"{folder.name} ({hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]})"
 
 
 def prepare_output(output: Path, settings: Settings) -> None:
@@ -234,26 +244,37 @@ def run(
         RuntimeError: a process died.
     """
     with Journal(output) as journal:
-        copies = [path for path in plan.copies if not _is_done(journal, root, output, path, path)]
-        images = [task for task in plan.images if not _is_done(journal, root, output, task.path, task.target)]
+        # An earlier run may have copied them, when other images were in the lists.
+        for path in set(plan.left_out).difference(task.target for task in plan.images):
+            (output / path).unlink(missing_ok=True)
+            journal.entries.pop(path, None)
+        copies = [path for path in plan.copies if not _is_done(journal, root, output, path, None)]
+        images = [task for task in plan.images if not _is_done(journal, root, output, task.path, task)]
         for path in progress(copies, len(copies)):
-            journal.add(_take_over(root / path, output / path, path, settings.link))
+            journal.add(_take_over(root, output / path, path, settings.link))
         for entry in progress(_protected(images, load, (root, output, settings), processes), len(images)):
             journal.add(entry)
     return [journal.entries[path] for path in [*plan.copies, *(task.target for task in plan.images)]]
 
 
-def _is_done(journal: Journal, root: Path, output: Path, path: str, target: str) -> bool:
+def _is_done(journal: Journal, root: Path, output: Path, path: str, task: ImageTask | None) -> bool:
+    """Whether a file was protected, or without a task taken over, and nothing has changed since."""
+    target = path if task is None else task.target
     entry = journal.entries.get(target, {"status": "failed"})
+    if entry["status"] == "failed" or (entry["status"] == "protected") != (task is not None):
+        return False
     try:
-        return entry["status"] != "failed" and entry.items() >= _sizes(root / path, output / target).items()
-    except OSError:
+        state = _state(root, path, task.annotation if task else None)
+        return entry.items() >= {"bytes": (output / target).stat().st_size, **state}.items()
+    except (OSError, ValueError):
         return False
 
 
-def _take_over(source: Path, target: Path, path: str, link: str | None) -> dict[str, Any]:
+def _take_over(root: Path, target: Path, path: str, link: str | None) -> dict[str, Any]:
     """Copy or link a file; the entry for the record, whatever happened."""
+    source = root / path
     try:
+        state = _state(root, path, None)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         if link is None:
@@ -262,7 +283,7 @@ def _take_over(source: Path, target: Path, path: str, link: str | None) -> dict[
             original = os.path.realpath(source, strict=True)
             (os.link if link == "hard" else os.symlink)(original, target)
             done = {"status": f"{link} link"}
-        return {"path": path, **done, **_sizes(source, target)}
+        return {"path": path, **done, "bytes": target.stat().st_size, **state}
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EXDEV:
             raise ValueError("--link hard: the output is on another disk; use --link symbolic") from error
@@ -313,8 +334,16 @@ def _work(task: ImageTask) -> dict[str, Any]:
     return _worker(task)
 
 
-def _sizes(source: Path, target: Path) -> dict[str, int]:
-    return {"bytes": target.stat().st_size, "input_bytes": source.stat().st_size}
+def _state(root: Path, path: str, annotation: Annotation | None) -> dict[str, Any]:
+    """Size and time of an input file, and of the annotation files that its result depends on, as json has them."""
+    status = (root / path).stat()
+    state: dict[str, Any] = {"input_bytes": status.st_size, "input_mtime_ns": status.st_mtime_ns}
+    if annotation is not None:
+        # Of one that is missing, reading the masks says more.
+        there = [file for file in annotation.files if file.exists()]
+        statuses = [(file.relative_to(root).as_posix(), file.stat()) for file in there]
+        state["annotation"] = [[name, one.st_size, one.st_mtime_ns] for name, one in statuses]
+    return state
 
 
 def _sha256(path: Path) -> str:

@@ -40,12 +40,16 @@ class Layout:
         train: splits that are protected by default, as far as they are there.
         origin: where this layout is from.
         bases: folders below the root in which it may begin.
+        labels: templates of further label images, which are copied though they are named as the images.
+        others: templates of other pictures of which the same is true.
     """
 
     images: tuple[Images, ...]
     train: tuple[str, ...]
     origin: str
     bases: tuple[str, ...] = ("",)
+    labels: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ _CITYSCAPES_STUFF |= {19: "traffic light", 20: "traffic sign", 21: "vegetation",
 _CITYSCAPES_THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train"}
 _CITYSCAPES_THINGS |= {32: "motorcycle", 33: "bicycle"}
 _COCO_TRAIN = ("train2017", "train2014")
+_COCO_LABELS = ("panoptic_{split}/{name}.png", "annotations/{name}.png", "stuffthingmaps/{split}/{name}.png")
 _RSPROMPTER = "the configurations of RSPrompter (KyanChen/RSPrompter)"
 
 DATA_SETS: dict[str, DataSet] = {
@@ -99,6 +104,7 @@ DATA_SETS: dict[str, DataSet] = {
                 ("train",),
                 "the development kit, and mmsegmentation for SegmentationClassAug",
                 ("", "VOC2012", "VOCdevkit/VOC2012"),
+                labels=("SegmentationObject/{name}.png",),
             ),
         ),
         "labels but 0 and 255",
@@ -136,6 +142,7 @@ DATA_SETS: dict[str, DataSet] = {
                 ("training",),
                 "ADEChallengeData2016.zip of the authors",
                 ("", "ADEChallengeData2016"),
+                labels=("annotations_detectron2/{split}/{name}.png", "annotations_instance/{split}/{name}.png"),
             ),
         ),
         "labels but 0, which training code maps to 255",
@@ -155,6 +162,7 @@ DATA_SETS: dict[str, DataSet] = {
                 ),
                 _COCO_TRAIN,
                 "cocodataset.org; the PNGs beside the images as in detectron2, or below annotations as in mmdetection",
+                labels=_COCO_LABELS,
             ),
         ),
         "things and stuff, without crowds",
@@ -166,6 +174,7 @@ DATA_SETS: dict[str, DataSet] = {
                 (Images("{split}/{name}.jpg", CocoInstances("annotations/instances_{split}.json")),),
                 _COCO_TRAIN,
                 "cocodataset.org",
+                labels=_COCO_LABELS,
             ),
         ),
         "objects, without crowds",
@@ -184,6 +193,7 @@ DATA_SETS: dict[str, DataSet] = {
                 ),
                 ("train",),
                 "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip",
+                labels=("gtFine/{split}/{name}.png",),
             ),
         ),
         "the 19 evaluated classes, without groups of things",
@@ -210,6 +220,7 @@ DATA_SETS: dict[str, DataSet] = {
                 (Images("imgs/{split}/image/{name}.tif", CocoInstances("annotations/WHU_building_{split}.json")),),
                 ("train",),
                 _RSPROMPTER,
+                labels=("imgs/{split}/label/{name}.tif",),
             ),
             Layout(
                 (Images("{split}/image/{name}.tif", BinaryMasks(("{split}/label/{name}.tif",))),),
@@ -233,6 +244,7 @@ DATA_SETS: dict[str, DataSet] = {
                 ("all",),
                 "chaozhong2010/VHR-10_dataset_coco",
                 ("", "NWPU VHR-10_dataset_coco"),
+                others=("negative image set/{name}.jpg",),
             ),
         ),
         "objects of the ten classes",

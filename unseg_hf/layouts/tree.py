@@ -14,7 +14,9 @@ from .annotations import Annotation, Index
 from .table import DATA_SETS, DataSet, Images, Layout
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
+IMAGE_SUFFIXES = (*image_files.SUFFIXES, ".bmp", ".gif", ".jfif", ".jp2", ".ppm")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".lmdb", ".mdb", ".h5", ".hdf5", ".npz", ".parquet")
+UNLISTED = "not in the lists of the chosen splits"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Plan:
     Args:
         images: to protect, sorted by path.
         copies: all other files, below the root, sorted.
+        left_out: images outside the layout that are named as one to protect: most likely the same picture.
         clean: number of images among the copies, by why they stay clean.
         archives: copies that may hold the original images.
         missing: images that the chosen splits have in their lists and the tree has not.
@@ -47,6 +50,7 @@ class Plan:
 
     images: list[ImageTask] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     clean: Counter[str] = field(default_factory=Counter)
     archives: list[str] = field(default_factory=list)
     missing: int = 0
@@ -139,13 +143,14 @@ class Found:
         plan = Plan()
         unseen = set(names or ())
         indices = {split: [(i, self._index(i, split)) for i in self._images_of(split)] for split in splits}
+        known, strays = frozenset(self.splits()), {}
         expected = {(i.file, n) for some in indices.values() for i, index in some for n in index.names or ()}
         for relative in files_in(self.root, output):
             place = self._place(relative)
             if place is None:
                 plan.copies.append(relative)
-                if self._is_stray(relative):
-                    plan.clean["named otherwise than this layout's images"] += 1
+                if reason := self._stray_reason(relative):
+                    strays[relative] = reason
                 elif PurePosixPath(relative).suffix.lower() in ARCHIVE_SUFFIXES:
                     plan.archives.append(relative)
                 continue
@@ -160,7 +165,12 @@ class Found:
                 plan.images.append(ImageTask(relative, target, annotation))
             else:
                 plan.copies.append(relative)
-                plan.clean[reason] += 1
+                # Any folder can look like a split.
+                if reason == UNLISTED or (split is not None and split not in known):
+                    strays[relative] = reason
+                else:
+                    plan.clean[reason] += 1
+        self._leave_out(plan, strays)
         plan.missing, plan.unknown = len(expected), frozenset(unseen)
         taken = {*plan.copies, *(task.path for task in plan.images)}
         for task in plan.images:
@@ -169,6 +179,16 @@ class Found:
                     f"{task.path} cannot become {task.target}, which is there (--jpeg-names rename): use png-bytes"
                 )
         return plan
+
+    def _leave_out(self, plan: Plan, strays: dict[str, str]) -> None:
+        """Leave out those of the images outside the layout that are named as one to protect, and count the others."""
+        protected = {_stem(task.path) for task in plan.images}
+        for path, reason in strays.items():
+            if _stem(path) in protected and not self._fits(self.layout.others, path):
+                plan.left_out.append(path)
+            else:
+                plan.clean[reason] += 1
+        plan.copies = sorted(set(plan.copies).difference(plan.left_out))
 
     def _annotation(
         self, indices, images: Images, split: str | None, name: str, names: frozenset[str] | None
@@ -185,7 +205,7 @@ class Found:
                     return None, "without a mask"
                 return annotation, None
         listed = split is None or split in indices
-        return None, "not in the lists of the chosen splits" if listed else "of other splits"
+        return None, UNLISTED if listed else "of other splits"
 
     def _place(self, relative: str) -> tuple[Images, str | None, str] | None:
         """The group, split (None where the path does not say it) and name of an image file; None for other files."""
@@ -195,16 +215,20 @@ class Found:
                 return images, images.split or match.groupdict().get("split"), match["name"]
         return None
 
-    def _is_stray(self, relative: str) -> bool:
-        """Whether a file is an image in a folder of images, neither one of them nor an annotation."""
+    def _stray_reason(self, relative: str) -> str | None:
+        """Why a file outside the layout stays clean, if it is an image and no annotation."""
+        annotations = [template for images in self.layout.images for template in images.annotation.files]
+        if PurePosixPath(relative).suffix.lower() not in IMAGE_SUFFIXES:
+            return None
+        if self._fits((*annotations, *self.layout.labels), relative):
+            return None
+        folders = [folder for images in self.images if (folder := images.file.partition("{")[0])]
+        inside = self._below_base(relative).startswith(tuple(folders))
+        return "named otherwise than this layout's images" if inside else "outside this layout's folders of images"
+
+    def _fits(self, templates: Sequence[str], relative: str) -> bool:
         below = self._below_base(relative)
-        if PurePosixPath(below).suffix.lower() not in image_files.SUFFIXES:
-            return False
-        for images in self.images:
-            folder = images.file.partition("{")[0]
-            if folder and below.startswith(folder) and not any(_match(t, below) for t in images.annotation.files):
-                return True
-        return False
+        return any(_match(template, below) for template in templates)
 
     def _below_base(self, relative: str) -> str:
         """A path below the root as one below the base, empty for files elsewhere."""
@@ -313,6 +337,10 @@ def _expression(template: str) -> re.Pattern[str]:
 
 def _match(template: str, path: str) -> re.Match[str] | None:
     return _expression(template).fullmatch(path)
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).stem.casefold()
 
 
 def _shown(item: tuple[int, str]) -> str:
