@@ -240,6 +240,28 @@ def test_names_of_tars_with_dots_stay_apart_and_the_same_name_twice_is_refused(p
         open_source(["in"], Path("out"))
 
 
+def test_tars_that_are_named_by_way_of_other_folders_replace_nothing(place, saved_generator, monkeypatch):
+    for name in ("b.tar", "x/b.tar", "x/y/none"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(name, "w") as tar:
+            data = encoded(photo(len(name)))
+            info = tarfile.TarInfo("p.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    before = files(place)
+    monkeypatch.chdir("x/y")
+    opened = open_source(["../../b.tar", "../b.tar"], Path("../out"))
+    protect_dataset(opened, Path("../out"), "tars", ProtectImages(str(saved_generator), whole_image=True))
+    after = files(place)
+    assert {name: after[name] for name in before} == before
+    written = {name for name in after if name.endswith(".tar")} - before.keys()
+    assert written == {f"x/out/data/{place.name}/b.tar", "x/out/data/x/b.tar"}
+    writer = outputs.FolderShard(opened, 0, place / "partial", False)
+    for name in ("../evil", "/evil"):
+        with pytest.raises(ValueError, match="leads out of the output"):
+            writer._open(name)
+
+
 @pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet")])
 def test_an_output_inside_the_input_is_not_protected_again(place, saved_generator, given, kind):
     source = WRITE[given](place)
