@@ -479,6 +479,8 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["no/thing/here"], {}, "no/thing/here: no such file or folder"),
         (["in", "nowhere"], {}, "nowhere: no such file or folder; a Hub id stands alone"),
         (["in/a.parquet", "images/a.png"], {}, "parquet files, tars and images are not mixed"),
+        (["in/a.parquet", "./in/a.parquet"], {}, "in/a.parquet: this file is named twice"),
+        (["in", "in/*.parquet"], {}, "in/a.parquet: this file is named twice"),
         (["in/a.parquet"], {"image_column": "photo"}, "no column 'photo'; there is image, mask"),
         (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
         (["in"], {"shard_size": 0}, "shard_size=0"),

@@ -1,5 +1,7 @@
 """Which kind of source a location is."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -87,6 +89,8 @@ def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> li
     for path in found:
         inside = path.rglob("*") if path.is_dir() else [path]
         files += sorted(p for p in inside if p.name.endswith(suffixes) and p.is_file() and p.name[0] != ".")
+    if twice := [path for path, count in Counter(map(os.path.abspath, files)).items() if count > 1]:
+        raise ValueError(f"{os.path.relpath(twice[0])}: this file is named twice; name it once")
     return [path for path in files if output.resolve() not in path.resolve().parents]
 
 
