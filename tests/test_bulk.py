@@ -1,5 +1,6 @@
 """Whole data sets in shards: every kind in and out, killed at every step, and checked afterwards."""
 
+import importlib.util
 import io
 import json
 import os
@@ -516,6 +517,26 @@ def test_images_that_are_paths_are_read(place, saved_generator):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(first["image"]["bytes"]))), np.asarray(expected))
     assert second["image"] is None
     assert "No such file" in second["protection_error"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The command as a function of its arguments."""
+    spec = importlib.util.spec_from_file_location("protect_dataset", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def test_a_run_that_protected_nothing_ends_with_status_1_and_pushes_nothing(
+    place, saved_generator, script, monkeypatch, capsys
+):
+    Path("in").mkdir()
+    Path("in/cut.png").write_bytes(BROKEN["cut"])
+    monkeypatch.setattr("unseg_hf.training.publishing.check_hub", lambda name: name)
+    monkeypatch.setattr("unseg_hf.bulk.card.push_dataset", lambda *arguments: pytest.fail("it was pushed"))
+    assert script("in", "--output", "out", "--model", saved_generator, "--whole_image", "--push_to_hub", "a/b") == 1
+    assert "out: not one of 1 images could be protected" in capsys.readouterr().err
 
 
 @pytest.mark.slow

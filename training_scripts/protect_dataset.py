@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--per_segment", action="store_true", help="Noise of its own for each mask, not one for their union.")
     add("--whole_image", action="store_true", help="Everything, at full strength.")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
-    add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of epsilon).")
+    add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of --epsilon, which it needs).")
     add("--split", default="train", help="Of a data set on disk or on the Hub.")
     add("--name", help="Configuration of a data set of the Hub.")
     add("--revision", help="Of a data set of the Hub.")
@@ -54,7 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns 0, or 2 for a request that makes no sense or a run that had to stop."""
+    """Run the command; returns the exit status.
+
+    It is 0, 1 if not one image could be protected, or 2 for a request that makes no sense or a run that had to stop.
+    """
     options = build_parser().parse_args(arguments)
     from unseg_hf.cli import UsageError
     from unseg_hf.training.publishing import HubError
@@ -125,7 +128,11 @@ def run(options: argparse.Namespace) -> int:
         report=say if speaks else None,
     )
     if dataset_id and speaks:
-        wait_for_others(options.output, len(source.shards), say)
+        summary = wait_for_others(options.output, len(source.shards), say)
+    if summary.complete and summary.failed == summary.records > 0:
+        say(f"{options.output}: not one of {summary.records} images could be protected; manifest/ says why")
+        return 1
+    if dataset_id and speaks:
         print(f"pushed to {push_dataset(options.output, dataset_id, options.private)}")
     if summary.complete:
         print(
@@ -137,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.output}: {summary.finished_shards} of {summary.shards} shards are complete; this process has "
             "made its own"
         )
-    # Records that failed are no error here: a launcher would stop the other processes.
+    # Some records that failed are no error here: a launcher would stop the other processes.
     return 0
 
 

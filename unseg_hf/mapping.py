@@ -52,7 +52,7 @@ class ProtectImages:
         ignore_labels: labels that are no objects.
         mode: "union" or "per_segment", as in [`Prompt`].
         whole_image: everything gets the full budget.
-        epsilon, epsilon_background: as for [`Protector.protect`].
+        epsilon, epsilon_background: as for [`Protector.protect`]; the second only with the first.
         on_error: what happens to a row whose image or mask cannot be used: "raise", "keep" the row as it is, its
             image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it.
         error_column: text, empty in rows without an error; written with "mark" and with "keep".
@@ -106,6 +106,10 @@ class ProtectImages:
         if self.epsilon is not None:
             background = self.epsilon / 4 if self.epsilon_background is None else self.epsilon_background
             check_epsilon(self.epsilon, background)
+        elif self.epsilon_background is not None:
+            raise ValueError(
+                f"epsilon_background={self.epsilon_background:g} needs epsilon: pass both"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
         identity, revision = model_identity(self.model, self.revision)

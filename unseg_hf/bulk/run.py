@@ -32,7 +32,7 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
     if epsilon is None:
         where = default_checkpoint() if protect.model is None else protect.model
         config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
-        epsilon, background = config.epsilon, config.epsilon_background if background is None else background
+        epsilon, background = config.epsilon, config.epsilon_background
     elif background is None:
         background = epsilon / 4
     return {
