@@ -1,5 +1,6 @@
 """Whole data sets in shards: every kind in and out, killed at every step, and checked afterwards."""
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -367,6 +368,18 @@ def test_other_settings_are_refused_by_name(place, saved_generator):
     Path("full/mine.txt").touch()
     with pytest.raises(FileExistsError, match=r"full holds files and no settings.json"):
         run(source, saved_generator, "full")
+
+
+@pytest.mark.parametrize("changed", ["in/p1.jpg", "masks/p1.png"])
+def test_a_run_does_not_go_on_with_images_or_masks_that_were_changed(place, saved_generator, changed):
+    source = write_images(place)
+    run(source, saved_generator, process=(1, 2))
+    line = next(line for line in lines() if line["source"] == "p1.jpg")
+    assert line["mask_sha256"] == hashlib.sha256(Path("masks/p1.png").read_bytes()).hexdigest()
+    data = Path(changed).read_bytes()
+    Path(changed).write_bytes(data[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"begun with source.sizes_and_times"):
+        run(source, saved_generator)
 
 
 def test_a_broken_record_stops_the_run_on_request_and_what_was_finished_stays(place, saved_generator):

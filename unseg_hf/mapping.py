@@ -107,9 +107,7 @@ class ProtectImages:
             background = self.epsilon / 4 if self.epsilon_background is None else self.epsilon_background
             check_epsilon(self.epsilon, background)
         elif self.epsilon_background is not None:
-            raise ValueError(
-                f"epsilon_background={self.epsilon_background:g} needs epsilon: pass both"
-            )
+            raise ValueError(f"epsilon_background={self.epsilon_background:g} needs epsilon: pass both")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
         identity, revision = model_identity(self.model, self.revision)

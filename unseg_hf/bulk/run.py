@@ -138,6 +138,8 @@ def _protect_shard(
             "source": record.key,
             "input_sha256": None if record.image is None else hashlib.sha256(record.image).hexdigest(),
         }
+        if isinstance(record.mask, bytes):
+            line["mask_sha256"] = hashlib.sha256(record.mask).hexdigest()
         error = record.error or outcome.error
         if not error:
             try:
