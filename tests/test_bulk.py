@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -539,6 +540,52 @@ def script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "foo"], "does not load on 'foo'"),
+        (["--device", "cuda:99"], "does not load on 'cuda:99'"),
+        (["--model", "cut"], "the generator cut does not load on 'cpu'"),
+        (["--epsilon_background", "2"], "needs epsilon"),
+    ],
+)
+def test_a_run_that_cannot_begin_says_why_in_one_line_and_leaves_nothing(
+    place, saved_generator, script, capsys, options, message
+):
+    write_images(place)
+    weights = Path(shutil.copytree(saved_generator, "cut"), "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-50])
+    arguments = ["in", "--output", "out", "--whole_image", "--model", saved_generator, *options]
+    capsys.readouterr()
+    assert script(*arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("protect_dataset.py: ")]
+    assert message in line
+    assert not Path("out").exists()
+
+
+def test_a_run_that_is_interrupted_or_lacks_an_extra_says_so(place, saved_generator, script, monkeypatch, capsys):
+    write_images(place)
+    arguments = ["in", "--output", "out", "--whole_image", "--model", saved_generator]
+    for error, status in ((KeyboardInterrupt(), 130), (ImportError("install pycocotools"), 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr("unseg_hf.bulk.opening.open_source", Mock(side_effect=error))
+            assert script(*arguments) == status
+        assert ("stopped" if status == 130 else "install pycocotools") in capsys.readouterr().err
+
+
+def test_verify_names_damaged_settings_and_marks(place, saved_generator, capsys):
+    run(write_images(place), saved_generator)
+    mark = Path("out/manifest/000001.json")
+    for damaged in ("[]", '{"files": []}', "{"):
+        mark.write_text(damaged)
+        assert cli.main(["verify", "out"]) == 1
+        assert "shard 1: it is not complete, or its mark is damaged" in capsys.readouterr().err
+    for damaged in ("{}", "[1]", '{"source": {}}', "{"):
+        Path("out/settings.json").write_text(damaged)
+        assert cli.main(["verify", "out"]) == 2
+        assert capsys.readouterr().err.startswith("unseg: out/settings.json is damaged")
 
 
 def test_a_run_that_protected_nothing_ends_with_status_1_and_pushes_nothing(

@@ -56,16 +56,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status.
 
-    It is 0, 1 if not one image could be protected, or 2 for a request that makes no sense or a run that had to stop.
+    It is 0, 1 if not one image could be protected, 2 for a request that makes no sense or a run that had to stop, or
+    130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
-    from unseg_hf.cli import UsageError
-    from unseg_hf.training.publishing import HubError
-
     try:
+        from unseg_hf.cli import UsageError
+        from unseg_hf.training.publishing import HubError
+
         return run(options)
-    except (UsageError, ValueError, OSError, HubError) as error:
-        print(f"protect_dataset.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("protect_dataset.py: stopped; the same command goes on, finished shards are kept", file=sys.stderr)
+        return 130
+    except (UsageError, ValueError, OSError, RuntimeError, ImportError, HubError) as error:
+        # RuntimeError: a GPU that fails on the way. ImportError: an extra that is not installed.
+        print(f"protect_dataset.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -183,7 +183,7 @@ class ProtectImages:
         yield from self._finished(protector, waiting)
 
     def protector(self, rank: int | None = None) -> Protector:
-        """The generator, loaded once in each process."""
+        """The generator, loaded once in each process; ValueError if it does not load on this device."""
         device = self.device
         if device == "cuda" and rank is not None:
             device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
@@ -253,7 +253,12 @@ class ProtectImages:
 @functools.lru_cache(maxsize=2)
 def _load(model: str | None, revision: str | None, identity: str, device: str) -> Protector:
     """`identity` is there so that a checkpoint which was replaced is loaded anew."""
-    return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
+    try:
+        return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
+    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the generator {model or '(embedded)'} does not load on {device!r}: {said}") from error
 
 
 def _one_thread_in_workers() -> None:

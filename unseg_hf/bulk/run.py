@@ -87,8 +87,10 @@ def protect_dataset(
         RecordError: a record failed and `on_error` is "raise".
         SettingsError: the output was begun with other settings.
         FileExistsError: the folder holds something else.
+        ValueError: the generator does not load.
     """
     number, processes = process
+    protect.protector(rank)  # before anything is written: one that does not load must not begin an output
     partial = output / manifest.PARTIAL / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     manifest.keep_settings(output, run_settings(source, kind, protect, on_error), partial)
     progress = Progress(output, source, report, report_every)

@@ -40,7 +40,7 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
 
     Raises:
         FileNotFoundError: the folder is no such output.
-        ValueError: the originals are not those that the manifest lists.
+        ValueError: the originals are not those that the manifest lists, or the settings are damaged.
     """
     settings = manifest.read_settings(output)
     result, listed = Verification(), set()
@@ -48,7 +48,9 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
     for shard in range(settings["output"]["shards"]):
         mark = manifest.read_mark(output, shard)
         if mark is None:
-            result.wrong.append(f"shard {shard}: it is not complete; run protect_dataset.py again")
+            result.wrong.append(
+                f"shard {shard}: it is not complete, or its mark is damaged; run protect_dataset.py again"
+            )
             continue
         listed |= mark["files"].keys()
         result.files += len(mark["files"])
