@@ -469,6 +469,34 @@ def test_verify_knows_the_mask_and_changed_originals(place, saved_generator, cap
     assert "in has no settings.json" in capsys.readouterr().err
 
 
+def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known(place, saved_generator, capsys):
+    run(write_images(place), saved_generator, kind="folder")
+    for name in (
+        ".gitattributes",
+        ".cache/huggingface/download/a",
+        "original.png",
+        "manifest/more.jsonl",
+        "x/[1].png",
+    ):
+        Path("out", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("out", name).write_bytes(encoded(photo(0)))
+    assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 1
+    said = capsys.readouterr()
+    assert [line.split(": ")[1] for line in said.err.splitlines()] == [
+        "manifest/more.jsonl",
+        "original.png",
+        "x/[1].png",
+    ]
+    assert "NOT checked" not in said.out
+    cli.main(["verify", "out", "--originals", "in"])
+    assert "the bound outside the masks was NOT checked: name them with --masks" in capsys.readouterr().out
+    for whole, unchecked in ((False, True), (True, False)):
+        protect = ProtectImages(str(saved_generator), whole_image=whole)
+        protect_dataset(open_source(["in"], Path(f"{whole}")), Path(f"{whole}"), "folder", protect)
+        assert cli.main(["verify", f"{whole}", "--originals", "in"]) == 0
+        assert ("NOT checked: SAM proposed them" in capsys.readouterr().out) == unchecked
+
+
 def test_verify_says_which_shards_are_not_there_yet(place, saved_generator, capsys):
     run(write_images(place), saved_generator, process=(0, 2))
     assert cli.main(["verify", "out"]) == 1

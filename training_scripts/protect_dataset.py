@@ -62,14 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         from unseg_hf.cli import UsageError
-        from unseg_hf.training.publishing import HubError
 
         return run(options)
     except KeyboardInterrupt:
         print("protect_dataset.py: stopped; the same command goes on, finished shards are kept", file=sys.stderr)
         return 130
-    except (UsageError, ValueError, OSError, RuntimeError, ImportError, HubError) as error:
-        # RuntimeError: a GPU that fails on the way. ImportError: an extra that is not installed.
+    except (UsageError, ValueError, OSError, RuntimeError, ImportError) as error:
+        # RuntimeError: a GPU that fails, or the Hub. ImportError: an extra that is not installed.
         print(f"protect_dataset.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -483,9 +483,10 @@ def run_verify(options: argparse.Namespace) -> int:
     for line in result.wrong:
         print(f"unseg: {line}", file=sys.stderr)
     what = "files and pixels" if options.originals else "files"
+    unchecked = f"; {result.unchecked}" if result.unchecked else ""
     print(
         f"{options.output}: {result.images} images in {result.files} files, {len(result.wrong)} of them wrong; "
-        f"{what} checked; {result.failed_before} records could not be protected, see manifest/"
+        f"{what} checked{unchecked}; {result.failed_before} records could not be protected, see manifest/"
     )
     return 1 if result.wrong else 0
 

@@ -162,6 +162,17 @@ def read_lines(output: Path, shard: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in part_files(output, shard)[0].read_text().splitlines()]
 
 
+def strange_files(output: Path, shards: int) -> list[str]:
+    """Files of an output that no run wrote: they are not checked, and may be unprotected images."""
+    known = {SETTINGS, "README.md", ".gitattributes"}  # the last is the Hub's
+    for shard in range(shards):
+        known |= {path.relative_to(output).as_posix() for path in part_files(output, shard)}
+        known |= (read_mark(output, shard) or {"files": {}})["files"].keys()
+    present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    passing = (f"{PARTIAL}/", ".cache/huggingface/")  # of runs, and of downloads from the Hub
+    return sorted(name for name in present - known if not name.startswith(passing))
+
+
 def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of a complete shard, one line each."""
     wrong = []
