@@ -232,6 +232,24 @@ def test_names_in_a_tar_that_lead_out_of_the_output_are_refused(place, saved_gen
     assert not list(place.parent.glob("evil*"))
 
 
+def test_two_neighbours_of_one_name_in_a_tar_are_an_error_and_not_one_image(place, saved_generator):
+    with tarfile.open("a.tar", "w") as tar:
+        for seed, name in enumerate(("p.png", "p.png", "q.png")):
+            data = encoded(photo(seed))
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    opened = open_source(["a.tar"], Path("out"))
+    protect_dataset(opened, Path("out"), "tars", ProtectImages(str(saved_generator), whole_image=True))
+    assert [line.get("error", "") for line in lines()] == ["p.png is there twice, side by side; rename one", ""]
+    with tarfile.open("out/data/a.tar") as tar:
+        assert tar.getnames() == ["q.png"]
+    protect_dataset(opened, Path("table"), "parquet", ProtectImages(str(saved_generator), whole_image=True))
+    failed, protected = pq.read_table("table/data").to_pylist()
+    assert failed.keys() == protected.keys() == {"__key__", "image", "protection_error"}
+    assert failed["image"] is None
+
+
 def test_names_of_tars_with_dots_stay_apart_and_the_same_name_twice_is_refused(place, saved_generator):
     write_tars(place)
     for part in range(2):
@@ -524,6 +542,7 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["in/a.parquet", "images/a.png"], {}, "parquet files, tars and images are not mixed"),
         (["in/a.parquet", "./in/a.parquet"], {}, "in/a.parquet: this file is named twice"),
         (["in", "in/*.parquet"], {}, "in/a.parquet: this file is named twice"),
+        (["both"], {}, "both: parquet files, tars and images are not mixed"),
         (["in/a.parquet"], {"image_column": "photo"}, "no column 'photo'; there is image, mask"),
         (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
         (["in"], {"shard_size": 0}, "shard_size=0"),
@@ -534,6 +553,8 @@ def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, opt
     write_parquet(place)
     Path("images").mkdir()
     Image.fromarray(photo(0)).save("images/a.png")
+    shutil.copytree("images", "both/images")
+    shutil.copy("in/a.parquet", "both")
     with pytest.raises(ValueError, match=message):
         open_source(inputs, Path("out"), **options)
 

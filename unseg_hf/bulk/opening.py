@@ -7,6 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from ..cli import SUFFIXES
 from .records import Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -57,6 +58,9 @@ def open_source(
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
     strange = [path for path in found if path.is_file() and path not in parquet + tars]
+    if parquet + tars and not strange:
+        # A folder with photos beside archives: neither may be left out silently.
+        strange = [image for path in found if path.is_dir() for image in _files([path], SUFFIXES, output)]
     if (parquet and tars) or (strange and parquet + tars):
         raise ValueError(f"{', '.join(inputs)}: parquet files, tars and images are not mixed; name those of one kind")
     if parquet:
