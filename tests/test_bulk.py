@@ -1,5 +1,7 @@
 """Whole data sets in shards: every kind in and out, killed at every step, and checked afterwards."""
 
+import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -229,6 +232,24 @@ def test_names_in_a_tar_that_lead_out_of_the_output_are_refused(place, saved_gen
     assert not list(place.parent.glob("evil*"))
 
 
+def test_two_neighbours_of_one_name_in_a_tar_are_an_error_and_not_one_image(place, saved_generator):
+    with tarfile.open("a.tar", "w") as tar:
+        for seed, name in enumerate(("p.png", "p.png", "q.png")):
+            data = encoded(photo(seed))
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    opened = open_source(["a.tar"], Path("out"))
+    protect_dataset(opened, Path("out"), "tars", ProtectImages(str(saved_generator), whole_image=True))
+    assert [line.get("error", "") for line in lines()] == ["p.png is there twice, side by side; rename one", ""]
+    with tarfile.open("out/data/a.tar") as tar:
+        assert tar.getnames() == ["q.png"]
+    protect_dataset(opened, Path("table"), "parquet", ProtectImages(str(saved_generator), whole_image=True))
+    failed, protected = pq.read_table("table/data").to_pylist()
+    assert failed.keys() == protected.keys() == {"__key__", "image", "protection_error"}
+    assert failed["image"] is None
+
+
 def test_names_of_tars_with_dots_stay_apart_and_the_same_name_twice_is_refused(place, saved_generator):
     write_tars(place)
     for part in range(2):
@@ -238,6 +259,28 @@ def test_names_of_tars_with_dots_stay_apart_and_the_same_name_twice_is_refused(p
     shutil.copy("in/part.0.tar", "in/part.0.tgz")
     with pytest.raises(ValueError, match=r"several tars are called part.0: .*rename one"):
         open_source(["in"], Path("out"))
+
+
+def test_tars_that_are_named_by_way_of_other_folders_replace_nothing(place, saved_generator, monkeypatch):
+    for name in ("b.tar", "x/b.tar", "x/y/none"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(name, "w") as tar:
+            data = encoded(photo(len(name)))
+            info = tarfile.TarInfo("p.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    before = files(place)
+    monkeypatch.chdir("x/y")
+    opened = open_source(["../../b.tar", "../b.tar"], Path("../out"))
+    protect_dataset(opened, Path("../out"), "tars", ProtectImages(str(saved_generator), whole_image=True))
+    after = files(place)
+    assert {name: after[name] for name in before} == before
+    written = {name for name in after if name.endswith(".tar")} - before.keys()
+    assert written == {f"x/out/data/{place.name}/b.tar", "x/out/data/x/b.tar"}
+    writer = outputs.FolderShard(opened, 0, place / "partial", False)
+    for name in ("../evil", "/evil"):
+        with pytest.raises(ValueError, match="leads out of the output"):
+            writer._open(name)
 
 
 @pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet")])
@@ -346,6 +389,18 @@ def test_other_settings_are_refused_by_name(place, saved_generator):
         run(source, saved_generator, "full")
 
 
+@pytest.mark.parametrize("changed", ["in/p1.jpg", "masks/p1.png"])
+def test_a_run_does_not_go_on_with_images_or_masks_that_were_changed(place, saved_generator, changed):
+    source = write_images(place)
+    run(source, saved_generator, process=(1, 2))
+    line = next(line for line in lines() if line["source"] == "p1.jpg")
+    assert line["mask_sha256"] == hashlib.sha256(Path("masks/p1.png").read_bytes()).hexdigest()
+    data = Path(changed).read_bytes()
+    Path(changed).write_bytes(data[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"begun with source.sizes_and_times"):
+        run(source, saved_generator)
+
+
 def test_a_broken_record_stops_the_run_on_request_and_what_was_finished_stays(place, saved_generator):
     source = write_images(place)
     with pytest.raises(RecordError, match=r"cut.png: .*damaged.*mend it, or choose --on_error"):
@@ -432,6 +487,34 @@ def test_verify_knows_the_mask_and_changed_originals(place, saved_generator, cap
     assert "in has no settings.json" in capsys.readouterr().err
 
 
+def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known(place, saved_generator, capsys):
+    run(write_images(place), saved_generator, kind="folder")
+    for name in (
+        ".gitattributes",
+        ".cache/huggingface/download/a",
+        "original.png",
+        "manifest/more.jsonl",
+        "x/[1].png",
+    ):
+        Path("out", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("out", name).write_bytes(encoded(photo(0)))
+    assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 1
+    said = capsys.readouterr()
+    assert [line.split(": ")[1] for line in said.err.splitlines()] == [
+        "manifest/more.jsonl",
+        "original.png",
+        "x/[1].png",
+    ]
+    assert "NOT checked" not in said.out
+    cli.main(["verify", "out", "--originals", "in"])
+    assert "the bound outside the masks was NOT checked: name them with --masks" in capsys.readouterr().out
+    for whole, unchecked in ((False, True), (True, False)):
+        protect = ProtectImages(str(saved_generator), whole_image=whole)
+        protect_dataset(open_source(["in"], Path(f"{whole}")), Path(f"{whole}"), "folder", protect)
+        assert cli.main(["verify", f"{whole}", "--originals", "in"]) == 0
+        assert ("NOT checked: SAM proposed them" in capsys.readouterr().out) == unchecked
+
+
 def test_verify_says_which_shards_are_not_there_yet(place, saved_generator, capsys):
     run(write_images(place), saved_generator, process=(0, 2))
     assert cli.main(["verify", "out"]) == 1
@@ -457,6 +540,9 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["no/thing/here"], {}, "no/thing/here: no such file or folder"),
         (["in", "nowhere"], {}, "nowhere: no such file or folder; a Hub id stands alone"),
         (["in/a.parquet", "images/a.png"], {}, "parquet files, tars and images are not mixed"),
+        (["in/a.parquet", "./in/a.parquet"], {}, "in/a.parquet: this file is named twice"),
+        (["in", "in/*.parquet"], {}, "in/a.parquet: this file is named twice"),
+        (["both"], {}, "both: parquet files, tars and images are not mixed"),
         (["in/a.parquet"], {"image_column": "photo"}, "no column 'photo'; there is image, mask"),
         (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
         (["in"], {"shard_size": 0}, "shard_size=0"),
@@ -467,6 +553,8 @@ def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, opt
     write_parquet(place)
     Path("images").mkdir()
     Image.fromarray(photo(0)).save("images/a.png")
+    shutil.copytree("images", "both/images")
+    shutil.copy("in/a.parquet", "both")
     with pytest.raises(ValueError, match=message):
         open_source(inputs, Path("out"), **options)
 
@@ -492,6 +580,72 @@ def test_images_that_are_paths_are_read(place, saved_generator):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(first["image"]["bytes"]))), np.asarray(expected))
     assert second["image"] is None
     assert "No such file" in second["protection_error"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The command as a function of its arguments."""
+    spec = importlib.util.spec_from_file_location("protect_dataset", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "foo"], "does not load on 'foo'"),
+        (["--device", "cuda:99"], "does not load on 'cuda:99'"),
+        (["--model", "cut"], "the generator cut does not load on 'cpu'"),
+        (["--epsilon_background", "2"], "needs epsilon"),
+    ],
+)
+def test_a_run_that_cannot_begin_says_why_in_one_line_and_leaves_nothing(
+    place, saved_generator, script, capsys, options, message
+):
+    write_images(place)
+    weights = Path(shutil.copytree(saved_generator, "cut"), "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-50])
+    arguments = ["in", "--output", "out", "--whole_image", "--model", saved_generator, *options]
+    capsys.readouterr()
+    assert script(*arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("protect_dataset.py: ")]
+    assert message in line
+    assert not Path("out").exists()
+
+
+def test_a_run_that_is_interrupted_or_lacks_an_extra_says_so(place, saved_generator, script, monkeypatch, capsys):
+    write_images(place)
+    arguments = ["in", "--output", "out", "--whole_image", "--model", saved_generator]
+    for error, status in ((KeyboardInterrupt(), 130), (ImportError("install pycocotools"), 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr("unseg_hf.bulk.opening.open_source", Mock(side_effect=error))
+            assert script(*arguments) == status
+        assert ("stopped" if status == 130 else "install pycocotools") in capsys.readouterr().err
+
+
+def test_verify_names_damaged_settings_and_marks(place, saved_generator, capsys):
+    run(write_images(place), saved_generator)
+    mark = Path("out/manifest/000001.json")
+    for damaged in ("[]", '{"files": []}', "{"):
+        mark.write_text(damaged)
+        assert cli.main(["verify", "out"]) == 1
+        assert "shard 1: it is not complete, or its mark is damaged" in capsys.readouterr().err
+    for damaged in ("{}", "[1]", '{"source": {}}', "{"):
+        Path("out/settings.json").write_text(damaged)
+        assert cli.main(["verify", "out"]) == 2
+        assert capsys.readouterr().err.startswith("unseg: out/settings.json is damaged")
+
+
+def test_a_run_that_protected_nothing_ends_with_status_1_and_pushes_nothing(
+    place, saved_generator, script, monkeypatch, capsys
+):
+    Path("in").mkdir()
+    Path("in/cut.png").write_bytes(BROKEN["cut"])
+    monkeypatch.setattr("unseg_hf.training.publishing.check_hub", lambda name: name)
+    monkeypatch.setattr("unseg_hf.bulk.card.push_dataset", lambda *arguments: pytest.fail("it was pushed"))
+    assert script("in", "--output", "out", "--model", saved_generator, "--whole_image", "--push_to_hub", "a/b") == 1
+    assert "out: not one of 1 images could be protected" in capsys.readouterr().err
 
 
 @pytest.mark.slow

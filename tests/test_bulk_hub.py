@@ -54,7 +54,10 @@ def test_a_data_set_of_the_hub_is_streamed_protected_and_pushed(place, saved_gen
         assert pushed.pop(".gitattributes") is not None
         assert pushed == files("out")
         sent = sum(request.startswith("PUT /lfs/") for request in hub.requests)
+        Path("out/[original].png").write_bytes(b"not the run's")
         assert script().returncode == 0
+        pushed = hub.repositories["datasets:tester/protected"].commits[-1].files
+        assert "[original].png" not in pushed
         assert sum(request.startswith("PUT /lfs/") for request in hub.requests) == sent
         commit = hub.repositories["datasets:tester/source"].commits[-1].sha
     assert read_settings(Path("out"))["source"]["revision"] == commit

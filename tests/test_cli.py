@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,26 @@ def test_images_that_share_a_name_keep_their_suffix_in_it(folder, saved_generato
     Image.fromarray(photo(9)).save(folder / "in/sub/b.png")
     assert run("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator) == 0
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["b.jpg.png", "b.png.png"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "masks", "message"),
+    [
+        (["A", "B"], [], "A/x.png and B/x.png would both become out/x.png.png: rename one"),
+        (["C"], [], "C/a.jpg and C/a.jpg.png would both become out/a.jpg.png"),
+        (["A", "D"], ["--masks", "A"], "A/x.png and D/x.webp would both get the mask A/x.png"),
+    ],
+)
+def test_files_that_would_replace_each_other_or_share_a_mask_are_refused(
+    tmp_path, monkeypatch, saved_generator, capsys, inputs, masks, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("A/x.png", "B/x.png", "C/a.jpg", "C/a.png", "C/a.jpg.png", "D/x.webp"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(photo()).save(name)
+    assert cli.main(["protect", *inputs, *masks, "-o", "out", "--model", str(saved_generator)]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_a_mask_is_never_taken_from_an_image_of_another_folder(folder, saved_generator, capsys):

@@ -137,6 +137,21 @@ def test_a_second_map_comes_from_the_cache_and_other_settings_or_weights_do_not(
     assert changed != first
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon_background": 0.1}, "epsilon_background=0.1 needs epsilon"),
+        ({"epsilon_background": float("nan")}, "epsilon_background=nan needs epsilon"),
+        ({"epsilon": 0.1, "epsilon_background": float("nan")}, "epsilon_background=nan"),
+        ({"epsilon": float("nan")}, "epsilon=nan"),
+        ({"epsilon": float("inf"), "epsilon_background": 0.1}, "epsilon=inf"),
+    ],
+)
+def test_a_budget_that_bounds_nothing_is_refused(saved_generator, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ProtectImages(str(saved_generator), **settings)
+
+
 def test_hashing_and_pickling_take_no_weights(saved_generator):
     protect = ProtectImages(str(saved_generator), whole_image=True)
     before = Hasher.hash(protect)

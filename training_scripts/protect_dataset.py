@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--per_segment", action="store_true", help="Noise of its own for each mask, not one for their union.")
     add("--whole_image", action="store_true", help="Everything, at full strength.")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
-    add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of epsilon).")
+    add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of --epsilon, which it needs).")
     add("--split", default="train", help="Of a data set on disk or on the Hub.")
     add("--name", help="Configuration of a data set of the Hub.")
     add("--revision", help="Of a data set of the Hub.")
@@ -54,15 +54,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns 0, or 2 for a request that makes no sense or a run that had to stop."""
-    options = build_parser().parse_args(arguments)
-    from unseg_hf.cli import UsageError
-    from unseg_hf.training.publishing import HubError
+    """Run the command; returns the exit status.
 
+    It is 0, 1 if not one image could be protected, 2 for a request that makes no sense or a run that had to stop, or
+    130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
     try:
+        from unseg_hf.cli import UsageError
+
         return run(options)
-    except (UsageError, ValueError, OSError, HubError) as error:
-        print(f"protect_dataset.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("protect_dataset.py: stopped; the same command goes on, finished shards are kept", file=sys.stderr)
+        return 130
+    except (UsageError, ValueError, OSError, RuntimeError, ImportError) as error:
+        # RuntimeError: a GPU that fails, or the Hub. ImportError: an extra that is not installed.
+        print(f"protect_dataset.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -125,7 +132,11 @@ def run(options: argparse.Namespace) -> int:
         report=say if speaks else None,
     )
     if dataset_id and speaks:
-        wait_for_others(options.output, len(source.shards), say)
+        summary = wait_for_others(options.output, len(source.shards), say)
+    if summary.complete and summary.failed == summary.records > 0:
+        say(f"{options.output}: not one of {summary.records} images could be protected; manifest/ says why")
+        return 1
+    if dataset_id and speaks:
         print(f"pushed to {push_dataset(options.output, dataset_id, options.private)}")
     if summary.complete:
         print(
@@ -137,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.output}: {summary.finished_shards} of {summary.shards} shards are complete; this process has "
             "made its own"
         )
-    # Records that failed are no error here: a launcher would stop the other processes.
+    # Some records that failed are no error here: a launcher would stop the other processes.
     return 0
 
 

@@ -250,8 +250,8 @@ def plan(
         unreadable: gets a line for each folder that cannot be searched.
 
     Raises:
-        UsageError: no images, an output that would replace an input or a mask, or a file name whose suffix
-            contradicts the format.
+        UsageError: no images, an output that would replace an input, a mask or another output, or a file name whose
+            suffix contradicts the format.
     """
     from . import image_files
 
@@ -283,18 +283,28 @@ def plan(
 
     mask_of = match_masks(masks, found)
     sharing = Counter(relative.with_suffix("") for relative in found.values())
-    tasks = []
+    tasks: dict[Path, Task] = {}
     for source, relative in found.items():
         # a.jpg beside a.heic: both keep their own suffix in the name.
         name = relative.with_suffix("") if sharing[relative.with_suffix("")] == 1 else relative
         target = output if to_file else output / name.with_name(name.name + suffix)
-        tasks.append(Task(source, target, mask_of.get(source)))
-    _refuse_overwriting("the output", (t.target for t in tasks), (p for t in tasks for p in (t.source, t.mask)))
-    return tasks
+        if target in tasks:
+            raise UsageError(f"{tasks[target].source} and {source} would both become {target}: rename one of them")
+        tasks[target] = Task(source, target, mask_of.get(source))
+    _refuse_overwriting("the output", tasks, (p for t in tasks.values() for p in (t.source, t.mask)))
+    return list(tasks.values())
 
 
 def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path]:
-    """The mask file of each image: by its path below the folder, or by its name where that is unique on both sides."""
+    """The mask file of each image: by its path below the folder, or by its name where that is unique on both sides.
+
+    Args:
+        masks: file for one image, or folder; None is no masks.
+        images: files, and their paths below the folders that were searched.
+
+    Raises:
+        UsageError: no such file or folder, a name that several masks have, or images of several folders have.
+    """
     if masks is None:
         return {}
     if not masks.exists():
@@ -311,6 +321,13 @@ def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path
     if len(by_path) < len(paths):
         twice = next(key for key, count in Counter(p.with_suffix("") for p in paths).items() if count > 1)
         raise UsageError(f"{masks / twice}: several mask files with this name; keep one")
+    owners: dict[Path, Path] = {}
+    for source, path in images.items():
+        # a.jpg beside a.heic are one picture; those of two folders are not.
+        owner = owners.setdefault(path.with_suffix(""), source)
+        if path.with_suffix("") in by_path and owner.with_suffix("") != source.with_suffix(""):
+            mask = masks / by_path[path.with_suffix("")]
+            raise UsageError(f"{owner} and {source} would both get the mask {mask}: protect the folders one by one")
     mask_names, image_names = (Counter(path.stem for path in some) for some in (paths, images.values()))
     by_name = {p.stem: p for p in paths if mask_names[p.stem] == 1 and image_names[p.stem] == 1}
     return {
@@ -466,9 +483,10 @@ def run_verify(options: argparse.Namespace) -> int:
     for line in result.wrong:
         print(f"unseg: {line}", file=sys.stderr)
     what = "files and pixels" if options.originals else "files"
+    unchecked = f"; {result.unchecked}" if result.unchecked else ""
     print(
         f"{options.output}: {result.images} images in {result.files} files, {len(result.wrong)} of them wrong; "
-        f"{what} checked; {result.failed_before} records could not be protected, see manifest/"
+        f"{what} checked{unchecked}; {result.failed_before} records could not be protected, see manifest/"
     )
     return 1 if result.wrong else 0
 

@@ -52,7 +52,7 @@ class ProtectImages:
         ignore_labels: labels that are no objects.
         mode: "union" or "per_segment", as in [`Prompt`].
         whole_image: everything gets the full budget.
-        epsilon, epsilon_background: as for [`Protector.protect`].
+        epsilon, epsilon_background: as for [`Protector.protect`]; the second only with the first.
         on_error: what happens to a row whose image or mask cannot be used: "raise", "keep" the row as it is, its
             image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it.
         error_column: text, empty in rows without an error; written with "mark" and with "keep".
@@ -106,6 +106,8 @@ class ProtectImages:
         if self.epsilon is not None:
             background = self.epsilon / 4 if self.epsilon_background is None else self.epsilon_background
             check_epsilon(self.epsilon, background)
+        elif self.epsilon_background is not None:
+            raise ValueError(f"epsilon_background={self.epsilon_background:g} needs epsilon: pass both")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
         identity, revision = model_identity(self.model, self.revision)
@@ -181,7 +183,7 @@ class ProtectImages:
         yield from self._finished(protector, waiting)
 
     def protector(self, rank: int | None = None) -> Protector:
-        """The generator, loaded once in each process."""
+        """The generator, loaded once in each process; ValueError if it does not load on this device."""
         device = self.device
         if device == "cuda" and rank is not None:
             device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
@@ -251,7 +253,12 @@ class ProtectImages:
 @functools.lru_cache(maxsize=2)
 def _load(model: str | None, revision: str | None, identity: str, device: str) -> Protector:
     """`identity` is there so that a checkpoint which was replaced is loaded anew."""
-    return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
+    try:
+        return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
+    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the generator {model or '(embedded)'} does not load on {device!r}: {said}") from error
 
 
 def _one_thread_in_workers() -> None:

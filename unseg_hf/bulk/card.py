@@ -1,11 +1,12 @@
 """The card of a protected data set, and the data set on the Hugging Face Hub."""
 
+import glob
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from .manifest import PARTIAL, Summary, read_settings
+from .manifest import PARTIAL, Summary, read_settings, strange_files
 
 TEMPLATE = """# Protected images
 
@@ -80,7 +81,7 @@ def _what(protection: dict[str, Any]) -> str:
 
 
 def push_dataset(output: Path, dataset_id: str, private: bool = False) -> str:
-    """Upload a complete output; what the Hub has already is not sent again.
+    """Upload a complete output and nothing else in its folder; what the Hub has already is not sent again.
 
     Args:
         output: folder of the data set.
@@ -98,13 +99,14 @@ def push_dataset(output: Path, dataset_id: str, private: bool = False) -> str:
     from ..training.publishing import HubError, reason
 
     api = HfApi()
+    strange = strange_files(output, read_settings(output)["output"]["shards"])
     try:
         url = api.create_repo(dataset_id, repo_type="dataset", private=private, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id,
             repo_type="dataset",
             folder_path=output,
-            ignore_patterns=[f"{PARTIAL}/**"],
+            ignore_patterns=[f"{PARTIAL}/**", *map(glob.escape, strange)],
             commit_message="Upload protected images",
         )
     except Exception as error:  # of any of the client's layers

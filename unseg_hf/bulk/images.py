@@ -34,7 +34,14 @@ class ImageFolder:
         self._names = [task.target.relative_to(output).with_suffix("").as_posix() for task in self._tasks]
         self._keys = [_below(task.source, inputs) for task in self._tasks]
         self._size = shard_size
-        self.description = {"kind": "images", "shard_size": shard_size, "masks": masks is not None}
+        files = [(_size_and_time(task.source), task.mask and _size_and_time(task.mask)) for task in self._tasks]
+        # Not in the listing: `unseg verify` takes a copy of the originals, whose times are its own.
+        self.description = {
+            "kind": "images",
+            "shard_size": shard_size,
+            "masks": masks is not None,
+            "sizes_and_times": listing_digest(files),
+        }
         self.listing = listing_digest([(key,) for key in self._keys])
         count = len(self._tasks)
         self.shards = [
@@ -68,6 +75,15 @@ def _read(path: Path, what: str) -> tuple[bytes | None, str]:
         return path.read_bytes(), ""
     except OSError as error:
         return None, f"{what} {path.name} cannot be read ({error.strerror or error})"
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns; None for a file that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _below(path: Path, inputs: Sequence[Path]) -> str:

@@ -4,7 +4,7 @@ complete."""
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,22 @@ from typing import Any
 SETTINGS = "settings.json"
 FOLDER = "manifest"
 PARTIAL = ".partial"
+SETTINGS_KEYS = {
+    "source": ("kind", "image_column", "listing"),
+    "output": ("kind", "shards", "on_error"),
+    "protection": (
+        "epsilon",
+        "epsilon_background",
+        "masks",
+        "label_maps",
+        "ignore_labels",
+        "mode",
+        "whole_image",
+    ),
+    "model": ("name", "identity"),
+    "versions": ("unseg_hf",),
+}
+"""What [`unseg_hf.bulk.run.run_settings`] writes for every kind of source."""
 
 
 class SettingsError(ValueError):
@@ -58,13 +74,25 @@ def keep_settings(output: Path, settings: Mapping[str, Any], partial: Path) -> N
 
 
 def read_settings(output: Path) -> dict[str, Any]:
-    """The settings of an output; FileNotFoundError if there is none."""
+    """The settings of an output; FileNotFoundError if there are none, ValueError if they are damaged."""
+    damaged = f"{output / SETTINGS} is damaged: take it from another copy, or protect into a new folder"
     try:
-        return json.loads((output / SETTINGS).read_text())
+        settings = json.loads((output / SETTINGS).read_text())
+    except ValueError as error:
+        raise ValueError(damaged) from error
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{output} has no {SETTINGS}: it is no output of training_scripts/protect_dataset.py"
         ) from None
+    if not _has(settings, SETTINGS_KEYS) or not all(
+        _has(settings[part], keys) for part, keys in SETTINGS_KEYS.items()
+    ):
+        raise ValueError(damaged)
+    return settings
+
+
+def _has(value: Any, keys: Iterable[str]) -> bool:
+    return isinstance(value, dict) and value.keys() >= set(keys)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -121,16 +149,28 @@ def part_files(output: Path, shard: int) -> tuple[Path, Path]:
 
 
 def read_mark(output: Path, shard: int) -> dict[str, Any] | None:
-    """The mark of a shard; None if it is not complete."""
+    """The mark of a shard; None if it is not complete, or the mark is damaged."""
     try:
-        return json.loads(part_files(output, shard)[1].read_text())
+        mark = json.loads(part_files(output, shard)[1].read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return mark if _has(mark, ("records", "failed", "max_noise", "files")) and _has(mark["files"], ()) else None
 
 
 def read_lines(output: Path, shard: int) -> list[dict[str, Any]]:
     """One dictionary for each record of a complete shard."""
     return [json.loads(line) for line in part_files(output, shard)[0].read_text().splitlines()]
+
+
+def strange_files(output: Path, shards: int) -> list[str]:
+    """Files of an output that no run wrote: they are not checked, and may be unprotected images."""
+    known = {SETTINGS, "README.md", ".gitattributes"}  # the last is the Hub's
+    for shard in range(shards):
+        known |= {path.relative_to(output).as_posix() for path in part_files(output, shard)}
+        known |= (read_mark(output, shard) or {"files": {}})["files"].keys()
+    present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    passing = (f"{PARTIAL}/", ".cache/huggingface/")  # of runs, and of downloads from the Hub
+    return sorted(name for name in present - known if not name.startswith(passing))
 
 
 def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:

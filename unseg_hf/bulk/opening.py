@@ -1,10 +1,13 @@
 """Which kind of source a location is."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+from ..cli import SUFFIXES
 from .records import Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -55,6 +58,9 @@ def open_source(
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
     strange = [path for path in found if path.is_file() and path not in parquet + tars]
+    if parquet + tars and not strange:
+        # A folder with photos beside archives: neither may be left out silently.
+        strange = [image for path in found if path.is_dir() for image in _files([path], SUFFIXES, output)]
     if (parquet and tars) or (strange and parquet + tars):
         raise ValueError(f"{', '.join(inputs)}: parquet files, tars and images are not mixed; name those of one kind")
     if parquet:
@@ -87,6 +93,8 @@ def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> li
     for path in found:
         inside = path.rglob("*") if path.is_dir() else [path]
         files += sorted(p for p in inside if p.name.endswith(suffixes) and p.is_file() and p.name[0] != ".")
+    if twice := [path for path, count in Counter(map(os.path.abspath, files)).items() if count > 1]:
+        raise ValueError(f"{os.path.relpath(twice[0])}: this file is named twice; name it once")
     return [path for path in files if output.resolve() not in path.resolve().parents]
 
 

@@ -50,15 +50,14 @@ class ShardWriter:
         """Finish the files."""
 
     def _open(self, name: str) -> Path:
+        _refuse_outside(name)
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self.names.append(name)
         return path
 
     def _once(self, name: str) -> None:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{name} leads out of the output; rename it")
+        _refuse_outside(name)
         if name in self._taken:
             raise ValueError(f"{name} is there a second time; rename one")
         self._taken.add(name)
@@ -159,6 +158,12 @@ class FolderShard(ShardWriter):
 
 
 WRITERS = {"parquet": ParquetShard, "folder": FolderShard, "tars": TarShard}
+
+
+def _refuse_outside(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} leads out of the output; rename it")
 
 
 def image_suffix(files: Any) -> str:

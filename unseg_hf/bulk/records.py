@@ -98,10 +98,12 @@ def image_bytes(value: Any) -> tuple[bytes | None, str]:
 
 def short_names(files: Sequence[Path]) -> list[str]:
     """Names of files, with as many of their folders as it takes to tell them apart."""
+    # Without `..` and without the root: these names become files of the output. Links to files keep their own names.
+    places = [(file.parent.resolve() / file.name).parts[1:] for file in files]
     depth = 1
-    while len({file.parts[-depth:] for file in files}) < len(set(files)):
+    while len({parts[-depth:] for parts in places}) < len(set(places)):
         depth += 1
-    return ["/".join(file.parts[-depth:]) for file in files]
+    return ["/".join(parts[-depth:]) for parts in places]
 
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

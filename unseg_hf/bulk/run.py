@@ -32,7 +32,7 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
     if epsilon is None:
         where = default_checkpoint() if protect.model is None else protect.model
         config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
-        epsilon, background = config.epsilon, config.epsilon_background if background is None else background
+        epsilon, background = config.epsilon, config.epsilon_background
     elif background is None:
         background = epsilon / 4
     return {
@@ -87,8 +87,10 @@ def protect_dataset(
         RecordError: a record failed and `on_error` is "raise".
         SettingsError: the output was begun with other settings.
         FileExistsError: the folder holds something else.
+        ValueError: the generator does not load.
     """
     number, processes = process
+    protect.protector(rank)  # before anything is written: one that does not load must not begin an output
     partial = output / manifest.PARTIAL / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     manifest.keep_settings(output, run_settings(source, kind, protect, on_error), partial)
     progress = Progress(output, source, report, report_every)
@@ -138,6 +140,8 @@ def _protect_shard(
             "source": record.key,
             "input_sha256": None if record.image is None else hashlib.sha256(record.image).hexdigest(),
         }
+        if isinstance(record.mask, bytes):
+            line["mask_sha256"] = hashlib.sha256(record.mask).hexdigest()
         error = record.error or outcome.error
         if not error:
             try:

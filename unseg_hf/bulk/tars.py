@@ -47,10 +47,12 @@ class TarFiles:
 
     def read(self, shard: int) -> Iterator[Record]:
         label = self.shards[shard].name
-        for key, members in _samples(self._files[shard]):
+        for key, members, twice in _samples(self._files[shard]):
             image, mask, error = None, None, ""
             suffix = self._image or self._only_image(members)
-            if suffix is None or suffix not in members:
+            if twice:
+                error = f"{twice} is there twice, side by side; rename one"
+            elif suffix is None or suffix not in members:
                 wanted = self._image or "one image"
                 error = f"the sample {key} has {', '.join(members)}: {wanted} was wanted; keep its files side by side"
             else:
@@ -59,7 +61,9 @@ class TarFiles:
                 mask = self._read_mask(key, members)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
                 error = error or f"the masks in {key}.json cannot be read ({problem!r})"
-            yield Record(f"{label}/{key}", f"{folder_of(label)}/{key}", image, mask, error, members)
+            # Where it is not known which image is the one, none of them may pass as what lies beside it.
+            rest = {} if image is None else members
+            yield Record(f"{label}/{key}", f"{folder_of(label)}/{key}", image, mask, error, rest)
 
     def _only_image(self, members: Mapping[str, bytes]) -> str | None:
         found = [
@@ -86,7 +90,7 @@ class TarFiles:
     def _schema(self) -> pa.Schema:
         from datasets import Features, Image, Value
 
-        first = next(self.read(0), None)
+        first = next((record for record in self.read(0) if record.image is not None), None)
         features = {"__key__": Value("string"), "image": Image()}
         for suffix in first.rest if first else ():
             kind = suffix.rpartition(".")[2].lower()
@@ -117,9 +121,9 @@ def folder_of(label: str) -> str:
     return label.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members, by suffix, of each sample."""
-    key, members, last = "", {}, "its beginning"
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
+    """Key, members by suffix, and the name of a member that is there more than once, of each sample."""
+    key, members, twice, last = "", {}, "", "its beginning"
     try:
         with tarfile.open(path, "r:*", tarinfo=WholeTarInfo) as tar:
             for info in tar:
@@ -131,12 +135,13 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 stem, _, suffix = name.name.partition(".")
                 own = (name.parent / stem).as_posix()
                 if own != key and members:
-                    yield key, members
-                    members = {}
+                    yield key, members, twice
+                    members, twice = {}, ""
                 key = own
+                twice = info.name if suffix in members else twice
                 members[suffix] = tar.extractfile(info).read()
         if members:
-            yield key, members
+            yield key, members, twice
     except (tarfile.TarError, EOFError, OSError) as error:
         # The last sample may lack its mask or its annotations: it is not given out.
         raise SourceError(f"{path.name}: it is damaged, or no tar, at {last} ({error})") from error

@@ -25,6 +25,7 @@ class Verification:
     files: int = 0
     images: int = 0
     failed_before: int = 0  # records that could not be protected, as the manifest says
+    unchecked: str = ""  # what of the bound could not be checked, and why
 
 
 def verify(output: Path, originals: list[str] | None = None, masks: Path | None = None) -> Verification:
@@ -40,17 +41,20 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
 
     Raises:
         FileNotFoundError: the folder is no such output.
-        ValueError: the originals are not those that the manifest lists.
+        ValueError: the originals are not those that the manifest lists, or the settings are damaged.
     """
     settings = manifest.read_settings(output)
-    result, listed = Verification(), set()
+    result, shards = Verification(), settings["output"]["shards"]
     source = _originals(settings, originals, masks, output) if originals else None
-    for shard in range(settings["output"]["shards"]):
+    if source is not None:
+        result.unchecked = _unchecked(settings, masks)
+    for shard in range(shards):
         mark = manifest.read_mark(output, shard)
         if mark is None:
-            result.wrong.append(f"shard {shard}: it is not complete; run protect_dataset.py again")
+            result.wrong.append(
+                f"shard {shard}: it is not complete, or its mark is damaged; run protect_dataset.py again"
+            )
             continue
-        listed |= mark["files"].keys()
         result.files += len(mark["files"])
         result.failed_before += mark["failed"]
         damage = manifest.damaged_files(output, mark)
@@ -62,9 +66,19 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
         result.images += sum(line["status"] == "protected" for line in lines)
         if source is not None:
             result.wrong += _broken_bounds(source, shard, lines, output, settings)
-    present = (path.relative_to(output).as_posix() for path in (output / "data").rglob("*") if path.is_file())
-    result.wrong += [f"{name}: it is not in the manifest" for name in sorted(set(present) - listed)]
+    result.wrong += [f"{name}: it is not in the manifest" for name in manifest.strange_files(output, shards)]
     return result
+
+
+def _unchecked(settings: dict[str, Any], masks: Path | None) -> str:
+    """Why the bound outside the masks cannot be checked; nothing if it can."""
+    if settings["protection"]["whole_image"]:
+        return ""
+    if not settings["protection"]["masks"]:
+        return "the bound outside the masks was NOT checked: SAM proposed them, and they are not kept"
+    if settings["source"]["kind"] == "images" and masks is None:
+        return "the bound outside the masks was NOT checked: name them with --masks"
+    return ""
 
 
 def _originals(settings: dict[str, Any], originals: list[str], masks: Path | None, output: Path) -> Source:
