@@ -268,6 +268,13 @@ def test_the_about_page_shows_the_measured_tables_of_the_embedded_card():
     assert "pipeline_tag" not in shown
 
 
+def test_commands_leave_the_card_with_the_sentence_that_announces_them():
+    commands = "```bash\nunseg audit a\n```"
+    card = f"## Limits\n\nIt is 0.2. The commands, whose figures\nlie in `docs`:\n\n{commands}\n\nMore.\n"
+    assert results(card) == "## Limits\n\nIt is 0.2.\n\nMore."
+    assert results(f"## Limits\n\nSo:\n\n- a\n\n{commands}\n") == "## Limits\n\nSo:\n\n- a"
+
+
 def test_a_card_of_another_kind_is_shown_whole_and_none_is_said(tmp_path):
     assert results(read_card(tmp_path)) == NO_CARD
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nIt is good.\n\n## Use\n\nYes.\n")
