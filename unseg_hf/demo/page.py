@@ -93,7 +93,8 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
             gr.Markdown(texts.ABOUT.format(name=name))
             gr.Markdown(results(read_card(bench.card)), elem_id="card")
         add_api(bench, job, new_file, failures_in_one_line)
-    page.queue(max_size=limits.waiting, default_concurrency_limit=1)
+    # Whoever posts to the API's routes would otherwise pass the queue, and its limits, by.
+    page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     return page
 
 
