@@ -305,3 +305,15 @@ def test_the_example_can_be_picked_and_the_about_page_says_what_is_known(open_pa
     page.get_by_role("tab", name="About").click()
     # The generator of these tests has no card.
     assert "has no model card" in page.locator("#card").inner_text()
+
+
+def test_many_other_requests_leave_a_visitors_photo_where_it_is(open_page, demo_page):
+    import httpx
+
+    page = open_page()
+    upload(page, COFFEE)
+    for number in range(40):
+        body = {"fn_index": 0, "data": ["low (4)"], "session_hash": f"other{number}"}
+        httpx.post(f"{demo_page.local_url}gradio_api/run/predict", json=body, timeout=30).raise_for_status()
+    choose(page, "Everything")
+    protect(page)

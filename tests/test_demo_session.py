@@ -16,6 +16,7 @@ from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import NO_CARD, read_card, results
 from unseg_hf.demo.pictures import DETAIL, detail_window, marked, web_treatments
 from unseg_hf.demo.session import VIEW_SIDE, Limits, Marks, Workbench, file_stem, report_rows
+from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.demo.texts import found, typed_marks
 from unseg_hf.protection import Prompt
 
@@ -44,6 +45,21 @@ def test_a_click_answers_in_well_under_a_second_with_the_embedded_default(one_th
     marked(photo, marks, masks)
     assert time.perf_counter() - start < 0.8
     bench.protector.encode = encode
+
+
+def test_the_sessions_not_used_for_longest_go_and_a_dropped_one_does_not_come_back(coffee):
+    sessions = Sessions(2)
+    sent = [Session(coffee, Marks(way)) for way in ("points", "boxes", "whole")]
+    first, second = sessions.add(sent[0]), sessions.add(sent[1])
+    assert sessions.find(first) is sent[0]
+    third = sessions.add(sent[2])
+    assert [sessions.find(key) for key in (first, second, third)] == [sent[0], None, sent[2]]
+    assert sessions.replace(first, sent[1])
+    assert sessions.find(first) is sent[1]
+    sessions.drop(first)
+    assert not sessions.replace(first, sent[0])
+    assert sessions.find(first) is None
+    assert sessions.find(None) is None
 
 
 def test_marks_become_the_prompt_and_the_arguments_of_the_command_line():

@@ -106,7 +106,7 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
         "theme": theme,
         "css": CSS,
         "max_file_size": limits.file_bytes,
-        "state_session_capacity": limits.sessions,
+        "state_session_capacity": limits.visitors,
         "allowed_paths": [],
         "show_error": False,
         "enable_monitoring": False,

@@ -35,6 +35,7 @@ class Limits:
         batch_bytes: of all photos of a batch together.
         waiting: jobs in the queue, of all users; who comes later is told to come back.
         sessions: photos that are kept in memory; the ones not used for longest go first.
+        visitors: whose settings are kept in memory, about 130 kB each; the rest as for `sessions`.
         kept_seconds: how long photos and results stay, in memory and on disk.
     """
 
@@ -46,6 +47,7 @@ class Limits:
     batch_bytes: int = 100 * 2**20
     waiting: int = 20
     sessions: int = 24
+    visitors: int = 4000
     kept_seconds: int = 1800
 
 
