@@ -317,3 +317,31 @@ def test_many_other_requests_leave_a_visitors_photo_where_it_is(open_page, demo_
         httpx.post(f"{demo_page.local_url}gradio_api/run/predict", json=body, timeout=30).raise_for_status()
     choose(page, "Everything")
     protect(page)
+
+
+def test_a_result_goes_when_its_settings_change(open_page):
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    result = page.locator("#report")
+
+    def change_strength():
+        page.get_by_role("radio", name="high (16)").first.click()
+
+    def change_exif():
+        page.get_by_label("Keep EXIF").first.click()
+
+    def change_way():
+        choose(page, "Click on objects")
+
+    for change in (change_strength, change_exif, change_way):
+        protect(page)
+        result.wait_for(state="visible")
+        change()
+        result.wait_for(state="hidden")
+    click_at(page, 0.5, 0.5)
+    protect(page)
+    result.wait_for(state="visible")
+    click_at(page, 0.2, 0.2)
+    result.wait_for(state="hidden")

@@ -195,7 +195,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                     command = gr.Code(language="shell", interactive=False, label="unseg protect", wrap_lines=True)
                     gr.Markdown(texts.COMMAND)
 
-    shown = [session, view, brush, hint, label, mask_file, typing, undo]
+    shown = [session, view, brush, hint, label, mask_file, typing, undo, result]
     results_of = [result, slider, download, mask_download, report, command, noise, *web]
 
     def needed(key: str | None) -> Session:
@@ -222,6 +222,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             gr.skip() if view_only else gr.update(visible=marks.way == "brush"),
             gr.update(visible=marks.way in ("points", "boxes")),
             gr.update(visible=marks.way in ("points", "boxes")),
+            gr.update(visible=False),
         ]
 
     def background(key: str | None):
@@ -346,6 +347,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     mask_file.clear(use_mask_file, [session, mask_file], shown, **light).success(**fill)
     undo.click(take_back, session, shown, **light, trigger_mode="multiple")
     clear.click(clear_marks, session, [mask_file, *shown], **light).success(**fill)
+    # A result stands only beside the settings that gave it.
+    gr.on([epsilon.change, keep_exif.input, brush.input], lambda: gr.update(visible=False), None, result, **quiet)
     protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
         look_closer, session, [noise, *web], **job, show_progress_on=web
     )
