@@ -345,3 +345,19 @@ def test_a_result_goes_when_its_settings_change(open_page):
     result.wait_for(state="visible")
     click_at(page, 0.2, 0.2)
     result.wait_for(state="hidden")
+
+
+def test_a_tall_photo_fits_the_window_and_clicks_land_where_they_are(open_page, tmp_path):
+    Image.fromarray(np.asarray(Image.open(COFFEE).resize((300, 1_200)))).save(tmp_path / "tall.png")
+    page = open_page()
+    upload(page, tmp_path / "tall.png")
+    assert page.locator("#view img").bounding_box()["height"] <= 0.8 * SIZES["desktop"]["height"]
+    click_at(page, 0.5, 0.25)
+    protect(page)
+    page.get_by_role("button", name="The same on the command line").click()
+    shown = page.locator(".cm-content")
+    words = shown.inner_text().replace("\n", " ").split()
+    x, y = map(int, words[words.index("--point") + 1].split(","))
+    assert abs(x - 150) < 8
+    assert abs(y - 300) < 8
+    assert shown.bounding_box()["height"] < 120

@@ -203,6 +203,8 @@ def test_the_api_page_names_both_endpoints_with_types_and_words(client):
     assert parameters["keep_exif"]["python_type"]["type"] == "bool"
     assert "[[left, top, right, bottom], ...]" in parameters["boxes"]["label"]
     assert "lossless" in described["/protect"]["description"]
+    shown = {name: parameters[name]["example_input"] for name in ("image", "mask")}
+    assert {name: file["url"] for name, file in shown.items()} == {"image": "photo.jpg", "mask": "mask.png"}
 
 
 def refused(client, **request) -> str:

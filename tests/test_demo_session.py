@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shlex
 import time
 import zipfile
 from pathlib import Path
@@ -146,7 +147,10 @@ def test_the_line_under_the_ways_says_what_was_found():
     assert found(Marks(points=((0, 0, 1),)), [half], []) == "1 object, 50% of the photo."
     assert found(Marks("objects"), [half, ~half], []) == "2 objects, 100% of the photo."
     said = found(Marks("boxes", boxes=((0, 0, 1, 1),)), [half], ["no object was found in a box"] * 2)
-    assert said.count("No object was found") == 1
+    assert said == "No object was found in a box."
+    assert found(Marks("objects"), [half], ["none found"]).endswith(
+        ". To protect only a part, draw a box or brush over it."
+    )
     assert "opposite" in found(Marks("boxes", corner=(1, 1)), [], [])
 
 
@@ -235,6 +239,15 @@ def test_the_report_names_the_bound_and_leaves_out_what_is_not_there(bench, coff
 )
 def test_file_names_are_harmless(name, stem):
     assert file_stem(name) == stem
+
+
+def test_the_command_names_the_photo_as_its_user_has_it(bench):
+    for original in ("two words; $(id) & more.png", "-o.png", "it's.png"):
+        photo = bench.open(COFFEE, "photo.png", original)
+        words = shlex.split(bench.command(photo, Marks("whole"), 8))
+        assert Path(words[2]) == Path(original)
+        assert not words[2].startswith("-")
+        assert words[3:5] == ["-o", "photo_protected.png"]
 
 
 def test_a_zip_holds_every_good_photo_and_says_what_was_wrong_with_the_others(bench, tmp_path):

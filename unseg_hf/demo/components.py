@@ -28,10 +28,11 @@ ID_LENGTH = 64
 
 
 class Upload(NamedTuple):
-    """A file in the upload folder, and the name that its user knows."""
+    """A file in the upload folder; the name that its user knows, made harmless; and that name itself."""
 
     path: Path
     name: str
+    original: str
 
 
 class _NoLinks:
@@ -47,6 +48,19 @@ class _NoLinks:
     async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
         _refuse_link(url_or_file_path)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class _LocalFile(_NoLinks):
+    """Names a local file in the snippets of the page's "Use via API"; Gradio's own examples are links."""
+
+    example = "photo.jpg"
+
+    def example_payload(self) -> dict[str, Any]:
+        # The page turns into `handle_file` what has a "url".
+        return {"path": self.example, "url": self.example, "meta": {"_type": "gradio.FileData"}}
+
+    def example_value(self) -> str:
+        return self.example
 
 
 def _refuse_link(path: Any) -> None:
@@ -65,10 +79,11 @@ def _uploaded(path: str | None) -> Path:
 def _upload(file: FileData | Any) -> Upload:
     path = _uploaded(file.path)
     name = file.orig_name or path.name
-    return Upload(path, file_stem(name) + re.sub(r"[^.\w]", "", Path(name).suffix)[:8])
+    original = "".join(c for c in re.split(r"[\\/]", name)[-1] if c.isprintable())
+    return Upload(path, file_stem(name) + re.sub(r"[^.\w]", "", Path(name).suffix)[:8], original)
 
 
-class PhotoUpload(_NoLinks, gr.Image):
+class PhotoUpload(_LocalFile, gr.Image):
     """An image that is uploaded, pasted or dropped; gives an [`Upload`]."""
 
     def get_block_name(self) -> str:
@@ -78,8 +93,10 @@ class PhotoUpload(_NoLinks, gr.Image):
         return None if payload is None else _upload(payload)
 
 
-class FileUpload(_NoLinks, gr.File):
+class FileUpload(_LocalFile, gr.File):
     """One or several files; gives an [`Upload`], or a list of them."""
+
+    example = "mask.png"
 
     def get_block_name(self) -> str:
         return "file"

@@ -192,7 +192,14 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                     with gr.Row():
                         web = [_web_image(title) for title in WEB_TREATMENTS.values()]
                 with gr.Accordion("The same on the command line", open=False):
-                    command = gr.Code(language="shell", interactive=False, label="unseg protect", wrap_lines=True)
+                    command = gr.Code(
+                        language="shell",
+                        interactive=False,
+                        label="unseg protect",
+                        wrap_lines=True,
+                        lines=1,
+                        max_lines=4,
+                    )
                     gr.Markdown(texts.COMMAND)
 
     shown = [session, view, brush, hint, label, mask_file, typing, undo, result]
@@ -272,7 +279,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     @failures_in_one_line
     def use_mask_file(key: str | None, uploaded: Upload | None):
         current = needed(key)
-        drawn = None if uploaded is None else bench.read_mask(*uploaded, current.photo)
+        drawn = None if uploaded is None else bench.read_mask(uploaded.path, uploaded.name, current.photo)
         return refreshed(key, replace(current, marks=replace(current.marks, drawn=drawn)))
 
     @failures_in_one_line
@@ -395,7 +402,7 @@ def _several_photos(bench: Workbench, job: dict) -> None:
         prompt = Prompt(whole_image=True) if chosen == "whole" else Prompt()
         entries = protect_to_zip(
             bench,
-            files,
+            [(file.path, file.name) for file in files],
             target,
             prompt,
             level,
