@@ -90,7 +90,8 @@ def test_unseg_demo_serves_the_embedded_generator_and_leaves_no_photo_behind(tmp
         kept = [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
         assert any(path.name == "coffee.png" for path in kept)
         assert any(path.name == "coffee_protected.png" for path in kept)
-    assert not list((tmp_path / "uploads").iterdir())
+    assert not [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
+    assert not list((tmp_path / "uploads").glob("unseg-demo-*"))
     assert Image.open(file).size == Image.open(COFFEE).size
 
 
