@@ -305,3 +305,59 @@ def test_the_example_can_be_picked_and_the_about_page_says_what_is_known(open_pa
     page.get_by_role("tab", name="About").click()
     # The generator of these tests has no card.
     assert "has no model card" in page.locator("#card").inner_text()
+
+
+def test_many_other_requests_leave_a_visitors_photo_where_it_is(open_page, demo_page):
+    import httpx
+
+    page = open_page()
+    upload(page, COFFEE)
+    for number in range(40):
+        body = {"fn_index": 0, "data": ["low (4)"], "session_hash": f"other{number}"}
+        httpx.post(f"{demo_page.local_url}gradio_api/run/predict", json=body, timeout=30).raise_for_status()
+    choose(page, "Everything")
+    protect(page)
+
+
+def test_a_result_goes_when_its_settings_change(open_page):
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    result = page.locator("#report")
+
+    def change_strength():
+        page.get_by_role("radio", name="high (16)").first.click()
+
+    def change_exif():
+        page.get_by_label("Keep EXIF").first.click()
+
+    def change_way():
+        choose(page, "Click on objects")
+
+    for change in (change_strength, change_exif, change_way):
+        protect(page)
+        result.wait_for(state="visible")
+        change()
+        result.wait_for(state="hidden")
+    click_at(page, 0.5, 0.5)
+    protect(page)
+    result.wait_for(state="visible")
+    click_at(page, 0.2, 0.2)
+    result.wait_for(state="hidden")
+
+
+def test_a_tall_photo_fits_the_window_and_clicks_land_where_they_are(open_page, tmp_path):
+    Image.fromarray(np.asarray(Image.open(COFFEE).resize((300, 1_200)))).save(tmp_path / "tall.png")
+    page = open_page()
+    upload(page, tmp_path / "tall.png")
+    assert page.locator("#view img").bounding_box()["height"] <= 0.8 * SIZES["desktop"]["height"]
+    click_at(page, 0.5, 0.25)
+    protect(page)
+    page.get_by_role("button", name="The same on the command line").click()
+    shown = page.locator(".cm-content")
+    words = shown.inner_text().replace("\n", " ").split()
+    x, y = map(int, words[words.index("--point") + 1].split(","))
+    assert abs(x - 150) < 8
+    assert abs(y - 300) < 8
+    assert shown.bounding_box()["height"] < 120

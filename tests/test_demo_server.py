@@ -16,6 +16,7 @@ from gradio_client.exceptions import AppError
 from PIL import ExifTags, Image
 
 from unseg_hf import cli
+from unseg_hf.demo import components
 
 
 def photo(height=48, width=64, seed=0) -> Image.Image:
@@ -202,6 +203,8 @@ def test_the_api_page_names_both_endpoints_with_types_and_words(client):
     assert parameters["keep_exif"]["python_type"]["type"] == "bool"
     assert "[[left, top, right, bottom], ...]" in parameters["boxes"]["label"]
     assert "lossless" in described["/protect"]["description"]
+    shown = {name: parameters[name]["example_input"] for name in ("image", "mask")}
+    assert {name: file["url"] for name, file in shown.items()} == {"image": "photo.jpg", "mask": "mask.png"}
 
 
 def refused(client, **request) -> str:
@@ -317,6 +320,51 @@ def test_no_endpoint_reads_a_file_outside_the_uploads(demo_page, url, tmp_path_f
             assert '"success":false' in answer_of(url, dependency["id"], data, f"spy{asked}").replace(" ", "")
     kept = b"".join(path.read_bytes() for path in demo_page.uploads.rglob("*") if path.is_file())
     assert secret.read_bytes() not in kept
+
+
+def sent_layer(url: str, files, **fields) -> int:
+    """The status that the server answers to what the page sends of a drawing."""
+    editor = next(c["id"] for c in httpx.get(f"{url}/config").json()["components"] if c["type"] == "imageeditor")
+    fields = {"component_id": str(editor), "session_hash": "drawer", "fn_name": "accept_blobs", **fields}
+    return httpx.post(f"{url}/gradio_api/component_server", data=fields, files=files, timeout=30).status_code
+
+
+def test_of_a_drawing_one_layer_is_kept_and_nothing_else(url, monkeypatch):
+    kept = components.BrushedMask._layers
+    kept.clear()
+    monkeypatch.setattr(components, "KEPT_BYTES", 5_000)
+    layer = {"file": ("layer_0.png", PNG[:1_000])}
+    assert sent_layer(url, layer, type="layer", index="0", id="a") == 200
+    assert kept == {"a": PNG[:1_000]}
+    for kind in ("background", "composite"):
+        assert sent_layer(url, layer, type=kind, index="null", id="b") == 200
+    assert sent_layer(url, layer, type="layer", index="40000000", id="b") == 400
+    assert sent_layer(url, layer, type="layer", index="x", id="b") == 400
+    assert sent_layer(url, layer, type="layer", index="0") == 400
+    assert sent_layer(url, layer, id="b") == 400
+    assert sent_layer(url, layer, type="layer", index="0", id="b" * 100) == 413
+    body = {"component_id": 0, "session_hash": "drawer", "fn_name": "accept_blobs", "data": {"type": "layer"}}
+    config = httpx.get(f"{url}/config").json()["components"]
+    body["component_id"] = next(c["id"] for c in config if c["type"] == "imageeditor")
+    assert httpx.post(f"{url}/gradio_api/component_server", json=body, timeout=30).status_code == 400
+    assert list(kept) == ["a"]
+    for number in range(6):
+        assert sent_layer(url, layer, type="layer", index="0", id=str(number)) == 200
+    assert list(kept) == ["4", "5"]
+    kept.clear()
+
+
+def test_nobody_passes_the_queue_by(url):
+    for name in ("protect", "propose_masks"):
+        for route in ("run", "api"):
+            answer = httpx.post(f"{url}/gradio_api/{route}/{name}", json={"data": [None] * 8}, timeout=30)
+            assert answer.status_code == 404
+    config = httpx.get(f"{url}/config").json()
+    jobs = [d["id"] for d in config["dependencies"] if d["queue"] is not False]
+    assert len(jobs) > 8
+    for number in jobs:
+        body = {"fn_index": number, "data": [None] * 8, "session_hash": "pusher"}
+        assert httpx.post(f"{url}/gradio_api/run/predict", json=body, timeout=30).status_code == 404
 
 
 def test_files_are_served_from_the_uploads_alone(demo_page, url, tmp_path_factory):

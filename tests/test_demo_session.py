@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shlex
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import NO_CARD, read_card, results
 from unseg_hf.demo.pictures import DETAIL, detail_window, marked, web_treatments
 from unseg_hf.demo.session import VIEW_SIDE, Limits, Marks, Workbench, file_stem, report_rows
+from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.demo.texts import found, typed_marks
 from unseg_hf.protection import Prompt
 
@@ -44,6 +46,21 @@ def test_a_click_answers_in_well_under_a_second_with_the_embedded_default(one_th
     marked(photo, marks, masks)
     assert time.perf_counter() - start < 0.8
     bench.protector.encode = encode
+
+
+def test_the_sessions_not_used_for_longest_go_and_a_dropped_one_does_not_come_back(coffee):
+    sessions = Sessions(2)
+    sent = [Session(coffee, Marks(way)) for way in ("points", "boxes", "whole")]
+    first, second = sessions.add(sent[0]), sessions.add(sent[1])
+    assert sessions.find(first) is sent[0]
+    third = sessions.add(sent[2])
+    assert [sessions.find(key) for key in (first, second, third)] == [sent[0], None, sent[2]]
+    assert sessions.replace(first, sent[1])
+    assert sessions.find(first) is sent[1]
+    sessions.drop(first)
+    assert not sessions.replace(first, sent[0])
+    assert sessions.find(first) is None
+    assert sessions.find(None) is None
 
 
 def test_marks_become_the_prompt_and_the_arguments_of_the_command_line():
@@ -130,7 +147,10 @@ def test_the_line_under_the_ways_says_what_was_found():
     assert found(Marks(points=((0, 0, 1),)), [half], []) == "1 object, 50% of the photo."
     assert found(Marks("objects"), [half, ~half], []) == "2 objects, 100% of the photo."
     said = found(Marks("boxes", boxes=((0, 0, 1, 1),)), [half], ["no object was found in a box"] * 2)
-    assert said.count("No object was found") == 1
+    assert said == "No object was found in a box."
+    assert found(Marks("objects"), [half], ["none found"]).endswith(
+        ". To protect only a part, draw a box or brush over it."
+    )
     assert "opposite" in found(Marks("boxes", corner=(1, 1)), [], [])
 
 
@@ -221,6 +241,15 @@ def test_file_names_are_harmless(name, stem):
     assert file_stem(name) == stem
 
 
+def test_the_command_names_the_photo_as_its_user_has_it(bench):
+    for original in ("two words; $(id) & more.png", "-o.png", "it's.png"):
+        photo = bench.open(COFFEE, "photo.png", original)
+        words = shlex.split(bench.command(photo, Marks("whole"), 8))
+        assert Path(words[2]) == Path(original)
+        assert not words[2].startswith("-")
+        assert words[3:5] == ["-o", "photo_protected.png"]
+
+
 def test_a_zip_holds_every_good_photo_and_says_what_was_wrong_with_the_others(bench, tmp_path):
     small = Image.open(COFFEE).crop((0, 0, 80, 60))
     for folder in ("x", "y"):
@@ -266,6 +295,13 @@ def test_the_about_page_shows_the_measured_tables_of_the_embedded_card():
     assert "## Limits" in shown
     assert "```" not in shown
     assert "pipeline_tag" not in shown
+
+
+def test_commands_leave_the_card_with_the_sentence_that_announces_them():
+    commands = "```bash\nunseg audit a\n```"
+    card = f"## Limits\n\nIt is 0.2. The commands, whose figures\nlie in `docs`:\n\n{commands}\n\nMore.\n"
+    assert results(card) == "## Limits\n\nIt is 0.2.\n\nMore."
+    assert results(f"## Limits\n\nSo:\n\n- a\n\n{commands}\n") == "## Limits\n\nSo:\n\n- a"
 
 
 def test_a_card_of_another_kind_is_shown_whole_and_none_is_said(tmp_path):

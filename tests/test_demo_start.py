@@ -1,5 +1,6 @@
 """Starting the demo: as a Space, and by `unseg demo`."""
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from unseg_hf import cli
+from unseg_hf.protection import default_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "spaces_demo"
@@ -26,7 +28,7 @@ COFFEE = SPACE / "examples" / "coffee.png"
 
 
 @contextmanager
-def running(arguments: list[str], port: int, folder: Path, **environment: str):
+def running(arguments: list[str], port: int, folder: Path, stop=signal.SIGINT, **environment: str):
     """A server of its own process, without network but for this machine; its address, once it answers."""
     offline = {"HF_HUB_OFFLINE": "1", "HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     offline |= {"NO_PROXY": "127.0.0.1,localhost", "GRADIO_TEMP_DIR": str(folder / "uploads")}
@@ -51,7 +53,7 @@ def running(arguments: list[str], port: int, folder: Path, **environment: str):
                 time.sleep(0.3)
         yield address
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         process.wait(timeout=30)
 
 
@@ -76,16 +78,20 @@ def test_the_space_serves_the_generator_that_its_variable_names(saved_generator,
     assert Path(file).read_bytes() == expected.read_bytes()
 
 
-def test_unseg_demo_serves_the_embedded_generator_and_leaves_no_photo_behind(tmp_path, port):
-    with running(["-m", "unseg_hf.cli", "demo", "--port", str(port)], port, tmp_path) as address:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_unseg_demo_serves_the_embedded_generator_and_leaves_no_photo_behind(tmp_path, port, stop):
+    card = (default_checkpoint() / "README.md").read_text(encoding="utf-8")
+    (measured,) = [line for line in card.splitlines() if line.startswith("| **unseg-tiny**")]
+    with running(["-m", "unseg_hf.cli", "demo", "--port", str(port)], port, tmp_path, stop) as address:
         client = Client(address, verbose=False, download_files=str(tmp_path / "got"))
         file, _, report = client.predict(image=handle_file(COFFEE), boxes=[[90, 20, 540, 390]], api_name="/protect")
         assert report["max_noise"] == 8
-        assert "0.047 (0.042 to 0.056)" in httpx.get(f"{address}/config", trust_env=False).text
+        assert json.dumps(measured)[1:-1] in httpx.get(f"{address}/config", trust_env=False).text
         kept = [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
         assert any(path.name == "coffee.png" for path in kept)
         assert any(path.name == "coffee_protected.png" for path in kept)
     assert not [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
+    assert not list((tmp_path / "uploads").glob("unseg-demo-*"))
     assert Image.open(file).size == Image.open(COFFEE).size
 
 

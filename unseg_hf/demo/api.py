@@ -14,9 +14,9 @@ from unseg_hf.demo.session import Workbench, file_stem
 from unseg_hf.protection import Prompt
 
 PROTECT = """Protect one photo. Say what with one of mask, boxes, points or whole_image; with none of them the objects
-that SAM finds are protected, and the whole photo where it finds none. Returns the protected PNG (lossless, equal to
-what `unseg protect` writes), the mask as PNG, and a report: max_noise and max_noise_background in grey levels of 255,
-psnr in dB, ssim, protected_share, notes and the settings."""
+that SAM finds are protected, and the whole photo where it finds none. Returns the protected PNG (lossless; EXIF
+aside, equal to what `unseg protect` writes), the mask as PNG, and a report: max_noise and max_noise_background in grey
+levels of 255, psnr in dB, ssim, protected_share, notes and the settings."""
 PROPOSE = (
     "The objects that SAM finds in a photo by itself: a list of mask PNGs (white inside), best first, maybe empty."
 )
@@ -52,7 +52,7 @@ def add_api(
         if points is not None and not all(isinstance(point, list) and len(point) in (2, 3) for point in points):
             raise ValueError("points: pass [x, y], or [x, y, 0] for a point that is not on the object")
         prompt = Prompt(
-            mask=None if mask is None else bench.read_mask(*mask, photo),
+            mask=None if mask is None else bench.read_mask(mask.path, mask.name, photo),
             boxes=boxes or None,
             points=[point[:2] for point in points] if points else None,
             point_labels=[point[2] if len(point) == 3 else 1 for point in points] if points else None,

@@ -30,7 +30,7 @@ def read_card(checkpoint: str | Path) -> str:
 def results(card: str) -> str:
     """The sections of a card that say what was measured, in Markdown; all of the card where it has no such sections.
 
-    Commands are left out: they are for who trains generators.
+    Commands are left out, with the sentence that announces them: they are for who trains generators.
     """
     body = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL).strip()
     if not body:
@@ -38,4 +38,4 @@ def results(card: str) -> str:
     sections = re.split(r"^(?=## )", body, flags=re.MULTILINE)
     wanted = [s for heading in SHOWN for s in sections if s.startswith(f"## {heading}\n")]
     text = "\n\n".join(section.strip() for section in wanted) or body
-    return re.sub(r" ?(The commands?:)?\n+```.*?```\n?", "\n", text, flags=re.DOTALL).strip()
+    return re.sub(r"(\s*\bThe commands?\b[^.:]*:)?\n+```.*?```\n?", "\n", text, flags=re.DOTALL).strip()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, ClassVar, NamedTuple
 
 import gradio as gr
 import numpy as np
+from fastapi import HTTPException
 from gradio.components.base import server
 from gradio.data_classes import FileData, ListFiles
 from gradio.utils import get_upload_folder
@@ -20,15 +22,17 @@ from unseg_hf.demo.session import VIEW_SIDE, file_stem
 from unseg_hf.image_files import read
 
 LAYER_BYTES = 8 * 2**20
-LAYERS_KEPT = 32
-"""Layers that were sent by pages and not yet asked for."""
+KEPT_BYTES = 64 * 2**20
+"""Of layers that were sent by pages and not yet asked for; the oldest go first."""
+ID_LENGTH = 64
 
 
 class Upload(NamedTuple):
-    """A file in the upload folder, and the name that its user knows."""
+    """A file in the upload folder; the name that its user knows, made harmless; and that name itself."""
 
     path: Path
     name: str
+    original: str
 
 
 class _NoLinks:
@@ -44,6 +48,19 @@ class _NoLinks:
     async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
         _refuse_link(url_or_file_path)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class _LocalFile(_NoLinks):
+    """Names a local file in the snippets of the page's "Use via API"; Gradio's own examples are links."""
+
+    example = "photo.jpg"
+
+    def example_payload(self) -> dict[str, Any]:
+        # The page turns into `handle_file` what has a "url".
+        return {"path": self.example, "url": self.example, "meta": {"_type": "gradio.FileData"}}
+
+    def example_value(self) -> str:
+        return self.example
 
 
 def _refuse_link(path: Any) -> None:
@@ -62,10 +79,11 @@ def _uploaded(path: str | None) -> Path:
 def _upload(file: FileData | Any) -> Upload:
     path = _uploaded(file.path)
     name = file.orig_name or path.name
-    return Upload(path, file_stem(name) + re.sub(r"[^.\w]", "", Path(name).suffix)[:8])
+    original = "".join(c for c in re.split(r"[\\/]", name)[-1] if c.isprintable())
+    return Upload(path, file_stem(name) + re.sub(r"[^.\w]", "", Path(name).suffix)[:8], original)
 
 
-class PhotoUpload(_NoLinks, gr.Image):
+class PhotoUpload(_LocalFile, gr.Image):
     """An image that is uploaded, pasted or dropped; gives an [`Upload`]."""
 
     def get_block_name(self) -> str:
@@ -75,8 +93,10 @@ class PhotoUpload(_NoLinks, gr.Image):
         return None if payload is None else _upload(payload)
 
 
-class FileUpload(_NoLinks, gr.File):
+class FileUpload(_LocalFile, gr.File):
     """One or several files; gives an [`Upload`], or a list of them."""
+
+    example = "mask.png"
 
     def get_block_name(self) -> str:
         return "file"
@@ -91,6 +111,10 @@ class FileUpload(_NoLinks, gr.File):
 class BrushedMask(_NoLinks, gr.ImageEditor):
     """A picture to brush on; gives the brushed part as `(height, width)` bool, or None where nothing was brushed."""
 
+    # Of the class: Gradio makes a component anew for each visitor, and the limit is of the server.
+    _layers: ClassVar[dict[str, bytes]] = {}
+    _lock: ClassVar[Any] = Lock()
+
     def get_block_name(self) -> str:
         return "imageeditor"
 
@@ -98,8 +122,8 @@ class BrushedMask(_NoLinks, gr.ImageEditor):
         if payload is None:
             return None
         if payload.id is not None:
-            stored = self.blob_storage.pop(payload.id, None)
-            layers = stored.layers if stored else []
+            with self._lock:
+                layers = [self._layers.pop(payload.id, None)]
         else:
             layers = payload.layers
         drawn = None
@@ -116,8 +140,20 @@ class BrushedMask(_NoLinks, gr.ImageEditor):
 
     @server
     def accept_blobs(self, data: Any) -> None:
-        if len(data.files[0][1]) > LAYER_BYTES:
-            raise gr.Error("this drawing is too large", print_exception=False)
-        while len(self.blob_storage) >= LAYERS_KEPT:
-            self.blob_storage.pop(next(iter(self.blob_storage)))
-        super().accept_blobs(data)
+        """Keep the layer that a page sends before it asks for it by its id; HTTPException for anything else."""
+        sent, files = getattr(data, "data", None), getattr(data, "files", None)
+        if not isinstance(sent, dict) or not files:
+            raise HTTPException(400, "send a layer as a form with a file")
+        # The page sends these too, and waits for the answer; nothing here looks at them.
+        if sent.get("type") in ("background", "composite"):
+            return
+        name, layer = sent.get("id"), files[0][1]
+        if sent.get("type") != "layer" or sent.get("index") != "0" or not isinstance(name, str):
+            raise HTTPException(400, "a drawing has one layer, 0, and an id")
+        if len(layer) > LAYER_BYTES or len(name) > ID_LENGTH:
+            raise HTTPException(413, "this drawing is too large")
+        with self._lock:
+            self._layers[name] = layer
+            # A small layer costs something too: its id, and its place.
+            while sum(len(kept) + 1024 for kept in self._layers.values()) > KEPT_BYTES:
+                self._layers.pop(next(iter(self._layers)))

@@ -6,7 +6,7 @@ import html
 import logging
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,13 @@ from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import read_card, results
 from unseg_hf.demo.components import BrushedMask, FileUpload, PhotoUpload, Upload
 from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
-from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, one_line, report_rows
+from unseg_hf.demo.session import Marks, Workbench, file_stem, one_line, report_rows
+from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.inspection import amplified_noise
-from unseg_hf.protection import Prompt, Protected
+from unseg_hf.protection import Prompt
 
 PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Session:
-    """What the server keeps of a user between two clicks."""
-
-    photo: Photo
-    marks: Marks
-    protected: Protected | None = None  # until the pictures that take longer are there
 
 
 def failures_in_one_line(function: Callable) -> Callable:
@@ -93,7 +85,8 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
             gr.Markdown(texts.ABOUT.format(name=name))
             gr.Markdown(results(read_card(bench.card)), elem_id="card")
         add_api(bench, job, new_file, failures_in_one_line)
-    page.queue(max_size=limits.waiting, default_concurrency_limit=1)
+    # Whoever posts to the API's routes would otherwise pass the queue, and its limits, by.
+    page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     return page
 
 
@@ -112,7 +105,9 @@ def _preset(epsilon: float) -> str | None:
 
 def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     limits = bench.limits
-    session = gr.State(None, time_to_live=limits.kept_seconds)
+    sessions = Sessions(limits.sessions)
+    # The id alone: Gradio keeps the states of far more visitors than photos have room.
+    session = gr.State(None, time_to_live=limits.kept_seconds, delete_callback=sessions.drop)
     with gr.Row():
         with gr.Column(min_width=320):
             upload = PhotoUpload(
@@ -197,22 +192,36 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                     with gr.Row():
                         web = [_web_image(title) for title in WEB_TREATMENTS.values()]
                 with gr.Accordion("The same on the command line", open=False):
-                    command = gr.Code(language="shell", interactive=False, label="unseg protect", wrap_lines=True)
+                    command = gr.Code(
+                        language="shell",
+                        interactive=False,
+                        label="unseg protect",
+                        wrap_lines=True,
+                        lines=1,
+                        max_lines=4,
+                    )
                     gr.Markdown(texts.COMMAND)
 
-    shown = [session, view, brush, hint, label, mask_file, typing, undo]
-    results_of = [session, result, slider, download, mask_download, report, command, noise, *web]
+    shown = [session, view, brush, hint, label, mask_file, typing, undo, result]
+    results_of = [result, slider, download, mask_download, report, command, noise, *web]
 
-    def refreshed(current: Session, view_only: bool = False) -> list[Any]:
-        """Values for `shown`: the masks found anew for the marks."""
+    def needed(key: str | None) -> Session:
+        current = sessions.find(key)
+        if current is None:
+            raise ValueError("no photo here: upload one (photos are forgotten after a while)")
+        return current
+
+    def refreshed(key: str, current: Session, view_only: bool = False) -> list[Any]:
+        """Values for `shown`: the masks found anew for the marks, and the session kept with them."""
         photo, marks = current.photo, current.marks
         prompt = marks.prompt()
         masks, notes = bench.find_masks(photo, prompt) if prompt is not None else ([], [])
         brushing = marks.way == "brush" and marks.drawn is None
         text = texts.found(marks, masks, notes)
         picture = marked(photo, marks, masks)
+        sessions.replace(key, current)
         return [
-            current,
+            key,
             gr.update(value=picture, visible=not brushing, label=texts.VIEW_LABELS[marks.way]),
             gr.skip() if view_only else gr.update(visible=brushing, value=None),
             _status(text),
@@ -220,65 +229,72 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             gr.skip() if view_only else gr.update(visible=marks.way == "brush"),
             gr.update(visible=marks.way in ("points", "boxes")),
             gr.update(visible=marks.way in ("points", "boxes")),
+            gr.update(visible=False),
         ]
 
-    def background(current: Session | None):
+    def background(key: str | None):
         """The photo to brush on; the editor takes it only once it is on the page."""
+        current = sessions.find(key)
         if current is None or current.marks.way != "brush" or current.marks.drawn is not None:
             return gr.skip()
         return {"background": current.photo.view, "layers": [], "composite": None}
 
-    def emptied() -> list[Any]:
+    def emptied(key: str | None) -> list[Any]:
+        sessions.drop(key)
         hidden = gr.update(visible=False)
         return [None, hidden, gr.update(interactive=False), hidden, None]
 
     @failures_in_one_line
-    def open_photo(uploaded: Upload | None, chosen: str):
+    def open_photo(key: str | None, uploaded: Upload | None, chosen: str):
+        # One may have been opened after `emptied`, which comes before the queue.
+        sessions.drop(key)
         if uploaded is None:
-            return [gr.skip()] * (2 + len(shown))
+            closed = [gr.update(visible=False), gr.update(interactive=False), None]
+            return closed + [gr.skip()] * (len(shown) - 1)
         photo = bench.open(*uploaded)
         ready = [gr.update(visible=True), gr.update(interactive=True)]
-        return ready + refreshed(Session(photo, Marks(way=chosen)))
+        current = Session(photo, Marks(way=chosen))
+        return ready + refreshed(sessions.add(current), current)
 
     @failures_in_one_line
-    def choose_way(current: Session | None, chosen: str):
-        current = _needed(current)
-        return refreshed(replace(current, marks=replace(current.marks, way=chosen)))
+    def choose_way(key: str | None, chosen: str):
+        current = needed(key)
+        return refreshed(key, replace(current, marks=replace(current.marks, way=chosen)))
 
     @failures_in_one_line
-    def click(current: Session | None, point_label: int, event: gr.SelectData):
-        current = _needed(current)
+    def click(key: str | None, point_label: int, event: gr.SelectData):
+        current = needed(key)
         x, y = current.photo.from_view(*event.index)
-        return refreshed(_with(current, current.marks.clicked(x, y, point_label), limits.marks), view_only=True)
+        return refreshed(key, _with(current, current.marks.clicked(x, y, point_label), limits.marks), view_only=True)
 
     @failures_in_one_line
-    def type_in(current: Session | None, text: str, point_label: int):
-        current = _needed(current)
+    def type_in(key: str | None, text: str, point_label: int):
+        current = needed(key)
         marks = texts.typed_marks(text, current.marks, point_label)
         prompt = marks.prompt()
         if prompt is not None:
             prompt.check_inside(current.photo.picture.height, current.photo.picture.width)
-        return ["", *refreshed(_with(current, marks, limits.marks), view_only=True)]
+        return ["", *refreshed(key, _with(current, marks, limits.marks), view_only=True)]
 
     @failures_in_one_line
-    def use_mask_file(current: Session | None, uploaded: Upload | None):
-        current = _needed(current)
-        drawn = None if uploaded is None else bench.read_mask(*uploaded, current.photo)
-        return refreshed(replace(current, marks=replace(current.marks, drawn=drawn)))
+    def use_mask_file(key: str | None, uploaded: Upload | None):
+        current = needed(key)
+        drawn = None if uploaded is None else bench.read_mask(uploaded.path, uploaded.name, current.photo)
+        return refreshed(key, replace(current, marks=replace(current.marks, drawn=drawn)))
 
     @failures_in_one_line
-    def take_back(current: Session | None):
-        current = _needed(current)
-        return refreshed(replace(current, marks=current.marks.undone()), view_only=True)
+    def take_back(key: str | None):
+        current = needed(key)
+        return refreshed(key, replace(current, marks=current.marks.undone()), view_only=True)
 
     @failures_in_one_line
-    def clear_marks(current: Session | None):
-        current = _needed(current)
-        return [None, *refreshed(replace(current, marks=current.marks.cleared()))]
+    def clear_marks(key: str | None):
+        current = needed(key)
+        return [None, *refreshed(key, replace(current, marks=current.marks.cleared()))]
 
     @failures_in_one_line
-    def protect_photo(current: Session | None, brushed: np.ndarray | None, level: float, exif: bool):
-        current = _needed(current)
+    def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool):
+        current = needed(key)
         photo, marks = current.photo, current.marks
         if marks.way == "brush" and marks.drawn is None and brushed is not None:
             marks = replace(marks, drawn=photo.mask_from_view(brushed))
@@ -293,8 +309,10 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
         Image.fromarray(protected.region).save(mask_path)
         figures = protected.report
+        # Another photo was opened meanwhile: this result would stand beside it.
+        if not sessions.replace(key, replace(current, protected=protected)):
+            return [gr.skip()] * len(results_of)
         return [
-            replace(current, protected=protected),
             gr.update(visible=True),
             (str(before), str(target)),
             str(target),
@@ -305,16 +323,17 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         ]
 
     @failures_in_one_line
-    def look_closer(current: Session | None):
+    def look_closer(key: str | None):
+        current = sessions.find(key)
         if current is None or current.protected is None:
-            return [gr.skip()] * (2 + len(web))
+            return [gr.skip()] * (1 + len(web))
         protected = current.protected
         noise_path = new_file(f"{file_stem(current.photo.name)}_noise.png")
         amplified = image_files.from_pil(amplified_noise(protected.original, protected.picture))
         noise_path.write_bytes(image_files.encode(amplified, "png"))
         treated = web_treatments(protected)
+        sessions.replace(key, replace(current, protected=None))
         return [
-            replace(current, protected=None),
             str(noise_path),
             *(gr.update(value=image, label=texts.web_caption(title, share)) for image, title, share in treated),
         ]
@@ -324,8 +343,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     for path, button in chosen:
         button.click(lambda path=str(path): path, None, upload, **quiet)
     fill = {"fn": background, "inputs": session, "outputs": brush} | quiet
-    upload.change(emptied, None, [session, marking, protect, result, mask_file], **quiet).then(
-        open_photo, [upload, way], [marking, protect, *shown], **job, show_progress_on=[upload]
+    upload.change(emptied, session, [session, marking, protect, result, mask_file], **quiet).then(
+        open_photo, [session, upload, way], [marking, protect, *shown], **job, show_progress_on=[upload]
     ).success(**fill)
     way.input(choose_way, [session, way], shown, **light).success(**fill)
     # Every click counts, also one that comes while the last one is being answered.
@@ -335,8 +354,10 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     mask_file.clear(use_mask_file, [session, mask_file], shown, **light).success(**fill)
     undo.click(take_back, session, shown, **light, trigger_mode="multiple")
     clear.click(clear_marks, session, [mask_file, *shown], **light).success(**fill)
+    # A result stands only beside the settings that gave it.
+    gr.on([epsilon.change, keep_exif.input, brush.input], lambda: gr.update(visible=False), None, result, **quiet)
     protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
-        look_closer, session, [session, noise, *web], **job, show_progress_on=web
+        look_closer, session, [noise, *web], **job, show_progress_on=web
     )
 
 
@@ -381,7 +402,7 @@ def _several_photos(bench: Workbench, job: dict) -> None:
         prompt = Prompt(whole_image=True) if chosen == "whole" else Prompt()
         entries = protect_to_zip(
             bench,
-            files,
+            [(file.path, file.name) for file in files],
             target,
             prompt,
             level,
@@ -391,12 +412,6 @@ def _several_photos(bench: Workbench, job: dict) -> None:
         return str(target) if target.exists() else None, texts.batch_table(entries)
 
     start.click(protect_all, [uploads, what, epsilon, keep_exif], [archive, table], **job)
-
-
-def _needed(session: Session | None) -> Session:
-    if session is None:
-        raise ValueError("no photo here: upload one (photos are forgotten after a while)")
-    return session
 
 
 def _with(session: Session, marks: Marks, most: int) -> Session:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
 #hint p {margin: 0; font-size: var(--text-md)}
 #report table {width: 100%}
-#card table {display: block; overflow-x: auto}
-#card th, #card td {overflow-wrap: normal; word-break: normal; padding: 6px}
+#view img {max-height: 80vh}
+#card table, #batch-table table {display: block; overflow-x: auto}
+#card th, #card td, #batch-table th, #batch-table td {overflow-wrap: normal; word-break: normal; padding: 6px}
 """
 
 
@@ -52,13 +55,16 @@ def run_demo(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _folder_that_goes() -> Iterator[None]:
-    """Makes Gradio keep its files in a folder that is deleted at the end; stopped by Ctrl-C it leaves them behind."""
+    """Makes Gradio keep its files in a folder that is deleted at the end, however it is asked to stop."""
     place = os.environ.get("GRADIO_TEMP_DIR")
+    # What stops services, and otherwise ends Python without any clean-up.
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             yield
         finally:
+            signal.signal(signal.SIGTERM, earlier)
             os.environ.pop("GRADIO_TEMP_DIR")
             if place is not None:
                 os.environ["GRADIO_TEMP_DIR"] = place
@@ -106,7 +112,7 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
         "theme": theme,
         "css": CSS,
         "max_file_size": limits.file_bytes,
-        "state_session_capacity": limits.sessions,
+        "state_session_capacity": limits.visitors,
         "allowed_paths": [],
         "show_error": False,
         "enable_monitoring": False,

@@ -35,6 +35,7 @@ class Limits:
         batch_bytes: of all photos of a batch together.
         waiting: jobs in the queue, of all users; who comes later is told to come back.
         sessions: photos that are kept in memory; the ones not used for longest go first.
+        visitors: whose settings are kept in memory, about 130 kB each; the rest as for `sessions`.
         kept_seconds: how long photos and results stay, in memory and on disk.
     """
 
@@ -46,6 +47,7 @@ class Limits:
     batch_bytes: int = 100 * 2**20
     waiting: int = 20
     sessions: int = 24
+    visitors: int = 4000
     kept_seconds: int = 1800
 
 
@@ -115,16 +117,18 @@ class Photo:
     """An opened photo: what is computed once and serves every click.
 
     Args:
-        name: of the uploaded file.
+        name: of the uploaded file, harmless.
         picture: upright, with its EXIF.
         embeddings: of the generator, on the CPU.
         view: RGB, its longest side at most `VIEW_SIDE`.
+        original: the file's name as its user has it, for the command line alone.
     """
 
     name: str
     picture: Picture
     embeddings: UnSegImageEmbeddings
     view: Image.Image
+    original: str
 
     def from_view(self, x: float, y: float) -> tuple[int, int]:
         """A pixel of the photo from one of the view."""
@@ -165,8 +169,8 @@ class Workbench:
         self._find_masks = on_accelerator(self._find_masks)
         self._finish = on_accelerator(self._finish)
 
-    def open(self, path: str | Path, name: str) -> Photo:
-        """Read and encode a photo.
+    def open(self, path: str | Path, name: str, original: str | None = None) -> Photo:
+        """Read and encode a photo; `original` is its name where `name` had to be made harmless.
 
         Raises:
             ImageFileError: not one whole picture within the limits; the message names `name`, never the path.
@@ -180,7 +184,7 @@ class Workbench:
         view = Image.fromarray(picture.rgb8())
         view.thumbnail((VIEW_SIDE, VIEW_SIDE))
         job = self.protector.prepare(picture, Prompt(whole_image=True))
-        return Photo(name, picture, self._encode(job), view)
+        return Photo(name, picture, self._encode(job), view, original or name)
 
     def read_mask(self, path: str | Path, name: str, photo: Photo) -> np.ndarray:
         """A mask file for a photo, `(height, width)` bool; ImageFileError unless it is one, of the photo's size."""
@@ -236,7 +240,8 @@ class Workbench:
     def command(self, photo: Photo, marks: Marks, epsilon: float) -> str:
         """What gives the same pixels on the command line."""
         stem = file_stem(photo.name)
-        source = stem + Path(photo.name).suffix
+        # A name that begins with a hyphen would be read as an option.
+        source = f"./{photo.original}" if photo.original.startswith("-") else photo.original
         parts = ["unseg", "protect", source, "-o", f"{stem}_protected.png", *marks.arguments(f"{stem}_mask.png")]
         parts += ["--epsilon", f"{epsilon:g}"]
         return shlex.join(parts + (["--model", self.checkpoint] if self.checkpoint else []))

@@ -80,7 +80,8 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return "Now click on the opposite corner."
     if notes:
         text = "; ".join(dict.fromkeys(notes))
-        return f"{text[0].upper()}{text[1:]}. A box or the brush protects less."
+        advice = " To protect only a part, draw a box or brush over it." if marks.way in ("points", "objects") else ""
+        return f"{text[0].upper()}{text[1:]}.{advice}"
     if not masks or marks.way == "whole":
         return HINTS[marks.way]
     share = np.logical_or.reduce(masks).mean()
