@@ -13,6 +13,7 @@ from typing import Any
 
 from .demo.serving import add_demo
 from .evaluation.audit_command import add_audit
+from .image_files import one_line
 from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels; the background gets a quarter
@@ -195,7 +196,7 @@ def run_protect(options: argparse.Namespace) -> int:
                     )
                 # One bad image must not stop the others, whatever is wrong with it.
                 except Exception as error:
-                    text = _one_line(error)
+                    text = one_line(error)
                     text = text if str(task.source) in text else f"{task.source}: {text}"
                     report.add(task, "failed", error=text)
                     tqdm.write(f"unseg: {text}", file=sys.stderr)
@@ -234,7 +235,7 @@ def load_protector(model: str | None, device: str):
     # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
     except Exception as error:
         name = model or "(embedded)"
-        raise UsageError(f"the generator {name} does not load on {device!r}: {_one_line(error)}") from error
+        raise UsageError(f"the generator {name} does not load on {device!r}: {one_line(error)}") from error
 
 
 def plan(
@@ -354,10 +355,6 @@ def _refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path 
     for target in targets:
         if target.resolve() in needed:
             raise UsageError(f"{what} {target} would replace a file that is needed: choose another name")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _protect_one(protector, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any]:

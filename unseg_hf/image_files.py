@@ -54,6 +54,11 @@ class ImageFileError(ValueError):
     """One line: names the file, what is wrong, and the fix."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _error(name: str, problem: str, fix: str) -> ImageFileError:
     return ImageFileError(" ".join(f"{name}: {problem}; {fix}".splitlines()))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .configuration_unseg import check_epsilon
-from .image_files import ImageFileError, encode_verified, read_mask
+from .image_files import ImageFileError, encode_verified, one_line, read_mask
 from .model_identity import model_identity
 from .protection import Job, Prompt, Protected, Protector
 
@@ -196,7 +196,7 @@ class ProtectImages:
             raise
         # Whatever reading a damaged file raises is that record's trouble alone.
         except Exception as error:
-            return Outcome(error=" ".join(str(error).split()) or type(error).__name__)
+            return Outcome(error=one_line(error))
 
     @property
     def _budget(self) -> tuple[float | None, float | None]:
@@ -257,7 +257,7 @@ def _load(model: str | None, revision: str | None, identity: str, device: str) -
         return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
     # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error)
         raise ValueError(f"the generator {model or '(embedded)'} does not load on {device!r}: {said}") from error
 
 

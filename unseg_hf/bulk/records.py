@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from ..image_files import one_line
 from ..mapping import stored_image
 
 
@@ -93,7 +94,7 @@ def image_bytes(value: Any) -> tuple[bytes | None, str]:
     except MemoryError:
         raise
     except Exception as error:  # of any of the file systems that a path may lead to
-        return None, " ".join(str(error).split()) or type(error).__name__
+        return None, one_line(error)
 
 
 def short_names(files: Sequence[Path]) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unseg_hf import image_files
-from unseg_hf.demo.session import Workbench, file_stem, one_line
+from unseg_hf.demo.session import Workbench, file_stem
+from unseg_hf.image_files import one_line
 from unseg_hf.protection import Prompt
 
 

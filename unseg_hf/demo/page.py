@@ -24,8 +24,9 @@ from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import read_card, results
 from unseg_hf.demo.components import BrushedMask, FileUpload, PhotoUpload, Upload
 from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
-from unseg_hf.demo.session import Marks, Workbench, file_stem, one_line, report_rows
+from unseg_hf.demo.session import Marks, Workbench, file_stem, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
+from unseg_hf.image_files import one_line
 from unseg_hf.inspection import amplified_noise
 from unseg_hf.protection import Prompt
 

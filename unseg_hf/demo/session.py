@@ -288,10 +288,6 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", Path(last).stem).strip("._-")[:60] or "photo"
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def report_rows(protected: Protected, report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report of a protected photo in words, as (what, figure)."""
     inside, outside = whole_levels(255, protected.epsilon, protected.epsilon_background)

@@ -352,5 +352,5 @@ def _sha256(path: Path) -> str:
 
 
 def _failure(path: str, error: Exception) -> dict[str, Any]:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = image_files.one_line(error)
     return {"status": "failed", "error": text if path in text else f"{path}: {text}"}
