@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from unseg_hf.data.interactive import InteractiveSegmentation
 from unseg_hf.data.records import Record
 from unseg_hf.training import bilevel, checkpoints
-from unseg_hf.training.bilevel import apply_budget, train
+from unseg_hf.training.bilevel import _augmented, apply_budget, train
 from unseg_hf.training.configuration_bilevel import BilevelConfig
 from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate
 
@@ -44,12 +45,11 @@ class Discs:
 def networks(build_generator, tiny_sam_config, kinds=("unet",), freeze_sam=False):
     generator = build_generator(freeze_sam=freeze_sam)
     torch.manual_seed(1)
-    surrogates = Surrogates(
-        UNetSurrogate(width=4, image_size=32)
-        if kind == "unet"
-        else SamSurrogate(tiny_sam_config(image_size=64), prompt_size=64)
-        for kind in kinds
-    )
+    builders = {
+        "unet": partial(UNetSurrogate, width=4, image_size=32),
+        "sam": partial(SamSurrogate, tiny_sam_config(image_size=64), prompt_size=64),
+    }
+    surrogates = Surrogates(builders[kind] for kind in kinds)
     return generator, surrogates
 
 
@@ -106,6 +106,12 @@ class TestSettings:
         assert cosine.rate(0.0, 0) == pytest.approx(0.01)
         assert cosine.rate(0.5, 500) == pytest.approx(0.5)
 
+    def test_surrogates_begin_anew_one_after_another(self):
+        config = BilevelConfig(surrogate_restart=10)
+        begun = {step: found for step in range(31) if (found := config.restarts(step, 2))}
+        assert begun == {10: [0], 15: [1], 20: [0], 25: [1], 30: [0]}
+        assert not BilevelConfig().restarts(10, 2)
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -116,6 +122,9 @@ class TestSettings:
             ({"epsilon_start": 0.5}, "epsilon_start=0.5"),
             ({"surrogate_turns": 0}, "surrogate_turns=0"),
             ({"keep_checkpoints": -1}, "keep_checkpoints=-1"),
+            ({"surrogate_restart": -1}, "surrogate_restart=-1"),
+            ({"correlation_weight": -1.0}, "correlation_weight=-1.0"),
+            ({"augmentation_probability": 1.5}, "augmentation_probability=1.5: must be from 0 to 1"),
             ({"postprocess_probability": 2.0}, "postprocess_probability=2.0: must be from 0 to 1"),
             ({"max_gradient_norm": -1.0}, "max_gradient_norm=-1.0"),
             ({"learning_rate": float("nan")}, "learning_rate=nan"),
@@ -152,6 +161,36 @@ class TestPhases:
         assert torch.equal(buffers(surrogates), buffers(first))  # running means of batch norm, too
         assert "generator" in log[-1]
         assert "surrogate" not in log[-1]
+
+    def test_a_surrogate_that_begins_anew_keeps_its_rate_and_nothing_else(self, small_run, tmp_path):
+        settings = {"alternation": "joint", "epochs": 8, "surrogate_learning_rate": 1e-2, "learning_rate": 0.0}
+        *_, log = small_run(tmp_path, surrogate_restart=20, **settings)
+        before, after = log[19]["surrogate"], log[20]["surrogate"]
+        assert after > before + 0.1
+        assert log[-1]["surrogate"] < after - 0.1
+
+    def test_noises_of_different_images_part_where_that_is_asked_for(self, small_run, tmp_path):
+        settings = {"alternation": "joint", "epochs": 12, "learning_rate": 3e-3}
+        *_, alike = small_run(tmp_path / "alike", correlation_weight=1e-9, **settings)
+        *_, apart = small_run(tmp_path / "apart", correlation_weight=5.0, **settings)
+        assert apart[-1]["correlation"] < 0.5 * alike[-1]["correlation"]
+
+    def test_augmented_masks_follow_their_images(self):
+        random = torch.Generator().manual_seed(0)
+        masks = torch.zeros(2, 64, 64)
+        masks[:, 20:44, 20:44] = 1
+        images = masks.unsqueeze(1).expand(-1, 3, -1, -1) * 0.9 + 0.05
+        state = torch.get_rng_state()
+        seen, moved = _augmented(images.clone().requires_grad_(), masks, 1.0, random)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not torch.equal(moved, masks)
+        # Whatever the colours: inside the moved mask it is brighter than outside.
+        bright = seen.mean(1) > seen.detach().amax((1, 2, 3), keepdim=True)[:, 0] / 2
+        assert ((bright == (moved > 0.5)).float().mean()) > 0.95
+        assert torch.autograd.grad(seen.sum(), seen, allow_unused=True)[0] is not None
+        same, there = _augmented(images, masks, 0.0, random)
+        assert same is images
+        assert there is masks
 
     @pytest.mark.parametrize("kinds", [("unet",), ("sam",), ("unet", "sam")])
     def test_noise_learns_to_show_the_mask(self, small_run, tmp_path, kinds):

@@ -1,6 +1,7 @@
 """Surrogates: pretrained starts against transformers' own modules, and what the phases of the loop need of them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -206,7 +207,11 @@ class TestMaeEncoder:
 @pytest.fixture
 def both(tiny_sam_config):
     torch.manual_seed(0)
-    return Surrogates([SamSurrogate(tiny_sam_config(), prompt_size=64), UNetSurrogate(width=4, image_size=32)]).train()
+    builders = [
+        partial(SamSurrogate, tiny_sam_config(), prompt_size=64),
+        partial(UNetSurrogate, width=4, image_size=32),
+    ]
+    return Surrogates(builders).train()
 
 
 class TestSurrogates:
@@ -216,7 +221,21 @@ class TestSurrogates:
         assert [tuple(values.shape) for values in logits] == [(2, 16, 16), (2, 32, 32)]
         for surrogate, values in zip(both, logits, strict=True):
             torch.testing.assert_close(surrogate(images, prompts), values)
-        assert len(Surrogates([both[1]])(images, prompts)) == 1
+
+    def test_one_begins_anew_with_the_same_parameters_and_new_values(self, both):
+        optimizer = torch.optim.Adam(both.parameters())
+        before, kept = copy.deepcopy(both.state_dict()), [id(p) for p in both.parameters()]
+        torch.stack([logits.mean() for logits in both(noise_images(), box_prompts())]).sum().backward()
+        optimizer.step()
+        state = torch.get_rng_state()
+        both.restart(1, seed=5, optimizer=optimizer)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [id(p) for p in both.parameters()] == kept
+        assert optimizer.state.keys() == {p for p in both[0].parameters() if p.grad is not None}
+        torch.manual_seed(5)
+        fresh = UNetSurrogate(width=4, image_size=32).state_dict()
+        assert all(torch.equal(value, fresh[name]) for name, value in both[1].state_dict().items())
+        assert not torch.equal(fresh["unet.classify.weight"], before["1.unet.classify.weight"])
 
     def test_prompts_are_left_as_they_are(self, both):
         prompts = box_prompts() | {"input_masks": torch.rand(2, 1, 16, 16)}

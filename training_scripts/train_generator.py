@@ -23,6 +23,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 
@@ -200,19 +201,22 @@ def build_surrogates(args: ModelArguments, generator):
     if (start := args.surrogate_checkpoint or args.surrogate_encoder) and "sam" not in args.surrogate:
         raise ValueError(f"{start} is for a sam surrogate, and --surrogate is {' '.join(args.surrogate)}")
     prompt_size = generator.config.sam_config.vision_config.image_size
-    surrogates = Surrogates()
-    for kind, size in zip(args.surrogate, args.surrogate_size, strict=True):
+
+    def build(kind: str, size: int):
         if kind == "unet":
-            surrogates.append(UNetSurrogate(args.surrogate_width, size))
-        elif kind != "sam":
-            surrogates.append(VictimSurrogate(kind, size))
-        elif args.surrogate_checkpoint:
-            surrogates.append(SamSurrogate.from_checkpoint(args.surrogate_checkpoint, size, prompt_size))
-        else:
-            surrogates.append(SamSurrogate(sam_config_at(generator.config.sam_config, size), prompt_size))
-        if kind == "sam" and args.surrogate_encoder:
-            load_mae_encoder(surrogates[-1], args.surrogate_encoder)
-    return surrogates
+            return UNetSurrogate(args.surrogate_width, size)
+        if kind != "sam":
+            return VictimSurrogate(kind, size)
+        if args.surrogate_checkpoint:
+            return SamSurrogate.from_checkpoint(args.surrogate_checkpoint, size, prompt_size)
+        surrogate = SamSurrogate(sam_config_at(generator.config.sam_config, size), prompt_size)
+        if args.surrogate_encoder:
+            load_mae_encoder(surrogate, args.surrogate_encoder)
+        return surrogate
+
+    return Surrogates(
+        partial(build, kind, size) for kind, size in zip(args.surrogate, args.surrogate_size, strict=True)
+    )
 
 
 def build_accelerator(model_args: ModelArguments, run: RunArguments, config):

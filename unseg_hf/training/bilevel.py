@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..data.interactive import InteractiveSegmentation
+from ..evaluation.augmentation import strong_augmentation
+from ..evaluation.victims.base import Batch
 from ..modeling_unseg import UnSegModel
 from .checkpoints import Checkpoints
 from .configuration_bilevel import BilevelConfig
@@ -174,9 +176,19 @@ def train(
                 images = send_to_device({k: v for k, v in batch.items() if k != "name"}, accelerator.device)
                 random = _random(config.seed, epoch, number, rank)
                 share = progress.step / total
-                for optimizer, base in ((adam_g, config.learning_rate), (adam_s, config.surrogate_learning_rate)):
+                rate = config.rate(share, progress.step)
+                # A surrogate that has just begun needs the whole rate, however late in the run.
+                surrogate_rate = 1.0 if config.surrogate_restart else rate
+                for optimizer, value in (
+                    (adam_g, config.learning_rate * rate),
+                    (adam_s, config.surrogate_learning_rate * surrogate_rate),
+                ):
                     for group in optimizer.param_groups:
-                        group["lr"] = base * config.rate(share, progress.step)
+                        group["lr"] = value
+                if number % per_step == 0:
+                    for index in config.restarts(progress.step, len(surrogates)):
+                        seed = int(np.random.SeedSequence((config.seed, progress.step, index)).generate_state(1)[0])
+                        surrogates.restart(index, seed, adam_s.optimizer)
                 train_generator, train_surrogates = config.trains(epoch, progress.step)
                 losses = {}
 
@@ -196,6 +208,9 @@ def train(
                             if config.cast_weight:
                                 losses["cast"] = _colour_cast(noise)
                                 loss = loss + config.cast_weight * losses["cast"]
+                            if config.correlation_weight:
+                                losses["correlation"] = _correlation(noise)
+                                loss = loss + config.correlation_weight * losses["correlation"]
                             if sam_loss is not None:
                                 losses["sam"] = sam_loss
                                 loss = loss + config.sam_loss_weight * sam_loss
@@ -268,10 +283,31 @@ def apply_budget(batch: dict, noise: torch.Tensor, epsilon: float, background: f
 def _segmentation_loss(surrogates, protected, masks, all_ones, config, random):
     """How far the surrogates are from their target on protected images, after what the web may do to them."""
     seen, masks = random_postprocess(protected, masks, config.postprocessings, config.postprocess_probability, random)
+    if config.augmentation_probability:
+        seen, masks = _augmented(seen, masks, config.augmentation_probability, random)
     kinds = choose_kinds(config.prompt_kinds, several=False, generator=random)
     target = torch.ones_like(masks) if all_ones else masks
     found = surrogates(normalise(seen), make_prompts(masks, kinds, random))
     return torch.stack([point_loss(logits, target, random, config.points).mean() for logits in found]).mean()
+
+
+def _augmented(images, masks, probability, random):
+    """A share of the batches as strongly augmented victims see them; what lies beyond the image is no object."""
+    seed = int(torch.randint(2**31, (), generator=random))
+    if torch.rand((), generator=random) >= probability:
+        return images, masks
+    masks = F.interpolate(masks[:, None], images.shape[-2:], mode="nearest-exact")[:, 0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the augmentation draws from torch's global generator
+        batch = strong_augmentation(Batch(images, masks.long()))
+    return batch.images, (batch.labels == 1).to(masks.dtype)
+
+
+def _correlation(noise):
+    """Mean squared correlation between the noises `(batch, 3, h, w)` of two images."""
+    flat = F.normalize(noise.float().flatten(1) - noise.float().flatten(1).mean(1, keepdim=True), dim=1)
+    others = (flat @ flat.T)[~torch.eye(len(flat), dtype=torch.bool, device=flat.device)]
+    return others.square().mean()
 
 
 def _colour_cast(noise):

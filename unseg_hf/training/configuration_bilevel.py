@@ -40,6 +40,12 @@ class BilevelConfig:
     )
     surrogate_turns: int = _setting(1, "Epochs or steps that the surrogates are trained, ...")
     generator_turns: int = _setting(3, "... and that the generator is trained after them.")
+    surrogate_restart: int = _setting(
+        0,
+        "Steps after which a surrogate begins anew from fresh weights, several of them one after another, at a "
+        "constant rate; 0: never (the paper's). Noise that a surrogate has grown used to in a whole run need not be "
+        "what a fresh network, as a victim is, learns first.",
+    )
     label_modification: bool = _setting(
         True, "The generator's target is an all-ones mask (the paper's), not the mask."
     )
@@ -62,6 +68,16 @@ class BilevelConfig:
         0.0,
         "Weight of the share of the noise's energy that local averaging leaves. Without it a small generator ends in "
         "one colour cast for every image, which greyscale and white balance remove (the paper has none).",
+    )
+    correlation_weight: float = _setting(
+        0.0,
+        "Weight of the mean squared correlation between the noises of two images of a batch. Without it a small "
+        "generator ends in one pattern for every image, which averaging finds (the paper has none).",
+    )
+    augmentation_probability: float = _setting(
+        0.0,
+        "Share of the batches that surrogates see rotated, scaled, recoloured, blurred and greyed, as strongly "
+        "augmented victims of the audit do (the paper has none).",
     )
     sam_loss_weight: float = _setting(
         0.0,
@@ -97,11 +113,12 @@ class BilevelConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in (
             "generator_turns", "max_steps", "validate_every", "save_every", "keep_checkpoints", "learning_rate",
-            "surrogate_learning_rate", "max_gradient_norm", "cast_weight", "sam_loss_weight",
+            "surrogate_learning_rate", "max_gradient_norm", "cast_weight", "sam_loss_weight", "correlation_weight",
+            "surrogate_restart",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
-        for name in ("postprocess_probability", "decay_at", "epsilon_warmup"):
+        for name in ("postprocess_probability", "augmentation_probability", "decay_at", "epsilon_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
 
@@ -117,6 +134,13 @@ class BilevelConfig:
         left = max(0.0, 1 - progress / self.epsilon_warmup) if self.epsilon_warmup > 0 else 0.0
         multiple = 1 + (self.epsilon_start - 1) * left
         return self.epsilon * multiple, self.epsilon_background * multiple
+
+    def restarts(self, step: int, surrogates: int) -> list[int]:
+        """Which of so many surrogates begin anew before a step, the first ones after a whole period."""
+        every = self.surrogate_restart
+        if not every:
+            return []
+        return [i for i in range(surrogates) if step >= every and (step - i * every // surrogates) % every == 0]
 
     def rate(self, progress: float, step: int) -> float:
         """Multiple of the learning rates after a share `progress` of all steps."""

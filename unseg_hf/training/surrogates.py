@@ -1,6 +1,6 @@
 """Surrogate segmenters: what the generator's noise is trained against."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -132,7 +132,27 @@ class VictimSurrogate(nn.Module):
 
 
 class Surrogates(nn.ModuleList):
-    """Surrogates that see the same images and prompts; a single one is the list of one."""
+    """Surrogates that see the same images and prompts; a single one is the list of one.
+
+    Args:
+        builders: each makes one surrogate, from torch's global random numbers where it makes weights.
+    """
+
+    def __init__(self, builders: Iterable[Callable[[], nn.Module]]):
+        self._builders = list(builders)
+        super().__init__(build() for build in self._builders)
+
+    def restart(self, index: int, seed: int, optimizer: torch.optim.Optimizer) -> None:
+        """One surrogate begins anew, as its builder makes it with this seed; the optimizer forgets its moments.
+
+        The parameters stay the same objects, so that whoever holds them (optimizer, data-parallel wrapper) goes on.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = self._builders[index]()
+        self[index].load_state_dict(fresh.state_dict())
+        for parameter in self[index].parameters():
+            optimizer.state.pop(parameter, None)
 
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')` of each surrogate, h' and w' its own."""
