@@ -29,7 +29,6 @@ from unseg_hf.bulk.run import protect_dataset
 from unseg_hf.mapping import RecordError
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "protect_dataset.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoded(pixels, format="PNG"):
@@ -654,14 +653,13 @@ def test_two_processes_of_the_script_killed_and_begun_again_equal_one(place, sav
     run(source, saved_generator, "whole")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [SCRIPT, "in", "--masks", "masks", "--output", "out", "--model", saved_generator, "--shard_size", "5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Alone first, killed as soon as there is something of it.
-    alone = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=subprocess.DEVNULL)
+    alone = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
     while alone.poll() is None and not list(Path("out").glob("data/*")):
         pass
     alone.kill()
     alone.wait()
-    finished = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True)
+    finished = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "9 images protected, 5 failed" in finished.stdout
     assert files("out") == files("whole")
