@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Array2D, Array3D, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -487,6 +487,30 @@ def test_verify_knows_the_mask_and_changed_originals(place, saved_generator, cap
     assert "in has no settings.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stored", ["array", "several", "label_map"])
+def test_verify_reads_masks_of_array_columns_as_the_run_did(place, saved_generator, stored, capsys):
+    drawn = np.zeros((24, 32), np.uint8)
+    drawn[4:15, 6:20] = 1
+    other = np.roll(drawn, 10, axis=1)
+    value = {"array": drawn, "several": np.stack([drawn, other]), "label_map": drawn + 2 * other}[stored]
+    feature = Array3D(value.shape, "uint8") if stored == "several" else Array2D(value.shape, "uint8")
+    row = {"image": [{"bytes": encoded(photo(i, width=32 - i % 3)), "path": None} for i in range(2)]}
+    row["mask"] = [value, value]
+    features = Features({"image": ImageFeature(), "mask": feature})
+    Dataset.from_dict(row, features=features).to_parquet("in.parquet")
+    opened = open_source(["in.parquet"], Path("out"), mask_column="mask")
+    protect = ProtectImages(str(saved_generator), mask_column="masks", label_maps=stored == "label_map")
+    assert protect_dataset(opened, Path("out"), "parquet", protect).failed == 0
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 0
+    # What lies outside of the masks was checked, and with the budget of the background.
+    settings = json.loads(Path("out/settings.json").read_text())
+    settings["protection"]["epsilon_background"] = 0
+    Path("out/settings.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 1
+    assert capsys.readouterr().err.count("outside the mask, where 0 is the most") == 2
+
+
 def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known(place, saved_generator, capsys):
     run(write_images(place), saved_generator, kind="folder")
     for name in (
@@ -498,6 +522,7 @@ def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known
     ):
         Path("out", name).parent.mkdir(parents=True, exist_ok=True)
         Path("out", name).write_bytes(encoded(photo(0)))
+    capsys.readouterr()
     assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 1
     said = capsys.readouterr()
     assert [line.split(": ")[1] for line in said.err.splitlines()] == [

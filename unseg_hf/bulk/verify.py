@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .. import image_files
-from ..mapping import stored_image
-from ..protection import Prompt, given_masks, max_noise, whole_levels
+from ..mapping import stored_prompt
+from ..protection import given_masks, max_noise, whole_levels
 from . import manifest
 from .opening import open_source
 from .outputs import published_images
@@ -151,10 +151,7 @@ def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, 
 
 def _region(mask: Any, size: tuple[int, int], protection: dict[str, Any]) -> np.ndarray:
     """Where the full budget applied, `(height, width)` bool; everywhere if the mask is not known."""
-    if mask is None:
+    if mask is None or not protection["masks"]:
         return np.ones(size, dtype=bool)
-    several = isinstance(mask, list)
-    value = [stored_image(one, "the mask") for one in mask] if several else stored_image(mask, "the mask")
-    field_name = "masks" if several else "label_map" if protection["label_maps"] else "mask"
-    masks = given_masks(Prompt(**{field_name: value}, ignore_labels=protection["ignore_labels"]), size)
-    return np.logical_or.reduce(masks)
+    prompt = stored_prompt(mask, protection["label_maps"], ignore_labels=protection["ignore_labels"])
+    return np.logical_or.reduce(given_masks(prompt, size))
