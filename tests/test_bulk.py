@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -421,6 +422,42 @@ def test_a_tar_that_is_cut_gives_what_is_whole_and_says_so(place, saved_generato
     assert "part1.tar: it is damaged" in last["error"]
     assert any(line["source"].startswith("part1.tar/") and line["status"] == "protected" for line in lines())
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz" if str(path).endswith("gz") else "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("damage", ["no tar", "overwritten"])
+def test_columns_are_those_of_the_first_whole_sample_where_the_first_tar_is_damaged(place, saved_generator, damage):
+    def members(*numbers):
+        return {f"{i}.{suffix}": encoded(draw(i)) for i in numbers for suffix, draw in drawings}
+
+    drawings = (("png", photo), ("mask.png", mask))
+    write_tar("b.tar", {"0.png": encoded(photo(0))} | members(1))
+    write_tar("c.tar", members(2, 3))
+    write_tar("whole.tar", {"0.txt": b"text" * 100_000})
+    packer = zlib.compressobj(wbits=31)
+    begin = packer.compress(Path("whole.tar").read_bytes()[:200_000]) + packer.flush(zlib.Z_FULL_FLUSH)
+    # In the midst of a member it is zlib that meets a block of no kind.
+    Path("a.tar.gz").write_bytes(begin + b"\xff" * 100 if damage == "overwritten" else b"no tar" * 200)
+    source = {"inputs": ["a.tar.gz", "b.tar", "c.tar"], "mask_column": "mask.png"}
+    run(source, saved_generator, "alone")
+    for process in (2, 0, 1):
+        summary = run(source, saved_generator, process=(process, 3))
+    assert files("out") == files("alone")
+    assert (summary.records, summary.failed) == (5, 2)
+    assert lines()[0]["source"] == "a.tar.gz"
+    assert "a.tar.gz: it is damaged, or no tar" in lines()[0]["error"]
+    dataset = load_dataset("out", split="train", cache_dir=str(place / "cache"))
+    assert dataset.column_names == ["__key__", "image", "mask.png", "protection_error"]
+    assert [image is not None for image in dataset["image"]] == [False, True, True, True]
+    run(source, saved_generator, "tars", kind="tars")
+    assert len(load_dataset("tars", split="train", cache_dir=str(place / "cache"))) == 3
 
 
 def test_a_damaged_parquet_file_is_named(place, saved_generator):

@@ -142,6 +142,8 @@ class TarShard(ShardWriter):
 
     def close(self) -> None:
         self._tar.close()
+        if not self._taken:  # `load_dataset` fails where its first tar is empty
+            (self.partial / self.names.pop()).unlink()
 
 
 class FolderShard(ShardWriter):

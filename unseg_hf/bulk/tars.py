@@ -1,8 +1,10 @@
 """WebDataset tars as a source: samples are neighbours that share a name up to the first dot of the file name."""
 
+import contextlib
 import functools
 import json
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -90,17 +92,25 @@ class TarFiles:
     def _schema(self) -> pa.Schema:
         from datasets import Features, Image, Value
 
-        first = next((record for record in self.read(0) if record.image is not None), None)
+        first = next(self._whole_samples(), None)
         features = {"__key__": Value("string"), "image": Image()}
         for suffix in first.rest if first else ():
             kind = suffix.rpartition(".")[2].lower()
             features[suffix] = Image() if f".{kind}" in SUFFIXES else Value("string" if kind in _TEXT else "binary")
         return Features(features).arrow_schema
 
+    def _whole_samples(self) -> Iterator[Record]:
+        """Records with image and mask of all tars, as far as these can be read: the same in every process."""
+        for shard in range(len(self.shards)):
+            with contextlib.suppress(SourceError):
+                for record in self.read(shard):
+                    if record.image is not None and (self._mask is None or record.mask is not None):
+                        yield record
+
     def row(self, record: Record) -> pa.Table:
         if unknown := sorted(set(record.rest) - set(self._schema.names)):
             raise ValueError(
-                f"{record.key} has a .{unknown[0]}, which the first sample of the first tar has not: write tars, "
+                f"{record.key} has a .{unknown[0]}, which the first whole sample has not: write tars, "
                 "whose samples may differ"
             )
         values: dict[str, Any] = {"__key__": record.key}
@@ -142,6 +152,6 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
                 members[suffix] = tar.extractfile(info).read()
         if members:
             yield key, members, twice
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         # The last sample may lack its mask or its annotations: it is not given out.
         raise SourceError(f"{path.name}: it is damaged, or no tar, at {last} ({error})") from error
