@@ -460,6 +460,51 @@ def test_columns_are_those_of_the_first_whole_sample_where_the_first_tar_is_dama
     assert len(load_dataset("tars", split="train", cache_dir=str(place / "cache"))) == 3
 
 
+@pytest.mark.parametrize("on_error", ["mark", "drop"])
+def test_a_damaged_row_group_costs_its_own_records_alone(place, saved_generator, on_error):
+    columns = {name: values[:9] for name, values in rows().items()}
+    columns["image"] = [{"bytes": encoded(photo(i)), "path": None} for i in range(9)]
+    columns["mask"] = [{"bytes": encoded(mask(i)), "path": None} for i in range(9)]
+    table = Dataset.from_dict(columns, features=FEATURES).with_format("arrow")[:]
+    required = [field.with_nullable(field.name != "caption") for field in table.schema]
+    pq.write_table(table.cast(pa.schema(required)), "in.parquet", row_group_size=3, compression="snappy")
+    page = pq.read_metadata("in.parquet").row_group(1).column(2)
+    assert page.path_in_schema == "mask.bytes"
+    data = bytearray(Path("in.parquet").read_bytes())
+    begin = page.dictionary_page_offset or page.data_page_offset
+    data[begin : begin + page.total_compressed_size] = bytes(page.total_compressed_size)
+    Path("in.parquet").write_bytes(data)
+    # Shards of five rows: the first ends, and the second begins, in the damaged row group.
+    summary = run({"inputs": ["in.parquet"], "mask_column": "mask"}, saved_generator, on_error=on_error)
+    assert (summary.shards, summary.records, summary.failed) == (2, 9, 3)
+    assert [line["source"] for line in lines()] == [f"in.parquet#{row}" for row in range(9)]
+    for line in lines()[3:6]:
+        assert line["error"].startswith("in.parquet: row group 1 is damaged (")
+    protector = Protector.from_pretrained(saved_generator)
+    images = published()
+    assert [int(key.partition("#")[2]) for key in images] == [0, 1, 2, 6, 7, 8]
+    for key, image in images.items():
+        row = int(key.partition("#")[2])
+        expected = protector.protect(encoded(photo(row)), mask=mask(row)).image
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
+    captions = load_dataset("out", split="train", cache_dir=str(place / "cache"))["caption"][:]
+    gone = [None] * 3 if on_error == "mark" else []
+    assert captions == columns["caption"][:3] + gone + columns["caption"][6:]
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 0
+
+
+def test_rows_of_a_file_that_cannot_be_opened_any_more_are_listed_one_by_one(place, saved_generator):
+    write_parquet(place)
+    source = open_source([str(place / "in")], Path("out"), mask_column="mask")
+    Path("in/b.parquet").unlink()
+    protect = ProtectImages(str(saved_generator), mask_column="masks")
+    summary = protect_dataset(source, Path("out"), "folder", protect)
+    assert summary.records == len(samples())
+    lost = [line for line in lines() if line["source"].startswith("b.parquet#")]
+    assert len(lost) == len(samples()) - 8
+    assert all("b.parquet: " in line["error"] and str(place) not in line["error"] for line in lost)
+
+
 def test_a_damaged_parquet_file_is_named(place, saved_generator):
     source = write_parquet(place)
     data = bytearray(Path("in/b.parquet").read_bytes())
@@ -470,7 +515,7 @@ def test_a_damaged_parquet_file_is_named(place, saved_generator):
     data[4:400] = bytes(396)
     Path("in/b.parquet").write_bytes(data)
     assert run(source, saved_generator).complete
-    assert any("b.parquet: it is damaged" in line.get("error", "") for line in lines())
+    assert any("b.parquet: row group 0 is damaged" in line.get("error", "") for line in lines())
 
 
 @pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet"), ("tars", "tars")])
@@ -644,13 +689,17 @@ def test_images_that_are_paths_are_read(place, saved_generator):
     assert "No such file" in second["protection_error"]
 
 
-@pytest.fixture(scope="module")
-def script():
+def load_script():
     """The command as a function of its arguments."""
     spec = importlib.util.spec_from_file_location("protect_dataset", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script()
 
 
 @pytest.mark.parametrize(

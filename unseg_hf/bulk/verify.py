@@ -26,6 +26,7 @@ class Verification:
     images: int = 0
     failed_before: int = 0  # records that could not be protected, as the manifest says
     unchecked: str = ""  # what of the bound could not be checked, and why
+    unprotected: list[str] = field(default_factory=list)  # which images were never meant to be protected
 
 
 def verify(output: Path, originals: list[str] | None = None, masks: Path | None = None) -> Verification:
@@ -66,6 +67,7 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
         result.images += sum(line["status"] == "protected" for line in lines)
         if source is not None:
             result.wrong += _broken_bounds(source, shard, lines, output, settings)
+    result.unprotected = manifest.unprotected_images(output, manifest.summarize(output, shards))
     result.wrong += [f"{name}: it is not in the manifest" for name in manifest.strange_files(output, shards)]
     return result
 
