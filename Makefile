@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 		--picture $(OUT)/comparison.png
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

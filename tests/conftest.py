@@ -1,6 +1,7 @@
 """A tiny random generator for tests of everything around the weights."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -8,16 +9,12 @@ from transformers import SamConfig
 
 from unseg_hf import Protector, UnSegConfig, UnSegModel, UnSegProcessor
 
+# Tests run side by side, a process a core, and start processes of their own. Small models are faster, and the same
+# everywhere, on one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 IMAGE_SIZE = 64  # the embedding grid is 4 x 4, the noise 16 x 16
-
-
-@pytest.fixture
-def one_thread():
-    """Small models are trained faster, and the same everywhere, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

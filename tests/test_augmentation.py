@@ -5,8 +5,6 @@ from torch import nn
 from unseg_hf.evaluation.augmentation import adversarial, plain_augmentation, strong_augmentation
 from unseg_hf.evaluation.victims.base import Batch, Victim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def batch(count: int = 16, size: int = 48) -> Batch:
     """Images of which a disc off the middle is white, with labels and instances that follow."""

@@ -109,7 +109,7 @@ def test_saved_pipeline_runs_with_its_own_code_where_the_package_is_not_installe
     process = subprocess.run(
         [sys.executable, "-S", "-c", LOADER, libraries, entry, str(folder), str(inputs), str(outputs)],
         cwd=elsewhere,
-        env=environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,

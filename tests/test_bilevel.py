@@ -356,7 +356,6 @@ def in_child(function):
     """Exit status of a forked process; negative for a signal."""
 
     def run():
-        torch.set_num_threads(1)
         function()
         os._exit(0)
 
@@ -523,7 +522,7 @@ class TestTwoProcesses:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program],
             capture_output=True, text=True, timeout=300, check=False,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONHASHSEED": "0"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return [line.split()[2:] for line in sorted(done.stdout.splitlines()) if line.startswith("RANK")]

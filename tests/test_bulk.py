@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Array2D, Array3D, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -29,7 +30,6 @@ from unseg_hf.bulk.run import protect_dataset
 from unseg_hf.mapping import RecordError
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "protect_dataset.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoded(pixels, format="PNG"):
@@ -423,6 +423,87 @@ def test_a_tar_that_is_cut_gives_what_is_whole_and_says_so(place, saved_generato
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz" if str(path).endswith("gz") else "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("damage", ["no tar", "overwritten"])
+def test_columns_are_those_of_the_first_whole_sample_where_the_first_tar_is_damaged(place, saved_generator, damage):
+    def members(*numbers):
+        return {f"{i}.{suffix}": encoded(draw(i)) for i in numbers for suffix, draw in drawings}
+
+    drawings = (("png", photo), ("mask.png", mask))
+    write_tar("b.tar", {"0.png": encoded(photo(0))} | members(1))
+    write_tar("c.tar", members(2, 3))
+    write_tar("whole.tar", {"0.txt": b"text" * 100_000})
+    packer = zlib.compressobj(wbits=31)
+    begin = packer.compress(Path("whole.tar").read_bytes()[:200_000]) + packer.flush(zlib.Z_FULL_FLUSH)
+    # In the midst of a member it is zlib that meets a block of no kind.
+    Path("a.tar.gz").write_bytes(begin + b"\xff" * 100 if damage == "overwritten" else b"no tar" * 200)
+    source = {"inputs": ["a.tar.gz", "b.tar", "c.tar"], "mask_column": "mask.png"}
+    run(source, saved_generator, "alone")
+    for process in (2, 0, 1):
+        summary = run(source, saved_generator, process=(process, 3))
+    assert files("out") == files("alone")
+    assert (summary.records, summary.failed) == (5, 2)
+    assert lines()[0]["source"] == "a.tar.gz"
+    assert "a.tar.gz: it is damaged, or no tar" in lines()[0]["error"]
+    dataset = load_dataset("out", split="train", cache_dir=str(place / "cache"))
+    assert dataset.column_names == ["__key__", "image", "mask.png", "protection_error"]
+    assert [image is not None for image in dataset["image"]] == [False, True, True, True]
+    run(source, saved_generator, "tars", kind="tars")
+    assert len(load_dataset("tars", split="train", cache_dir=str(place / "cache"))) == 3
+
+
+@pytest.mark.parametrize("on_error", ["mark", "drop"])
+def test_a_damaged_row_group_costs_its_own_records_alone(place, saved_generator, on_error):
+    columns = {name: values[:9] for name, values in rows().items()}
+    columns["image"] = [{"bytes": encoded(photo(i)), "path": None} for i in range(9)]
+    columns["mask"] = [{"bytes": encoded(mask(i)), "path": None} for i in range(9)]
+    table = Dataset.from_dict(columns, features=FEATURES).with_format("arrow")[:]
+    required = [field.with_nullable(field.name != "caption") for field in table.schema]
+    pq.write_table(table.cast(pa.schema(required)), "in.parquet", row_group_size=3, compression="snappy")
+    page = pq.read_metadata("in.parquet").row_group(1).column(2)
+    assert page.path_in_schema == "mask.bytes"
+    data = bytearray(Path("in.parquet").read_bytes())
+    begin = page.dictionary_page_offset or page.data_page_offset
+    data[begin : begin + page.total_compressed_size] = bytes(page.total_compressed_size)
+    Path("in.parquet").write_bytes(data)
+    # Shards of five rows: the first ends, and the second begins, in the damaged row group.
+    summary = run({"inputs": ["in.parquet"], "mask_column": "mask"}, saved_generator, on_error=on_error)
+    assert (summary.shards, summary.records, summary.failed) == (2, 9, 3)
+    assert [line["source"] for line in lines()] == [f"in.parquet#{row}" for row in range(9)]
+    for line in lines()[3:6]:
+        assert line["error"].startswith("in.parquet: row group 1 is damaged (")
+    protector = Protector.from_pretrained(saved_generator)
+    images = published()
+    assert [int(key.partition("#")[2]) for key in images] == [0, 1, 2, 6, 7, 8]
+    for key, image in images.items():
+        row = int(key.partition("#")[2])
+        expected = protector.protect(encoded(photo(row)), mask=mask(row)).image
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
+    captions = load_dataset("out", split="train", cache_dir=str(place / "cache"))["caption"][:]
+    gone = [None] * 3 if on_error == "mark" else []
+    assert captions == columns["caption"][:3] + gone + columns["caption"][6:]
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 0
+
+
+def test_rows_of_a_file_that_cannot_be_opened_any_more_are_listed_one_by_one(place, saved_generator):
+    write_parquet(place)
+    source = open_source([str(place / "in")], Path("out"), mask_column="mask")
+    Path("in/b.parquet").unlink()
+    protect = ProtectImages(str(saved_generator), mask_column="masks")
+    summary = protect_dataset(source, Path("out"), "folder", protect)
+    assert summary.records == len(samples())
+    lost = [line for line in lines() if line["source"].startswith("b.parquet#")]
+    assert len(lost) == len(samples()) - 8
+    assert all("b.parquet: " in line["error"] and str(place) not in line["error"] for line in lost)
+
+
 def test_a_damaged_parquet_file_is_named(place, saved_generator):
     source = write_parquet(place)
     data = bytearray(Path("in/b.parquet").read_bytes())
@@ -433,7 +514,7 @@ def test_a_damaged_parquet_file_is_named(place, saved_generator):
     data[4:400] = bytes(396)
     Path("in/b.parquet").write_bytes(data)
     assert run(source, saved_generator).complete
-    assert any("b.parquet: it is damaged" in line.get("error", "") for line in lines())
+    assert any("b.parquet: row group 0 is damaged" in line.get("error", "") for line in lines())
 
 
 @pytest.mark.parametrize(("given", "kind"), [("images", "folder"), ("parquet", "parquet"), ("tars", "tars")])
@@ -487,6 +568,30 @@ def test_verify_knows_the_mask_and_changed_originals(place, saved_generator, cap
     assert "in has no settings.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stored", ["array", "several", "label_map"])
+def test_verify_reads_masks_of_array_columns_as_the_run_did(place, saved_generator, stored, capsys):
+    drawn = np.zeros((24, 32), np.uint8)
+    drawn[4:15, 6:20] = 1
+    other = np.roll(drawn, 10, axis=1)
+    value = {"array": drawn, "several": np.stack([drawn, other]), "label_map": drawn + 2 * other}[stored]
+    feature = Array3D(value.shape, "uint8") if stored == "several" else Array2D(value.shape, "uint8")
+    row = {"image": [{"bytes": encoded(photo(i, width=32 - i % 3)), "path": None} for i in range(2)]}
+    row["mask"] = [value, value]
+    features = Features({"image": ImageFeature(), "mask": feature})
+    Dataset.from_dict(row, features=features).to_parquet("in.parquet")
+    opened = open_source(["in.parquet"], Path("out"), mask_column="mask")
+    protect = ProtectImages(str(saved_generator), mask_column="masks", label_maps=stored == "label_map")
+    assert protect_dataset(opened, Path("out"), "parquet", protect).failed == 0
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 0
+    # What lies outside of the masks was checked, and with the budget of the background.
+    settings = json.loads(Path("out/settings.json").read_text())
+    settings["protection"]["epsilon_background"] = 0
+    Path("out/settings.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 1
+    assert capsys.readouterr().err.count("outside the mask, where 0 is the most") == 2
+
+
 def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known(place, saved_generator, capsys):
     run(write_images(place), saved_generator, kind="folder")
     for name in (
@@ -498,6 +603,7 @@ def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known
     ):
         Path("out", name).parent.mkdir(parents=True, exist_ok=True)
         Path("out", name).write_bytes(encoded(photo(0)))
+    capsys.readouterr()
     assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 1
     said = capsys.readouterr()
     assert [line.split(": ")[1] for line in said.err.splitlines()] == [
@@ -582,13 +688,17 @@ def test_images_that_are_paths_are_read(place, saved_generator):
     assert "No such file" in second["protection_error"]
 
 
-@pytest.fixture(scope="module")
-def script():
+def load_script():
     """The command as a function of its arguments."""
     spec = importlib.util.spec_from_file_location("protect_dataset", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script()
 
 
 @pytest.mark.parametrize(
@@ -654,14 +764,13 @@ def test_two_processes_of_the_script_killed_and_begun_again_equal_one(place, sav
     run(source, saved_generator, "whole")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [SCRIPT, "in", "--masks", "masks", "--output", "out", "--model", saved_generator, "--shard_size", "5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Alone first, killed as soon as there is something of it.
-    alone = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stderr=subprocess.DEVNULL)
+    alone = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
     while alone.poll() is None and not list(Path("out").glob("data/*")):
         pass
     alone.kill()
     alone.wait()
-    finished = subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True)
+    finished = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "9 images protected, 5 failed" in finished.stdout
     assert files("out") == files("whole")

@@ -18,8 +18,6 @@ from unseg_hf.bulk.manifest import read_settings
 from unseg_hf.image_files import read
 from unseg_hf.training.publishing import HubError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -39,7 +37,7 @@ def test_a_data_set_of_the_hub_is_streamed_protected_and_pushed(place, saved_gen
         hub.repositories["datasets:tester/source"] = Repository(False, [Commit("images", stored)])
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         # The server has no storage for the Xet protocol, which the client uses without asking.
-        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HOME": str(place / "home")}
 
         def script():

@@ -34,7 +34,7 @@ def coffee(bench):
     return bench.open(COFFEE, "coffee.png")
 
 
-def test_a_click_answers_in_well_under_a_second_with_the_embedded_default(one_thread):
+def test_a_click_answers_in_well_under_a_second_with_the_embedded_default():
     bench = Workbench(Protector.from_pretrained(), Limits())
     photo = bench.open(COFFEE, "coffee.png")
     encode = bench.protector.encode

@@ -18,8 +18,6 @@ from unseg_hf import ProtectImages, Protector, cli
 from unseg_hf.mapping import RecordError
 from unseg_hf.model_identity import model_identity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def encoded(pixels, format="PNG", **options):
     buffer = io.BytesIO()

@@ -22,7 +22,6 @@ from unseg_hf.evaluation.published_images import (
 )
 
 BUDGET = {"epsilon": 8 / 255, "epsilon_background": 2 / 255}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

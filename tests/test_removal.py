@@ -8,8 +8,6 @@ from scipy.ndimage import gaussian_filter
 from unseg_hf.evaluation import removal
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def photos(count: int, height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
     """Smooth random pictures, (count, height, width, 3) float in grey levels."""

@@ -22,7 +22,7 @@ from unseg_hf.evaluation.victims import VICTIMS, build_victim, victims_for
 from unseg_hf.evaluation.victims.base import TASKS, Batch, Victim
 from unseg_hf.evaluation.victims.unet import UNet
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.usefixtures("seeded")]
+pytestmark = pytest.mark.usefixtures("seeded")
 
 NAMES = ("unet", "unetpp", "segformer", "upernet", "deeplabv3plus")
 IMAGENET_FILE = "mobilenet_v2-b0353104.pth"

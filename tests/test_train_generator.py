@@ -21,7 +21,7 @@ SMALL = [
     "--image_size", "64", "--hidden_size", "32", "--layers", "2", "--heads", "2", "--decoder_size", "32",
     "--surrogate_width", "4", "--batch_size", "2", "--points", "64", "--log_every", "1",
 ]  # fmt: skip
-ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ from torch import nn
 from unseg_hf.evaluation.victims.base import Batch, Victim, boxes_of, objects_of, segments_of
 from unseg_hf.evaluation.victims.training import STRONG_EPOCHS, TRAININGS, TrainingData, train_victim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Pixelwise(Victim):
     """Tells reddish pixels from bluish ones, and counts what it is shown."""

@@ -19,6 +19,7 @@ The same command goes on where a killed run stopped. docs/datasets.md has the re
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="Images encoded together on a GPU.")
     add("--image_column", help="Column of images; in tars their suffix (default: the only image of a sample).")
     add("--mask_column", help="Column of masks; in tars their suffix, json for SA-1B's.")
+    add("--drop_columns", nargs="+", default=[], metavar="NAME", help="Columns, in tars suffixes, to leave out.")
     add("--masks", type=Path, help="Folder of masks for a folder of images, matched by name.")
     add("--labels", action="store_true", help="The masks are label maps: every label but the ignored is an object.")
     add("--ignore_labels", type=int, nargs="+", default=[0, 255], help="Labels that are no objects.")
@@ -86,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
     from unseg_hf import ProtectImages
     from unseg_hf.bulk.card import push_dataset
+    from unseg_hf.bulk.manifest import unprotected_images
     from unseg_hf.bulk.opening import open_source
     from unseg_hf.bulk.run import protect_dataset, wait_for_others
     from unseg_hf.training.publishing import check_hub
@@ -98,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
         masks=options.masks,
         image_column=options.image_column,
         mask_column=options.mask_column,
+        drop_columns=options.drop_columns,
         split=options.split,
         name=options.name,
         revision=options.revision,
@@ -136,6 +140,11 @@ def run(options: argparse.Namespace) -> int:
     if summary.complete and summary.failed == summary.records > 0:
         say(f"{options.output}: not one of {summary.records} images could be protected; manifest/ says why")
         return 1
+    if summary.complete and summary.unprotected:
+        say(
+            f"{options.output}: {'; '.join(unprotected_images(options.output, summary))}. To leave them out, protect "
+            f"into a new folder with --drop_columns {shlex.join(summary.unprotected)}"
+        )
     if dataset_id and speaks:
         print(f"pushed to {push_dataset(options.output, dataset_id, options.private)}")
     if summary.complete:

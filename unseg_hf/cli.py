@@ -485,6 +485,8 @@ def run_verify(options: argparse.Namespace) -> int:
         f"{options.output}: {result.images} images in {result.files} files, {len(result.wrong)} of them wrong; "
         f"{what} checked{unchecked}; {result.failed_before} records could not be protected, see manifest/"
     )
+    for sentence in result.unprotected:
+        print(f"{options.output}: {sentence}")
     return 1 if result.wrong else 0
 
 

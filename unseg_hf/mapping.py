@@ -211,16 +211,7 @@ class ProtectImages:
         fields: dict[str, Any] = {"mode": self.mode, "ignore_labels": self.ignore_labels}
         if self.mask_column is None:
             return Prompt(whole_image=self.whole_image, **fields)
-        if mask is None:
-            raise RecordError("the mask is missing; give one, or choose what happens to such records")
-        if isinstance(mask, list) and mask and isinstance(mask[0], list):
-            mask = np.asarray(mask)  # of a column of arrays
-        several = isinstance(mask, list) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
-        if several:
-            if self.label_maps:
-                raise RecordError("a list of masks is no label map; leave label_maps out")
-            return Prompt(masks=[_read_mask(one) for one in mask], **fields)
-        return Prompt(**{"label_map" if self.label_maps else "mask": _read_mask(mask)}, **fields)
+        return stored_prompt(mask, self.label_maps, **fields)
 
     def _finished(self, protector: Protector, waiting: list[Job | Outcome]) -> Iterator[Outcome]:
         jobs = [job for job in waiting if isinstance(job, Job)]
@@ -281,6 +272,29 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
     if isinstance(values, Mapping | str | bytes) or not hasattr(values, "__len__"):
         raise ValueError("ProtectImages takes batches of rows: pass batched=True to map")
     return list(values)
+
+
+def stored_prompt(mask: Any, label_maps: bool, **fields: Any) -> Prompt:
+    """What a mask out of a column asks for: one mask or label map, or several masks in a list or an array of arrays.
+
+    Args:
+        mask: image, array, nested lists as columns of arrays hold them, or a list of these.
+        label_maps: it is a label map.
+        fields: others of the prompt.
+
+    Raises:
+        RecordError: there is no mask, or not this kind of one.
+    """
+    if mask is None:
+        raise RecordError("the mask is missing; give one, or choose what happens to such records")
+    if isinstance(mask, list) and mask and isinstance(mask[0], list):
+        mask = np.asarray(mask)
+    several = isinstance(mask, list) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
+    if several:
+        if label_maps:
+            raise RecordError("a list of masks is no label map; leave label_maps out")
+        return Prompt(masks=[_read_mask(one) for one in mask], **fields)
+    return Prompt(**{"label_map" if label_maps else "mask": _read_mask(mask)}, **fields)
 
 
 def _read_mask(value: Any) -> Any:

@@ -6,14 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .manifest import PARTIAL, Summary, read_settings, strange_files
+from .manifest import PARTIAL, Summary, read_settings, strange_files, unprotected_images
 
 TEMPLATE = """# Protected images
 
 The images of this data set are **protected**: they carry noise that is meant to spoil segmentation models trained on
 them. They are not the original images. The noise was made with unseg-hf {version}, by a generator of
 unlearnable noise after UnSeg (NeurIPS 2024).
-
+{unprotected}
 | | |
 |---|---|
 | images | {protected} protected, {failed} that could not be read and are left out{marked} |
@@ -21,7 +21,7 @@ unlearnable noise after UnSeg (NeurIPS 2024).
 | budget | at most {inside:g} grey levels of 255 {region}, {outside:g} elsewhere |
 | largest change in any image | {largest:g} grey levels of 255 |
 | what was protected | {what} |
-| format | PNG, whatever the originals were |
+| format | PNG, whatever the originals were{beside} |
 
 `{settings}` has all settings and versions; `manifest/` has a line for every record, with the sha256 of its original
 and of its protected image. `unseg verify FOLDER` checks a copy of this data set against it, and with
@@ -45,14 +45,20 @@ def data_card(output: Path, summary: Summary) -> str:
     settings = read_settings(output)
     protection, kind = settings["protection"], settings["output"]["kind"]
     paths = {"parquet": "data/*.parquet", "tars": "data/**/*.tar", "folder": "data/**/*.png"}
+    config = {"config_name": "default", "data_files": [{"split": "train", "path": paths[kind]}]}
+    if kind == "folder" and settings["source"]["kind"] != "images":
+        config["drop_labels"] = True  # folders that are called after files of the source are no classes
     front = DatasetCardData(
         tags=["protected-images", "unlearnable-examples", "unseg"],
         task_categories=["image-segmentation"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": paths[kind]}]}],
+        configs=[config],
     )
     marked = kind == "parquet" and settings["output"]["on_error"] == "mark" and summary.failed
     text = TEMPLATE.format(
         version=settings["versions"]["unseg_hf"],
+        unprotected="".join(
+            f"\n**{sentence}**, but as in the source.\n" for sentence in unprotected_images(output, summary)
+        ),
         protected=summary.records - summary.failed,
         failed=summary.failed,
         marked=" (rows without an image; `protection_error` says why)" if marked else "",
@@ -63,6 +69,7 @@ def data_card(output: Path, summary: Summary) -> str:
         region="everywhere" if protection["whole_image"] else "in the masks",
         largest=summary.max_noise,
         what=_what(protection),
+        beside="; what lay beside them is in `beside/`, under their names" if kind == "folder" else "",
         settings="settings.json",
     )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"

@@ -68,6 +68,9 @@ class ImageFolder:
     def files(self, record: Record) -> Mapping[str, Any]:
         return {}
 
+    def other_images(self, record: Record) -> Mapping[str, int]:
+        return {}
+
 
 def _read(path: Path, what: str) -> tuple[bytes | None, str]:
     """The bytes of a file, or why there are none; without its folders, which are nobody's business."""

@@ -4,6 +4,7 @@ complete."""
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ def complete_shard(
         "records": len(lines),
         "failed": failed,
         "max_noise": max((line["max_noise"] for line in lines if line["status"] == "protected"), default=0),
+        "unprotected": _sum(line.get("unprotected", {}) for line in lines),
         "files": {**files, names: hashlib.sha256(data).hexdigest()},
     }
     write_in_place(json.dumps(mark, indent=1).encode() + b"\n", mark_file, partial)
@@ -154,7 +156,8 @@ def read_mark(output: Path, shard: int) -> dict[str, Any] | None:
         mark = json.loads(part_files(output, shard)[1].read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return mark if _has(mark, ("records", "failed", "max_noise", "files")) and _has(mark["files"], ()) else None
+    whole = _has(mark, ("records", "failed", "max_noise", "unprotected", "files"))
+    return mark if whole and _has(mark["files"], ()) and _has(mark["unprotected"], ()) else None
 
 
 def read_lines(output: Path, shard: int) -> list[dict[str, Any]]:
@@ -188,13 +191,17 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest."""
+    """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest.
+
+    `unprotected` counts, by column or suffix of the source, the images that lay beside those that were protected.
+    """
 
     shards: int
     finished_shards: int
     records: int
     failed: int
     max_noise: int
+    unprotected: dict[str, int]
 
     @property
     def complete(self) -> bool:
@@ -210,4 +217,18 @@ def summarize(output: Path, shards: int) -> Summary:
         records=sum(mark["records"] for mark in marks),
         failed=sum(mark["failed"] for mark in marks),
         max_noise=max((mark["max_noise"] for mark in marks), default=0),
+        unprotected=_sum(mark["unprotected"] for mark in marks),
     )
+
+
+def unprotected_images(output: Path, summary: Summary) -> list[str]:
+    """Which images of an output are clean copies out of its source, in a few words for each column or suffix."""
+    where = "with the suffix" if read_settings(output)["source"]["kind"] == "tars" else "in the column"
+    return [
+        f"{count} {'images' if count > 1 else 'image'} {where} {name} {'are' if count > 1 else 'is'} not protected"
+        for name, count in summary.unprotected.items()
+    ]
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sorted(sum(map(Counter, counts), Counter()).items()))

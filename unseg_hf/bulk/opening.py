@@ -20,6 +20,7 @@ def open_source(
     masks: Path | None = None,
     image_column: str | None = None,
     mask_column: str | None = None,
+    drop_columns: Sequence[str] = (),
     split: str = "train",
     name: str | None = None,
     revision: str | None = None,
@@ -35,6 +36,7 @@ def open_source(
         image_column: column of images, or the suffix of images in tars; by default `image`, and in tars the only image
             of a sample.
         mask_column: the same of masks; in tars `json` reads SA-1B's annotations.
+        drop_columns: columns, in tars suffixes, that the output does not get.
         split: of a data set on disk or on the Hub.
         name: configuration of a data set of the Hub.
         revision: of a data set of the Hub.
@@ -48,12 +50,13 @@ def open_source(
         raise ValueError(f"shard_size={shard_size}: must be at least 1")
     from .images import ImageFolder
 
+    columns = (image_column or "image", mask_column, drop_columns)  # of tables
     found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
     if len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         from .tables import SavedDataset
 
         _refuse(masks=masks)
-        return SavedDataset(found[0], split, shard_size, image_column or "image", mask_column)
+        return SavedDataset(found[0], split, shard_size, *columns)
     if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
@@ -67,20 +70,20 @@ def open_source(
         from .tables import ParquetFiles
 
         _refuse(masks=masks)
-        return ParquetFiles(parquet, shard_size, image_column or "image", mask_column)
+        return ParquetFiles(parquet, shard_size, *columns)
     if tars:
         from .tars import TarFiles
 
         _refuse(masks=masks)
-        return TarFiles(tars, image_column, mask_column)
+        return TarFiles(tars, image_column, mask_column, drop_columns)
     if all(path.exists() for path in found):
-        _refuse(image_column=image_column, mask_column=mask_column)
+        _refuse(image_column=image_column, mask_column=mask_column, drop_columns=" ".join(drop_columns) or None)
         return ImageFolder(found, shard_size, masks, output)
     from .tables import StreamedDataset
 
     _refuse(masks=masks)
     options = {} if name is None else {"name": name}
-    return StreamedDataset(inputs[0], split, revision, image_column or "image", mask_column, **options)
+    return StreamedDataset(inputs[0], split, revision, *columns, **options)
 
 
 def _matches(pattern: str) -> list[str]:

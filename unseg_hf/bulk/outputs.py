@@ -43,8 +43,9 @@ class ShardWriter:
         """Add a protected image; returns where it is in the output. ValueError if this record cannot be written."""
         raise NotImplementedError
 
-    def add_failed(self, record: Record, error: str) -> None:
-        """Leave the mark of a record without an image."""
+    def add_failed(self, record: Record, error: str) -> bool:
+        """Leave the mark of a record without an image; returns whether what belongs to the image is in the output."""
+        return False
 
     def close(self) -> None:
         """Finish the files."""
@@ -80,11 +81,10 @@ class ParquetShard(ShardWriter):
         self._add(record, {"bytes": png, "path": None}, "")
         return self.names[0], self._count - 1
 
-    def add_failed(self, record: Record, error: str) -> None:
-        if self.mark:
-            self._add(record, None, error)
+    def add_failed(self, record: Record, error: str) -> bool:
+        return self.mark and self._add(record, None, error)
 
-    def _add(self, record: Record, image: dict | None, error: str) -> None:
+    def _add(self, record: Record, image: dict | None, error: str) -> bool:
         try:
             row = self.source.row(record)
         except ValueError:
@@ -101,6 +101,7 @@ class ParquetShard(ShardWriter):
         self._count += 1
         if len(self._rows) == ROW_GROUP or self._bytes >= ROW_GROUP_BYTES:
             self._flush()
+        return bool(row.column_names)
 
     def _flush(self) -> None:
         if self._rows:
@@ -142,18 +143,22 @@ class TarShard(ShardWriter):
 
     def close(self) -> None:
         self._tar.close()
+        if not self._taken:  # `load_dataset` fails where its first tar is empty
+            (self.partial / self.names.pop()).unlink()
 
 
 class FolderShard(ShardWriter):
-    """Files below `data/`; nothing of a record that failed."""
+    """Images below `data/`, and below `beside/` what lay beside them; nothing of a record that failed.
+
+    Whoever loads all images below `data/` gets protected ones only.
+    """
 
     def add(self, record: Record, png: bytes) -> Place:
         self._once(record.name)
-        files = self.source.files(record)
-        image = f"data/{record.name}.{image_suffix(files)}"
+        image = f"data/{record.name}.png"
         self._open(image).write_bytes(png)
-        for suffix, data in files.items():
-            self._open(f"data/{record.name}.{suffix}").write_bytes(data)
+        for suffix, data in self.source.files(record).items():
+            self._open(f"beside/{record.name}.{suffix}").write_bytes(data)
         return image, None
 
 

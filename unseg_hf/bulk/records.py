@@ -1,6 +1,7 @@
 """What a data set is made of on its way through a run: shards of records, whatever kind of files they come from."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from ..cli import SUFFIXES
 from ..image_files import one_line
 from ..mapping import stored_image
 
@@ -71,6 +73,9 @@ class Source(Protocol):
     def files(self, record: Record) -> Mapping[str, bytes]:
         """What lies beside the image in a folder or tar: contents by suffix (`"json"`, `"mask.png"`)."""
 
+    def other_images(self, record: Record) -> Mapping[str, int]:
+        """How many images, masks aside, `row` and `files` hand on as they are, by column or suffix of the source."""
+
 
 class SourceError(ValueError):
     """A file of a source that holds many records is damaged; names it and what is wrong."""
@@ -95,6 +100,43 @@ def image_bytes(value: Any) -> tuple[bytes | None, str]:
         raise
     except Exception as error:  # of any of the file systems that a path may lead to
         return None, one_line(error)
+
+
+# Their suffixes, and how their files begin.
+_IMAGE_KINDS = (
+    ("png", rb"\x89PNG"),
+    ("jpg", rb"\xff\xd8\xff"),
+    ("gif", rb"GIF8"),
+    ("tiff", rb"II[*+]\0|MM\0[*+]"),
+    ("webp", rb"RIFF.{4}WEBP"),
+    ("bmp", rb"BM.{4}\0{4}"),
+    ("avif", rb".{4}ftypavi[fs]"),
+    ("heic", rb".{4}ftyp(he[ivs][cxms]|mif1|msf1)"),
+    ("jp2", rb"\0{3}\x0cjP  |\xff\x4f\xff\x51"),
+    ("jxl", rb"\0{3}\x0cJXL |\xff\x0a"),
+    ("ppm", rb"P[56]\s+[#\d]"),
+)
+
+
+def image_kind(data: bytes) -> str | None:
+    """The suffix that an encoded image ought to have, judged by how it begins; None for anything else."""
+    return next((suffix for suffix, start in _IMAGE_KINDS if re.match(start, data, re.DOTALL)), None)
+
+
+def count_images(value: Any) -> int:
+    """Number of encoded images in a value of a column, or of references to their files; in lists and structs too."""
+    if isinstance(value, bytes):
+        return int(image_kind(value) is not None)
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"} and value["bytes"] is None:
+            return int((value["path"] or "").lower().endswith(SUFFIXES))
+        return sum(map(count_images, value.values()))
+    return sum(map(count_images, value)) if isinstance(value, list | tuple) else 0  # maps come as pairs
+
+
+def refuse_dropped_images(image_column: str | None, dropped: Sequence[str]) -> None:
+    if image_column in dropped:
+        raise ValueError(f"--drop_columns {image_column}: these are the images that are protected; name others")
 
 
 def short_names(files: Sequence[Path]) -> list[str]:

@@ -152,12 +152,14 @@ def _protect_shard(
                 digest = hashlib.sha256(outcome.png).hexdigest()
                 line |= {"status": "protected", "output": file, "at": at, "output_sha256": digest}
                 line |= _noise(outcome.protected)
+                written = True
         if error:
             if on_error == "raise":
                 raise RecordError(f"{record.key}: {error}; mend it, or choose --on_error mark or drop")
-            if record.name:
-                writer.add_failed(record, error)
+            written = bool(record.name) and writer.add_failed(record, error)
             line |= {"status": "failed", "error": error}
+        if written and (others := source.other_images(record)):
+            line["unprotected"] = others
         lines.append(line)
         progress.add()
     writer.close()

@@ -8,7 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, image_bytes, listing_digest, short_names
+from ..image_files import one_line
+from .records import (
+    IMAGE_TYPE,
+    Record,
+    ShardPlan,
+    count_images,
+    image_bytes,
+    image_kind,
+    listing_digest,
+    refuse_dropped_images,
+    short_names,
+)
 
 ROWS = 16  # read at once: rows of images are large
 
@@ -16,24 +27,31 @@ ROWS = 16  # read at once: rows of images are large
 class Table:
     """What sources of rows share; see [`unseg_hf.bulk.records.Source`].
 
-    A sub-class sets `shards`, `listing` and `description`, and yields small tables from `_batches`.
+    A sub-class sets `shards` and `listing`, adds to `description`, and yields small tables from `_batches`.
 
     Args:
         stored: schema of the rows, that of `datasets` in its metadata if there is one.
         image_column: its values hold encoded images.
         mask_column: of masks, or lists of them; None where there are none.
+        dropped: columns that are not handed on.
 
     Raises:
-        ValueError: no such column.
+        ValueError: no such column, or the images are dropped.
     """
 
     shards: list[ShardPlan]
 
-    def __init__(self, stored: pa.Schema, image_column: str, mask_column: str | None):
-        for option, column in (("image_column", image_column), ("mask_column", mask_column)):
+    def __init__(self, stored: pa.Schema, image_column: str, mask_column: str | None, dropped: Sequence[str] = ()):
+        refuse_dropped_images(image_column, dropped)
+        named = [("image_column", image_column), ("mask_column", mask_column), *(("drop_columns", c) for c in dropped)]
+        for option, column in named:
             if column is not None and column not in stored.names:
                 raise ValueError(f"no column {column!r}; there is {', '.join(stored.names)}: say which with {option}")
         self._stored, self.image_column, self._mask_column = stored, image_column, mask_column
+        self._dropped = sorted(set(dropped))
+        others = [field for field in stored if field.name not in (image_column, mask_column, *dropped)]
+        self._may_hold_images = [field.name for field in others if _holds_bytes(field.type)]
+        self.description = {"mask_column": mask_column, "drop_columns": self._dropped}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
         """Number of the first row and name of its file, for each table."""
@@ -41,29 +59,36 @@ class Table:
 
     def read(self, shard: int) -> Iterator[Record]:
         for first, label, table in self._batches(shard):
-            images = table[self.image_column].to_pylist()
-            masks = table[self._mask_column].to_pylist() if self._mask_column else [None] * len(images)
-            for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
-                if isinstance(image, str | bytes):
-                    image = {"bytes": image} if isinstance(image, bytes) else {"path": image}
-                data, error = image_bytes(image)
-                name = f"{label.removesuffix('.parquet')}/{first + index:08d}"
-                rest = table.slice(index, 1)
-                yield Record(f"{label}#{first + index}", name, data, mask, error, rest)
+            yield from self._records(first, label, table)
+
+    def _records(self, first: int, label: str, table: pa.Table) -> Iterator[Record]:
+        images = table[self.image_column].to_pylist()
+        masks = table[self._mask_column].to_pylist() if self._mask_column else [None] * len(images)
+        for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            if isinstance(image, str | bytes):
+                image = {"bytes": image} if isinstance(image, bytes) else {"path": image}
+            data, error = image_bytes(image)
+            yield _record(label, first + index, data, mask, error, table.slice(index, 1))
 
     def schema(self) -> pa.Schema:
         from datasets import Features, Image
 
         features = Features.from_arrow_schema(self._stored)
         features[self.image_column] = Image()
+        kept = {name: feature for name, feature in features.items() if name not in self._dropped}
+        # A row that cannot be read has nothing but its mark.
         fields = [
-            pa.field(self.image_column, IMAGE_TYPE) if field.name == self.image_column else field
-            for field in self._stored
+            pa.field(name, IMAGE_TYPE) if name == self.image_column else self._stored.field(name).with_nullable(True)
+            for name in kept
         ]
-        return pa.schema(fields, features.arrow_schema.metadata)
+        return pa.schema(fields, Features(kept).arrow_schema.metadata)
 
     def row(self, record: Record) -> pa.Table:
-        return record.rest.drop_columns([self.image_column])
+        return record.rest.drop_columns([self.image_column, *self._dropped])
+
+    def other_images(self, record: Record) -> Mapping[str, int]:
+        row = record.rest.select(self._may_hold_images).to_pylist()[0]
+        return {column: count for column, value in row.items() if (count := count_images(value))}
 
     def files(self, record: Record) -> Mapping[str, bytes]:
         files, plain = {}, {}
@@ -80,23 +105,39 @@ class Table:
         return files
 
 
+def _record(label: str, number: int, *contents: Any, **more: Any) -> Record:
+    return Record(f"{label}#{number}", f"{label.removesuffix('.parquet')}/{number:08d}", *contents, **more)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind):
+        return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
 def _file(value: Any) -> tuple[str, bytes] | None:
     """Suffix and content of a value that is a file, an image for example."""
     data = value.get("bytes") if isinstance(value, dict) and value.keys() == {"bytes", "path"} else value
     if not isinstance(data, bytes):
         return None
-    kinds = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"II*\0": "tiff", b"MM\0*": "tiff"}
-    return next((suffix for start, suffix in kinds.items() if data.startswith(start)), "bin"), data
+    return image_kind(data) or "bin", data
 
 
 class ParquetFiles(Table):
     """Parquet files, `shard_size` rows of one file a shard; they are read in passing and never copied.
 
+    Where a row group is damaged, its rows behind the damage are records that cannot be read, and the next one goes on.
+
+    Args:
+        files: with the same columns.
+        shard_size: rows in a shard.
+        columns: as for [`Table`].
+
     Raises:
         ValueError: a file is damaged, has other columns than the first, or no such column.
     """
 
-    def __init__(self, files: Sequence[Path], shard_size: int, image_column: str, mask_column: str | None):
+    def __init__(self, files: Sequence[Path], shard_size: int, *columns: Any):
         schemas, self._parts, entries, self.shards = [], [], [], []
         for file, label in zip(files, short_names(files), strict=True):
             try:
@@ -111,45 +152,61 @@ class ParquetFiles(Table):
                 stop = min(start + shard_size, metadata.num_rows)
                 self._parts.append((file, label, start, stop))
                 self.shards.append(ShardPlan(f"{label}#{start}", stop - start))
-        super().__init__(schemas[0], image_column, mask_column)
+        super().__init__(schemas[0], *columns)
+        self._nothing = pa.table([pa.nulls(1, kind) for kind in self._stored.types], self._stored)
         self.listing = listing_digest(entries)
-        self.description = {"kind": "parquet", "shard_size": shard_size, "mask_column": mask_column}
+        self.description |= {"kind": "parquet", "shard_size": shard_size}
 
-    def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
+    def read(self, shard: int) -> Iterator[Record]:
         path, label, start, stop = self._parts[shard]
+        end, problem = 0, "it has fewer rows than before"
         try:
             with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-                first, groups, row = None, [], 0
                 for group in range(file.num_row_groups):
-                    end = row + file.metadata.row_group(group).num_rows
-                    if row < stop and end > start:
-                        first = row if first is None else first
-                        groups.append(group)
-                    row = end
-                row = first
-                for batch in file.iter_batches(ROWS, row_groups=groups):
-                    low, high = max(start - row, 0), min(stop - row, len(batch))
-                    if low < high:
-                        yield row + low, label, pa.Table.from_batches([batch.slice(low, high - low)])
-                    row += len(batch)
+                    begin, end = end, end + file.metadata.row_group(group).num_rows
+                    if begin < stop and end > start:
+                        yield from self._read_group(file, label, group, begin, max(begin, start), min(end, stop))
         except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"{path.name}: it is damaged ({' '.join(str(error).split())})") from error
+            problem = one_line(error).replace(str(path), path.name)  # its folders are nobody's business
+        yield from self._lost(label, max(end, start), stop, problem)
+
+    def _read_group(
+        self, file: pq.ParquetFile, label: str, group: int, begin: int, start: int, stop: int
+    ) -> Iterator[Record]:
+        """Rows `start` to `stop` of a row group that begins with the row `begin`; those behind damage as lost."""
+        row, problem = begin, "it ends too early"
+        try:
+            for batch in file.iter_batches(ROWS, row_groups=[group]):
+                batch.validate(full=True)  # damage may leave offsets and text that lead nowhere
+                low, high = max(start - row, 0), min(stop - row, len(batch))
+                if low < high:
+                    yield from self._records(row + low, label, pa.Table.from_batches([batch.slice(low, high - low)]))
+                row += len(batch)
+                if row >= stop:
+                    return
+        except (OSError, pa.ArrowException) as error:
+            problem = one_line(error)
+        yield from self._lost(label, max(row, start), stop, f"row group {group} is damaged ({problem})")
+
+    def _lost(self, label: str, start: int, stop: int, problem: str) -> Iterator[Record]:
+        for number in range(start, stop):
+            yield _record(label, number, None, error=f"{label}: {problem}", rest=self._nothing)
 
 
 class SavedDataset(Table):
-    """A split of what `save_to_disk` wrote, memory-mapped."""
+    """A split of what `save_to_disk` wrote, memory-mapped; `columns` as for [`Table`]."""
 
-    def __init__(self, folder: Path, split: str, shard_size: int, image_column: str, mask_column: str | None):
+    def __init__(self, folder: Path, split: str, shard_size: int, *columns: Any):
         from ..data.hf_datasets import open_saved
 
         rows = open_saved(folder, split)
-        super().__init__(rows.features.arrow_schema, image_column, mask_column)
+        super().__init__(rows.features.arrow_schema, *columns)
         self._rows, self._split, self._size, count = rows.with_format("arrow"), split, shard_size, len(rows)
         self.shards = [
             ShardPlan(f"{split}#{start}", min(shard_size, count - start)) for start in range(0, count, shard_size)
         ]
         self.listing = listing_digest([(rows._fingerprint, count)])
-        self.description = {"kind": "saved", "shard_size": shard_size, "mask_column": mask_column, "split": split}
+        self.description |= {"kind": "saved", "shard_size": shard_size, "split": split}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
         start = shard * self._size
@@ -164,21 +221,14 @@ class StreamedDataset(Table):
     Args:
         location: Hub id.
         revision: commit, tag or branch; it is pinned to the commit that it is now.
+        columns: as for [`Table`].
         options: `name` (the configuration) and others of `load_dataset`.
 
     Raises:
         ValueError: no such data set, split or column, or one without known columns.
     """
 
-    def __init__(
-        self,
-        location: str,
-        split: str,
-        revision: str | None,
-        image_column: str,
-        mask_column: str | None,
-        **options: Any,
-    ):
+    def __init__(self, location: str, split: str, revision: str | None, *columns: Any, **options: Any):
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
@@ -190,11 +240,11 @@ class StreamedDataset(Table):
             raise ValueError(f"{location}: no such file or folder, and as a data set of the Hub: {said}") from error
         if stream.features is None:
             raise ValueError(f"{location} does not say which columns it has: download it and name its files")
-        super().__init__(stream.features.arrow_schema, image_column, mask_column)
+        super().__init__(stream.features.arrow_schema, *columns)
         self._stream, self._split = stream.decode(False).with_format("arrow"), split
         self.shards = [ShardPlan(f"{split}-{index:05d}", None) for index in range(stream.num_shards)]
         self.listing = listing_digest([(revision, stream.num_shards)])
-        self.description = {"kind": "hub", "mask_column": mask_column, "split": split, "revision": revision, **options}
+        self.description |= {"kind": "hub", "split": split, "revision": revision, **options}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
         count = len(self.shards)

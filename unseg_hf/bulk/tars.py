@@ -1,8 +1,10 @@
 """WebDataset tars as a source: samples are neighbours that share a name up to the first dot of the file name."""
 
+import contextlib
 import functools
 import json
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,7 +14,16 @@ import pyarrow as pa
 
 from ..cli import SUFFIXES
 from ..data.sa1b_tars import WholeTarInfo
-from .records import IMAGE_TYPE, Record, ShardPlan, SourceError, listing_digest, short_names
+from .records import (
+    IMAGE_TYPE,
+    Record,
+    ShardPlan,
+    SourceError,
+    count_images,
+    listing_digest,
+    refuse_dropped_images,
+    short_names,
+)
 
 _TEXT = ("json", "txt", "cls", "caption")
 
@@ -24,22 +35,27 @@ class TarFiles:
         files: the tars, compressed or not.
         image_suffix: of the members that are protected; None is the only image of each sample, its mask aside.
         mask_suffix: of the members that are masks; `json` reads SA-1B's annotations; None where there are none.
+        dropped: suffixes of members that are not handed on.
 
     Raises:
         OSError: a tar is not there.
-        ValueError: two tars differ in their suffix alone.
+        ValueError: two tars differ in their suffix alone, or the images are dropped.
     """
 
     image_column = "image"
 
-    def __init__(self, files: Sequence[Path], image_suffix: str | None, mask_suffix: str | None):
-        self._files, self._image, self._mask = list(files), image_suffix, mask_suffix
+    def __init__(
+        self, files: Sequence[Path], image_suffix: str | None, mask_suffix: str | None, dropped: Sequence[str] = ()
+    ):
+        refuse_dropped_images(image_suffix, dropped)
+        self._files, self._image, self._mask, self._dropped = list(files), image_suffix, mask_suffix, set(dropped)
         labels = short_names(files)
         if twice := [name for name, count in Counter(map(folder_of, labels)).items() if count > 1]:
             raise ValueError(f"several tars are called {twice[0]}: their outputs would be one file; rename one")
         self.shards = [ShardPlan(label, None) for label in labels]
         self.listing = listing_digest([(label, f.stat().st_size) for label, f in zip(labels, files, strict=True)])
         self.description = {"kind": "tars", "image_suffix": image_suffix, "mask_column": mask_suffix}
+        self.description |= {"drop_columns": sorted(self._dropped)}
         if mask_suffix == "json":
             from ..data.sa1b import run_length_coder
 
@@ -62,14 +78,14 @@ class TarFiles:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
                 error = error or f"the masks in {key}.json cannot be read ({problem!r})"
             # Where it is not known which image is the one, none of them may pass as what lies beside it.
-            rest = {} if image is None else members
+            rest = {} if image is None else {name: members[name] for name in members if name not in self._dropped}
             yield Record(f"{label}/{key}", f"{folder_of(label)}/{key}", image, mask, error, rest)
 
     def _only_image(self, members: Mapping[str, bytes]) -> str | None:
         found = [
             suffix
             for suffix in members
-            if suffix != self._mask and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES
+            if suffix not in (self._mask, *self._dropped) and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES
         ]
         return found[0] if len(found) == 1 else None
 
@@ -90,17 +106,25 @@ class TarFiles:
     def _schema(self) -> pa.Schema:
         from datasets import Features, Image, Value
 
-        first = next((record for record in self.read(0) if record.image is not None), None)
+        first = next(self._whole_samples(), None)
         features = {"__key__": Value("string"), "image": Image()}
         for suffix in first.rest if first else ():
             kind = suffix.rpartition(".")[2].lower()
             features[suffix] = Image() if f".{kind}" in SUFFIXES else Value("string" if kind in _TEXT else "binary")
         return Features(features).arrow_schema
 
+    def _whole_samples(self) -> Iterator[Record]:
+        """Records with image and mask of all tars, as far as these can be read: the same in every process."""
+        for shard in range(len(self.shards)):
+            with contextlib.suppress(SourceError):
+                for record in self.read(shard):
+                    if record.image is not None and (self._mask is None or record.mask is not None):
+                        yield record
+
     def row(self, record: Record) -> pa.Table:
         if unknown := sorted(set(record.rest) - set(self._schema.names)):
             raise ValueError(
-                f"{record.key} has a .{unknown[0]}, which the first sample of the first tar has not: write tars, "
+                f"{record.key} has a .{unknown[0]}, which the first whole sample has not: write tars, "
                 "whose samples may differ"
             )
         values: dict[str, Any] = {"__key__": record.key}
@@ -114,6 +138,9 @@ class TarFiles:
 
     def files(self, record: Record) -> Mapping[str, bytes]:
         return record.rest
+
+    def other_images(self, record: Record) -> Mapping[str, int]:
+        return {name: 1 for name, data in record.rest.items() if name != self._mask and count_images(data)}
 
 
 def folder_of(label: str) -> str:
@@ -142,6 +169,6 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
                 members[suffix] = tar.extractfile(info).read()
         if members:
             yield key, members, twice
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         # The last sample may lack its mask or its annotations: it is not given out.
         raise SourceError(f"{path.name}: it is damaged, or no tar, at {last} ({error})") from error

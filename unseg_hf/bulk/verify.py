@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .. import image_files
-from ..mapping import stored_image
-from ..protection import Prompt, given_masks, max_noise, whole_levels
+from ..mapping import stored_prompt
+from ..protection import given_masks, max_noise, whole_levels
 from . import manifest
 from .opening import open_source
 from .outputs import published_images
@@ -26,6 +26,7 @@ class Verification:
     images: int = 0
     failed_before: int = 0  # records that could not be protected, as the manifest says
     unchecked: str = ""  # what of the bound could not be checked, and why
+    unprotected: list[str] = field(default_factory=list)  # which images were never meant to be protected
 
 
 def verify(output: Path, originals: list[str] | None = None, masks: Path | None = None) -> Verification:
@@ -66,6 +67,7 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
         result.images += sum(line["status"] == "protected" for line in lines)
         if source is not None:
             result.wrong += _broken_bounds(source, shard, lines, output, settings)
+    result.unprotected = manifest.unprotected_images(output, manifest.summarize(output, shards))
     result.wrong += [f"{name}: it is not in the manifest" for name in manifest.strange_files(output, shards)]
     return result
 
@@ -151,10 +153,7 @@ def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, 
 
 def _region(mask: Any, size: tuple[int, int], protection: dict[str, Any]) -> np.ndarray:
     """Where the full budget applied, `(height, width)` bool; everywhere if the mask is not known."""
-    if mask is None:
+    if mask is None or not protection["masks"]:
         return np.ones(size, dtype=bool)
-    several = isinstance(mask, list)
-    value = [stored_image(one, "the mask") for one in mask] if several else stored_image(mask, "the mask")
-    field_name = "masks" if several else "label_map" if protection["label_maps"] else "mask"
-    masks = given_masks(Prompt(**{field_name: value}, ignore_labels=protection["ignore_labels"]), size)
-    return np.logical_or.reduce(masks)
+    prompt = stored_prompt(mask, protection["label_maps"], ignore_labels=protection["ignore_labels"])
+    return np.logical_or.reduce(given_masks(prompt, size))
