@@ -245,3 +245,31 @@ def test_images_of_a_batch_need_the_same_number_of_masks(processor):
 def test_other_tensor_backends_are_refused(processor):
     with pytest.raises(ValueError, match=r"return_tensors='np': .*'pt'"):
         processor(picture(8, 9), return_tensors="np")
+
+
+@pytest.mark.parametrize("shape", [(30, 90), (90, 30), (64, 64), (400, 300)])
+def test_stretched_images_fill_the_square_and_so_does_their_noise(shape, tmp_path):
+    UnSegProcessor.for_image_size(64, stretch=True).save_pretrained(tmp_path)
+    processor = UnSegProcessor.from_pretrained(tmp_path)
+    height, width = shape
+    image = np.zeros((height, width, 3), np.uint8)
+    image[height // 2 :, width // 2 :] = 255  # the last quarter
+    mask = image[None, :, :, 0] > 0
+    corner = [[[width / 2, height / 2]]]
+    features = processor(
+        image, masks=[mask], input_points=[corner], input_boxes=[[[width / 2, height / 2, width, height]]]
+    )
+    assert features["reshaped_input_sizes"].tolist() == [[64, 64]]
+    assert features["original_sizes"].tolist() == [[height, width]]
+    bright = features["pixel_values"][0].mean(0) > 0
+    assert bright[34:, 34:].all()
+    assert not bright[:30].any()
+    assert not bright[:, :30].any()
+    assert features["input_points"].flatten().tolist() == [32, 32]
+    assert features["input_boxes"].flatten().tolist() == [32, 32, 64, 64]
+    assert features["input_masks"][0, 0].round().sum() == 8 * 8
+    noise = torch.zeros(1, 3, 16, 16)
+    noise[..., 8:, 8:] = 1
+    full = processor.post_process_noise(noise, shape, (64, 64))
+    assert full.shape == (1, 3, height, width)
+    assert ((full[0, 0] > 0.5) == torch.from_numpy(mask[0])).float().mean() > 0.98

@@ -86,6 +86,11 @@ class DataArguments:
     )
     min_scale: float = _setting(0.1, "Large-scale jitter: smallest factor on the input side.")
     max_scale: float = _setting(2.0, "Large-scale jitter: largest factor on the input side.")
+    stretch: bool = _setting(
+        False,
+        "Images are stretched to the generator's square, in training and by the finished generator, and not padded "
+        "(the paper pads): noise then lies alike in images of all shapes.",
+    )
     max_masks: int = _setting(1, "A sample's mask is the union of 1 to this many masks of its image.")
 
 
@@ -317,12 +322,15 @@ def main(arguments: list[str] | None = None) -> None:
         data_args.max_masks,
         data_args.epoch_size,
         config.seed,
+        data_args.stretch,
     )
     validation = None
     if held_out:
         sizes = [source.size for source in held_out]
         count = run.validation_size if None in sizes else min(run.validation_size, sum(sizes))
-        validation = InteractiveSegmentation(held_out, image_size, (1.0, 1.0), epoch_size=count)
+        validation = InteractiveSegmentation(
+            held_out, image_size, (1.0, 1.0), epoch_size=count, stretch=data_args.stretch
+        )
     if run.gradient_checkpointing:
         checkpoint_activations(surrogates)
         if not generator.config.freeze_sam:
@@ -361,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(130)
     if accelerator.is_main_process:
         card = model_card(run, everything, data, validation, (time.perf_counter() - start) / 3600)
-        processor = UnSegProcessor.for_image_size(image_size)
+        processor = UnSegProcessor.for_image_size(image_size, data_args.stretch)
         save_generator(generator, processor, run.output_dir, card, with_code=run.save_code)
         accelerator.print(f"generator saved to {run.output_dir}")
         if run.push_to_hub:

@@ -16,21 +16,26 @@ class UnSegProcessor(SamProcessor):
     r"""Prepares images and prompts for [`UnSegModel`], and brings its noise to the size of the images.
 
     An image is resized so that its longer side is the model's input size, padded to a square with black at the right
-    and bottom, and normalised; padding comes before normalisation, as in the authors' code.
+    and bottom, and normalised; padding comes before normalisation, as in the authors' code. Or it is stretched to the
+    square: then the noise has the same place and the same number of waves in images of all shapes, also when a victim
+    resizes them all to one size.
 
     Args:
         image_processor (`SamImageProcessor` or `SamImageProcessorPil`):
             Sizes and normalisation. Resizing is always Pillow's, so that an image gets the same noise on every
             machine, with torchvision or without.
+        stretch (`bool`, *optional*, defaults to `False`):
+            Whether images are stretched to the square, and not padded.
     """
 
-    def __init__(self, image_processor):
+    def __init__(self, image_processor, stretch: bool = False):
+        self.stretch = stretch
         if not isinstance(image_processor, SamImageProcessorPil):
             image_processor = SamImageProcessorPil.from_dict(image_processor.to_dict())
         super().__init__(image_processor)
 
     @classmethod
-    def for_image_size(cls, image_size: int) -> "UnSegProcessor":
+    def for_image_size(cls, image_size: int, stretch: bool = False) -> "UnSegProcessor":
         """The processor of a generator whose input is `image_size` pixels square."""
         square = {"height": image_size, "width": image_size}
         mask_side = image_size // MASK_STRIDE
@@ -40,7 +45,8 @@ class UnSegProcessor(SamProcessor):
                 pad_size=square,
                 mask_size={"longest_edge": mask_side},
                 mask_pad_size={"height": mask_side, "width": mask_side},
-            )
+            ),
+            stretch,
         )
 
     def __call__(
@@ -78,7 +84,7 @@ class UnSegProcessor(SamProcessor):
         single = isinstance(images, (Image.Image, np.ndarray))
         pictures = [_rgb(image) for image in ([images] if single else images)]
         features = super().__call__(
-            images=[self._with_visible_sides(picture) for picture in pictures],
+            images=[self._shaped(picture) for picture in pictures],
             input_points=input_points,
             input_labels=input_labels,
             input_boxes=input_boxes,
@@ -94,6 +100,9 @@ class UnSegProcessor(SamProcessor):
             pixels[:, :, width:] = -mean / std
         for name in {"input_points", "input_boxes"} & features.keys():
             features[name] = features[name].float()
+            if self.stretch:
+                for coordinates, (height, width) in zip(features[name], features["original_sizes"], strict=True):
+                    coordinates.unflatten(-1, (-1, 2)).mul_(self.target_size / torch.stack([width, height]))
         if masks is not None:
             shapes, wanted = [np.shape(mask) for mask in masks], [picture.shape[:2] for picture in pictures]
             if [shape[1:] for shape in shapes] != wanted or len({shape[:1] for shape in shapes}) > 1:
@@ -113,9 +122,9 @@ class UnSegProcessor(SamProcessor):
         """Noise of one image at that image's size.
 
         Args:
-            noise (`torch.Tensor` of shape `(prompts, 3, h, w)`): noise over the padded square, in [-1, 1].
+            noise (`torch.Tensor` of shape `(prompts, 3, h, w)`): noise over the square, in [-1, 1].
             original_size: (height, width) of the image.
-            reshaped_input_size: (height, width) of the image inside the padded square.
+            reshaped_input_size: (height, width) of the image inside the square.
 
         Returns:
             `(prompts, 3, height, width)` float32 in [-1, 1].
@@ -128,10 +137,11 @@ class UnSegProcessor(SamProcessor):
         noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=smaller)
         return noise.clamp(-1, 1)
 
-    def _with_visible_sides(self, picture: np.ndarray) -> np.ndarray:
-        """Stretches a picture so narrow that resizing it would leave no pixel of the short side."""
+    def _shaped(self, picture: np.ndarray) -> np.ndarray:
+        """A picture as SAM's processor may resize it to the longer side alone."""
+        # So narrow that resizing would leave no pixel of the short side, it is stretched, too.
         least = -(-max(picture.shape[:2]) // self.target_size)
-        height, width = (max(side, least) for side in picture.shape[:2])
+        height, width = [self.target_size] * 2 if self.stretch else (max(side, least) for side in picture.shape[:2])
         if (height, width) == picture.shape[:2]:
             return picture
         return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
@@ -141,7 +151,7 @@ class UnSegProcessor(SamProcessor):
 
         Args:
             masks: `(prompts, height, width)` or `(height, width)` at the image's size, zero outside the masks.
-            reshaped_input_size: (height, width) of the image inside the padded square.
+            reshaped_input_size: (height, width) of the image inside the square.
 
         Returns:
             `(prompts, image_size / 4, image_size / 4)` float: the share of each cell that the mask covers.

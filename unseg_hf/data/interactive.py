@@ -36,6 +36,7 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         max_masks: a sample's mask is the union of 1 to this many masks of its record.
         epoch_size: samples an epoch; all records by default, which sources without a size cannot tell.
         seed: of all random choices.
+        stretch: both sides become that, whatever the shape of the image, as a processor with `stretch` does it.
 
     Raises:
         ValueError: no images, weights for some sources only or not above 0, or an epoch size that is needed and
@@ -50,9 +51,10 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         max_masks: int = 1,
         epoch_size: int | None = None,
         seed: int = 0,
+        stretch: bool = False,
     ):
         self.sources, self.image_size, self.scale_range = list(sources), image_size, scale_range
-        self.max_masks, self.seed = max_masks, seed
+        self.max_masks, self.seed, self.stretch = max_masks, seed, stretch
         if epoch_size is not None and epoch_size < 1:
             raise ValueError(f"epoch_size={epoch_size}: must be at least 1")
         if not self.sources:
@@ -225,11 +227,13 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         self, image: Image.Image, mask: Image.Image, scale: float, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scaled so that the longer side is `scale * image_size`, and cropped to at most `image_size` a side."""
-        factor = scale * self.image_size / max(image.size)
-        size = [max(1, round(side * factor)) for side in image.size]
+        unscaled = image.size if self.stretch else [max(image.size)] * 2
+        factors = [scale * self.image_size / side for side in unscaled]
+        size = [max(1, round(side * factor)) for side, factor in zip(image.size, factors, strict=True)]
         crop = [min(side, self.image_size) for side in size]
         corner = [random.integers(0, side - part + 1) for side, part in zip(size, crop, strict=True)]
-        box = tuple(float(v / factor) for v in (*corner, *(c + p for c, p in zip(corner, crop, strict=True))))
+        ends = [c + p for c, p in zip(corner, crop, strict=True)]
+        box = [float(v / factor) for v, factor in zip((*corner, *ends), factors * 2, strict=True)]
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
         return (
             np.asarray(image.resize(crop, Image.Resampling.BILINEAR, box=box)),
