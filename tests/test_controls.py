@@ -4,7 +4,7 @@ import pytest
 from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED, control_noise
 from unseg_hf.protection import apply_noise
 
-CLASS_CODED = ("stripes", "colour", "patches")
+CLASS_CODED = ("stripes", "bands", "colour", "patches")
 REGION = np.zeros((48, 40), bool)
 REGION[10:30, 5:25] = True
 
@@ -44,6 +44,24 @@ def test_stripes_of_class_ids_are_told_apart_by_their_dominant_frequency():
     for sign in (1, -1):
         distances = np.linalg.norm(frequencies[:, None] - sign * frequencies, axis=-1)
         assert distances[np.triu_indices(32, k=1)].min() >= 2 / 128
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (192, 48), (300, 400)])
+def test_bands_of_a_mask_lie_alike_in_images_of_all_sizes(shape: tuple[int, int]):
+    noise = control_noise("bands", np.zeros(shape, bool), seed=0)
+    assert (noise == noise[:, :1]).all()
+    np.testing.assert_array_equal(noise[:, 0] * [1, 1, -1], noise[:, 0, :1].repeat(3, axis=1))
+    rows = noise[:, 0, 0]
+    assert np.count_nonzero(np.diff(rows)) == 23
+    places = (np.flatnonzero(np.diff(rows)) + 1) / shape[0]
+    np.testing.assert_allclose(places, np.arange(1, 24) / 24, atol=0.5 / shape[0])
+    np.testing.assert_array_equal(noise, control_noise("bands", np.ones(shape, bool), seed=1))
+
+
+def test_bands_of_24_classes_differ():
+    noises = [of_one_class("bands", label, 96, 96).ravel() for label in range(24)]
+    likeness = np.corrcoef(noises) - np.eye(24)
+    assert np.abs(likeness).max() < 0.6
 
 
 @pytest.mark.parametrize(("name", "cell"), [("random", 1), ("whole", 1), ("coarse", 4)])
@@ -110,7 +128,7 @@ def test_controls_follow_a_label_map_within_bounds_and_leave_ignored_pixels_to_t
 @pytest.mark.parametrize(
     ("name", "labels", "message"),
     [
-        ("plaid", REGION, "unknown control noise 'plaid'; use one of random, stripes, coarse"),
+        ("plaid", REGION, "unknown control noise 'plaid'; use one of random, stripes, bands, coarse"),
         ("random", np.zeros((4, 4, 1), bool), r"\(4, 4, 1\); pass one mask"),
         ("colour", np.zeros((4, 4)), "labels are float64; pass a mask as bool, a label map as integers"),
         ("patches", np.full((4, 4), -1), "labels go down to -1; number classes from 0, with 255 = ignored"),

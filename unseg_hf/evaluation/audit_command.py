@@ -17,7 +17,7 @@ DEFAULT_VICTIMS = {
     "interactive": ("sam",),
 }
 QUICK = {
-    "noises": ("clean", "generator", "random", "stripes", "colour", "patches"),
+    "noises": ("clean", "generator", "random", "stripes", "bands", "colour"),
     "treatments": ("none", "jpeg75", "half", "greyscale"),
     "seeds": (0,),
 }

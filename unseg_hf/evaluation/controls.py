@@ -17,6 +17,9 @@ COARSE_CELL = 4
 PATCH_CELL = 8
 """Side of a cell of the `patches` control, in pixels."""
 
+BANDS = (12, 8, 16)
+"""Waves of the `bands` control from one side of the image to the other; the first is that of binary masks."""
+
 IGNORED_CLASS = 255
 """Class id of pixels that have no class."""
 
@@ -72,6 +75,24 @@ def _stripes(labels: np.ndarray, seed: int) -> np.ndarray:
     return _by_class(np.zeros_like(labels) if labels.dtype == bool else labels, seed, _class_stripes)
 
 
+def _bands(labels: np.ndarray, seed: int) -> np.ndarray:
+    def pattern(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        waves, down, colour = _band_codes()[label % len(_band_codes())]
+        place = (rows + 0.5) / labels.shape[0] if down else (columns + 0.5) / labels.shape[1]
+        return np.where(place * waves % 1 < 0.5, 1, -1)[:, None] * np.array(colour)
+
+    return _by_class(np.zeros_like(labels) if labels.dtype == bool else labels, seed, pattern)
+
+
+@lru_cache(maxsize=1)
+def _band_codes() -> list[tuple[int, bool, tuple[int, int, int]]]:
+    """Waves, whether they go down the image or across, and the colour of each class's bands."""
+    # Yellow and blue come first: of the opposite corners of the RGB cube with a hue, those that greyscale leaves
+    # farthest apart.
+    colours = [(1, 1, -1), (1, -1, 1), (1, -1, -1), (1, 1, 1)]
+    return [(waves, down, colour) for waves, down, colour in product(BANDS, (True, False), colours)]
+
+
 @lru_cache(maxsize=1)
 def _colours() -> np.ndarray:
     """RGB of each class: the corners of the cube [-1, 1]^3 in opposite pairs, then points of its surface."""
@@ -110,6 +131,7 @@ def _farthest_first(distances: np.ndarray, given: int) -> list[int]:
 CONTROLS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "random": partial(_random_cells, cell=1),
     "stripes": _stripes,
+    "bands": _bands,
     "coarse": partial(_random_cells, cell=COARSE_CELL),
     "colour": partial(_by_class, pattern=_class_colour),
     "patches": partial(_by_class, pattern=_class_patches),
@@ -131,6 +153,9 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
     - `whole`: as `random`; what differs is the budget.
     - `stripes`: luminance stripes, a square wave. For a mask horizontal with a period of 16 pixels, the same inside
       and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
+    - `bands`: stripes that every image has equally many of, whatever its size: so they lie alike in all images that
+      somebody resizes to one size. For a mask 12 down the image, yellow and blue; for class ids one of 24
+      combinations of number, direction and colour.
     - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
       signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
       and of `epsilon_background` outside.
@@ -148,9 +173,9 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
             same in every image.
 
     Returns:
-        Noise, shape `(height, width, 3)`, float32 in [-1, 1]. Every value is -1 or 1, with two exceptions: `stripes`,
-        `colour` and `patches` are 0 at ignored pixels, and of the colours from the ninth class on only one channel
-        need be -1 or 1.
+        Noise, shape `(height, width, 3)`, float32 in [-1, 1]. Every value is -1 or 1, with two exceptions:
+        `stripes`, `bands`, `colour` and `patches` are 0 at ignored pixels, and of the colours from the ninth class on
+        only one channel need be -1 or 1.
 
     Raises:
         ValueError: unknown name, or labels that are not two-dimensional, not of whole numbers, or below 0.

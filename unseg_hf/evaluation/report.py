@@ -386,6 +386,7 @@ _COLOURS = {
     "generator-per-segment": "#E69F00",
     "random": "#999999",
     "stripes": "#0072B2",
+    "bands": "#F0E442",
     "coarse": "#BBBBBB",
     "colour": "#CC79A7",
     "patches": "#009E73",
