@@ -18,13 +18,14 @@ import numpy as np
 TRAIN, TEST = range(300, 600), range(660, 761)
 SIZE, EPOCHS, BATCH = 96, 8, 8
 COLOURS = {"grey": (1, 1, 1), "yellow-blue": (1, 1, -1), "magenta-green": (1, -1, 1), "red-cyan": (1, -1, -1)}
-PLACES = ("locked", "random phase", "random phase and angle", "padded frame")
+PLACES = ("locked", "random sign", "random phase", "random phase and angle", "padded frame")
 PATTERNS = [
     *((waves, "grey", "locked") for waves in (32, 24, 16, 12, 8, 6, 4)),
-    *((16, "grey", place) for place in PLACES[1:3]),
+    *((16, "grey", place) for place in ("random phase", "random phase and angle")),
     *((waves, colour, "locked") for waves in (24, 16, 12) for colour in ("yellow-blue", "magenta-green")),
     *((16, colour, "random phase") for colour in ("yellow-blue", "magenta-green", "red-cyan")),
     (16, "magenta-green", "random phase and angle"),
+    *((16, colour, "random sign") for colour in ("yellow-blue", "magenta-green")),
     *((16, colour, "padded frame") for colour in ("yellow-blue", "magenta-green")),
     *((0, colour, "locked") for colour in COLOURS),
 ]
@@ -38,7 +39,11 @@ def stripes(number: int, region: np.ndarray, waves: int, colour: str, place: str
     height, width = region.shape
     rows, columns = np.mgrid[:height, :width] / np.array([height, width]).reshape(2, 1, 1)
     angle = random.uniform(0, np.pi) if place == "random phase and angle" else 0.0
-    phase = random.uniform() if place.startswith("random") else 0.0
+    phase = 0.0
+    if place == "random sign":
+        phase = random.integers(2) / 2
+    elif place.startswith("random phase"):
+        phase = random.uniform()
     # Where images are padded to a square, a side that is shorter has fewer waves.
     share = height / max(height, width) if place == "padded frame" else 1.0
     wave = (rows * np.cos(angle) + columns * np.sin(angle)) * waves * share + phase
