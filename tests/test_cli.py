@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import unseg_hf
 from unseg_hf import Protector, cli
 
 
@@ -240,6 +241,34 @@ def test_inspect_measures_and_draws(folder, saved_generator, capsys):
     assert "would replace a file that is needed" in capsys.readouterr().err
     assert run("inspect", folder / "in/a.png", folder / "look.png") == 2
     assert "at the same size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["protect"], ["inspect"], ["verify"], ["audit"], ["protect-dataset"], ["demo"]]
+)
+def test_help_does_not_wait_for_the_libraries_that_only_work_needs(command):
+    program = """
+import sys
+from unseg_hf import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    heavy = {"torch", "transformers", "datasets", "gradio", "numpy", "PIL"} & sys.modules.keys()
+    print("loaded:", *sorted(heavy), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "usage: unseg" in done.stdout
+    assert done.stderr == "loaded:\n"
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit) as left:
+        run("--version")
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"unseg-hf {unseg_hf.__version__}\n"
 
 
 def test_the_installed_command_runs(folder, saved_generator):
