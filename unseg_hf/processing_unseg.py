@@ -118,15 +118,22 @@ class UnSegProcessor(SamProcessor):
             reshaped_input_size: (height, width) of the image inside the padded square.
 
         Returns:
-            `(prompts, 3, height, width)` float32 in [-1, 1].
+            `(prompts, 3, height, width)` float32 in [-1, 1], without gradients.
         """
+        full = [self.full_size_noise(one, original_size, reshaped_input_size)[:] for one in noise]
+        return torch.from_numpy(np.stack(full)).permute(0, 3, 1, 2)
+
+    def full_size_noise(
+        self, noise: torch.Tensor, original_size: tuple[int, int], reshaped_input_size: tuple[int, int]
+    ) -> "FullSizeNoise":
+        """Noise of one prompt, `(3, h, w)`, whose parts are brought to the image's size when they are asked for."""
         height, width = (int(side) for side in reshaped_input_size)
         size = tuple(int(side) for side in original_size)
         square = (self.image_processor.pad_size["height"], self.image_processor.pad_size["width"])
-        noise = F.interpolate(noise.float(), square, mode="bilinear", align_corners=False)[..., :height, :width]
-        smaller = size[0] < height or size[1] < width
-        noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=smaller)
-        return noise.clamp(-1, 1)
+        noise = F.interpolate(noise[None].float(), square, mode="bilinear", align_corners=False)[..., :height, :width]
+        if size[0] < height or size[1] < width:
+            noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=True)
+        return FullSizeNoise(noise[0].detach().permute(1, 2, 0).clamp(-1, 1).cpu().numpy(), size)
 
     def _with_visible_sides(self, picture: np.ndarray) -> np.ndarray:
         """Stretches a picture so narrow that resizing it would leave no pixel of the short side."""
@@ -158,6 +165,57 @@ class UnSegProcessor(SamProcessor):
         return F.avg_pool2d(square, MASK_STRIDE)
 
 
+class FullSizeNoise:
+    """Noise at an image's size, in parts: all of it takes 12 bytes a pixel, and most of a segment's is not needed.
+
+    A value does not depend on the part that it was asked for in.
+
+    Args:
+        noise: `(h, w, 3)` float32 in [-1, 1], over the image.
+        size: (height, width) of the image, not below (h, w).
+    """
+
+    def __init__(self, noise: np.ndarray, size: tuple[int, int]):
+        self._noise = np.ascontiguousarray(noise)
+        self._rows, self._columns = (_neighbours(*sides) for sides in zip(noise.shape, size, strict=False))
+
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
+        """Rows of the image, or rows and columns: `(rows, columns, 3)` float32 in [-1, 1]."""
+        rows, columns = part if isinstance(part, tuple) else (part, slice(None))
+        above, below, down = (values[rows] for values in self._rows)
+        left, right, across = (values[columns] for values in self._columns)
+        few = self._noise[above[0] : below[-1] + 1].reshape(-1, self._noise.shape[1] * 3)
+        # Channels are columns of their own here: numpy is slow where an innermost axis is as short as three.
+        left, right = ((3 * columns[:, None] + np.arange(3)).ravel() for columns in (left, right))
+        wide = _mixed(few[:, left], few[:, right], np.repeat(across, 3))
+        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, 3)
+
+    def keep(self, rows: slice, columns: slice) -> None:
+        """Forget all noise that these rows and columns do not need; nothing else may be asked for afterwards."""
+        (above, below, _), (left, right, _) = self._rows, self._columns
+        above, below, left, right = above[rows], below[rows], left[columns], right[columns]
+        self._noise = self._noise[above[0] : below[-1] + 1, left[0] : right[-1] + 1].copy()
+        self._rows, self._columns = (
+            (first - start, second - start, share)
+            for (first, second, share), start in ((self._rows, above[0]), (self._columns, left[0]))
+        )
+
+
+def _mixed(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Both arrays in one, with this share of the second; what they held is lost."""
+    first *= 1 - share
+    second *= share
+    first += second
+    return first
+
+
+def _neighbours(few: int, many: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Between which two of `few` cells each of `many` pixels lies, and the share of the second: bilinear weights."""
+    place = ((np.arange(many) + 0.5) * few / many - 0.5).clip(0, few - 1)
+    first = place.astype(np.int64)
+    return first, np.minimum(first + 1, few - 1), (place - first).astype(np.float32)
+
+
 def _rgb(image) -> np.ndarray:
     """Any accepted image as `(height, width, 3)` uint8."""
     if isinstance(image, Image.Image):
@@ -172,4 +230,4 @@ def _rgb(image) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-__all__ = ["UnSegProcessor"]
+__all__ = ["FullSizeNoise", "UnSegProcessor"]
