@@ -135,6 +135,28 @@ class UnSegProcessor(SamProcessor):
             noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=True)
         return FullSizeNoise(noise[0].detach().permute(1, 2, 0).clamp(-1, 1).cpu().numpy(), size)
 
+    def noise_box(
+        self, mask: np.ndarray, original_size: tuple[int, int], reshaped_input_size: tuple[int, int], cell: int
+    ) -> tuple[int, int, int, int]:
+        """The cells of the model's embedding grid whose noise a mask's pixels may get: (top, bottom, left, right).
+
+        Args:
+            mask: `(height, width)` bool at the image's size.
+            original_size: (height, width) of the image.
+            reshaped_input_size: (height, width) of the image inside the padded square.
+            cell: pixels of the model's input to a side of a cell.
+        """
+        box: list[int] = []
+        for axis, size, side in zip((1, 0), original_size, reshaped_input_size, strict=True):
+            places = np.flatnonzero(mask.any(axis=axis))
+            first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
+            # Bilinear noise comes from neighbours too: one pixel of the input away, or of a smaller image more, and
+            # then one of the noise's own cells, four to a cell of the grid.
+            reach = 1 + side / size + cell / 4
+            box += [max(0, int((first * side / size - reach) // cell)), -int(-(last * side / size + reach) // cell)]
+        limit = self.target_size // cell
+        return box[0], min(box[1], limit), box[2], min(box[3], limit)
+
     def _with_visible_sides(self, picture: np.ndarray) -> np.ndarray:
         """Stretches a picture so narrow that resizing it would leave no pixel of the short side."""
         least = -(-max(picture.shape[:2]) // self.target_size)

@@ -336,15 +336,18 @@ class Protector:
         prompts = [region, *(masks if job.prompt.mode == "per_segment" and len(masks) > 1 else ())]
         sizes = job.features["original_sizes"][0].tolist(), job.features["reshaped_input_sizes"][0].tolist()
         drawn = torch.cat([self.processor.mask_prompts(mask, tuple(sizes[1])) for mask in prompts]).unsqueeze(0)
+        cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
+        boxes = [self.processor.noise_box(mask, *sizes, cell) for mask in prompts[1:]]
+        # The noise of the union is wanted everywhere.
         noise = torch.cat(
-            [
-                self.model(
-                    image_embeddings=embeddings,
-                    input_masks=drawn[:, start : start + PROMPT_CHUNK].to(self.model.device),
-                ).noise[0]
-                for start in range(0, len(prompts), PROMPT_CHUNK)
+            [self._decoded(embeddings, drawn[:, :1], None)]
+            + [
+                self._decoded(
+                    embeddings, drawn[:, start + 1 : start + 1 + PROMPT_CHUNK], boxes[start : start + PROMPT_CHUNK]
+                )
+                for start in range(0, len(boxes), PROMPT_CHUNK)
             ]
-        ).cpu()
+        )
         if not torch.isfinite(noise).all():
             raise FloatingPointError(
                 "the generator's noise is not finite: its weights are damaged, or its dtype too small"
@@ -353,6 +356,11 @@ class Protector:
         full_size = (self.processor.full_size_noise(one, *sizes) for one in noise)
         everywhere = next(full_size)
         return NoiseOfSegments(everywhere, masks, full_size) if len(noise) > 1 else everywhere
+
+    def _decoded(self, embeddings, masks: torch.Tensor, boxes: list[tuple[int, int, int, int]] | None) -> torch.Tensor:
+        """Noise `(prompts, 3, h, w)` over the padded square for `(1, prompts, h, w)` masks."""
+        masks = masks.to(self.model.device)
+        return self.model(image_embeddings=embeddings, input_masks=masks, noise_boxes=boxes).noise[0].cpu()
 
 
 class NoiseOfSegments:
