@@ -146,9 +146,6 @@ def test_a_part_of_the_noise_is_that_part_of_all_of_it(processor, size):
     rows, columns = slice(size[0] // 3, size[0] // 2), slice(size[1] // 4, size[1])
     np.testing.assert_array_equal(full[rows], whole[rows])
     np.testing.assert_array_equal(full[rows, columns], whole[rows, columns])
-    full.keep(rows, columns)
-    inner = slice(rows.start + 1, rows.stop), slice(columns.start, columns.stop - 2)
-    np.testing.assert_array_equal(full[inner], whole[inner])
 
 
 @pytest.mark.parametrize("size", [(7, 9), (31, 47), (64, 64), (150, 301), (1, 500)])
@@ -157,16 +154,15 @@ def test_what_a_mask_gets_comes_from_the_cells_of_its_box(processor, size):
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.random((3, 16, 16), np.float32))
     for _ in range(20):
-        mask = np.zeros(size, bool)
         y, x = rng.integers(size[0]), rng.integers(size[1])
-        mask[y : y + 1 + size[0] // 5, x : x + 1 + size[1] // 5] = True
-        top, bottom, left, right = processor.noise_box(mask, size, reshaped, 16)
+        rows, columns = slice(y, min(y + 1 + size[0] // 5, size[0])), slice(x, min(x + 1 + size[1] // 5, size[1]))
+        extent = rows.start, rows.stop, columns.start, columns.stop
+        top, bottom, left, right = processor.noise_box(extent, size, reshaped, 16)
         inside = torch.zeros(3, 16, 16)
         part = slice(4 * top, 4 * bottom), slice(4 * left, 4 * right)
         inside[:, *part] = noise[:, *part]
         whole, of_box = (processor.full_size_noise(one, size, reshaped)[:] for one in (noise, inside))
-        np.testing.assert_array_equal(whole[mask], of_box[mask])
-    assert processor.noise_box(np.zeros(size, bool), size, reshaped, 16)[0] == 0
+        np.testing.assert_array_equal(whole[rows, columns], of_box[rows, columns])
 
 
 def test_half_precision_noise_comes_back_in_float32(processor):

@@ -130,32 +130,40 @@ class UnSegProcessor(SamProcessor):
         height, width = (int(side) for side in reshaped_input_size)
         size = tuple(int(side) for side in original_size)
         square = (self.image_processor.pad_size["height"], self.image_processor.pad_size["width"])
-        noise = F.interpolate(noise[None].float(), square, mode="bilinear", align_corners=False)[..., :height, :width]
+        noise = noise.detach().float()
         if size[0] < height or size[1] < width:
-            noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=True)
-        return FullSizeNoise(noise[0].detach().permute(1, 2, 0).clamp(-1, 1).cpu().numpy(), size)
+            noise = F.interpolate(noise[None], square, mode="bilinear", align_corners=False)[..., :height, :width]
+            noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=True)[0]
+            steps = []
+        else:
+            # The padded square of the model's input, and the image, which is only a part of it.
+            steps = [(noise.shape[1:], square), ((height, width), size)]
+        return FullSizeNoise(noise.permute(1, 2, 0).clamp(-1, 1).cpu().numpy(), steps)
 
     def noise_box(
-        self, mask: np.ndarray, original_size: tuple[int, int], reshaped_input_size: tuple[int, int], cell: int
+        self,
+        extent: tuple[int, int, int, int],
+        original_size: tuple[int, int],
+        reshaped_input_size: tuple[int, int],
+        cell: int,
     ) -> tuple[int, int, int, int]:
-        """The cells of the model's embedding grid whose noise a mask's pixels may get: (top, bottom, left, right).
+        """The cells of the model's embedding grid whose noise a part of an image gets: (top, bottom, left, right).
 
         Args:
-            mask: `(height, width)` bool at the image's size.
+            extent: (top, bottom, left, right) of the part, in pixels of the image.
             original_size: (height, width) of the image.
             reshaped_input_size: (height, width) of the image inside the padded square.
             cell: pixels of the model's input to a side of a cell.
         """
+        limit = self.target_size // cell
         box: list[int] = []
-        for axis, size, side in zip((1, 0), original_size, reshaped_input_size, strict=True):
-            places = np.flatnonzero(mask.any(axis=axis))
-            first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
+        for places, size, side in zip((extent[:2], extent[2:]), original_size, reshaped_input_size, strict=True):
             # Bilinear noise comes from neighbours too: one pixel of the input away, or of a smaller image more, and
             # then one of the noise's own cells, four to a cell of the grid.
             reach = 1 + side / size + cell / 4
-            box += [max(0, int((first * side / size - reach) // cell)), -int(-(last * side / size + reach) // cell)]
-        limit = self.target_size // cell
-        return box[0], min(box[1], limit), box[2], min(box[3], limit)
+            first, last = (place * side / size for place in places)
+            box += [max(0, int((first - reach) // cell)), min(limit, int(-(-(last + reach) // cell)))]
+        return tuple(box)
 
     def _with_visible_sides(self, picture: np.ndarray) -> np.ndarray:
         """Stretches a picture so narrow that resizing it would leave no pixel of the short side."""
@@ -193,34 +201,32 @@ class FullSizeNoise:
     A value does not depend on the part that it was asked for in.
 
     Args:
-        noise: `(h, w, 3)` float32 in [-1, 1], over the image.
-        size: (height, width) of the image, not below (h, w).
+        noise: `(h, w, 3)` float32 in [-1, 1].
+        steps: in which it is enlarged, bilinearly: (height, width) of what is enlarged, and that it becomes.
     """
 
-    def __init__(self, noise: np.ndarray, size: tuple[int, int]):
+    def __init__(self, noise: np.ndarray, steps: Sequence[tuple[Sequence[int], Sequence[int]]]):
         self._noise = np.ascontiguousarray(noise)
-        self._rows, self._columns = (_neighbours(*sides) for sides in zip(noise.shape, size, strict=False))
+        self._steps = [[_neighbours(*sides) for sides in zip(*step, strict=True)] for step in steps]
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
-        """Rows of the image, or rows and columns: `(rows, columns, 3)` float32 in [-1, 1]."""
+        """Rows of the image, or rows and columns: a new `(rows, columns, 3)` float32 array in [-1, 1]."""
         rows, columns = part if isinstance(part, tuple) else (part, slice(None))
-        above, below, down = (values[rows] for values in self._rows)
-        left, right, across = (values[columns] for values in self._columns)
-        few = self._noise[above[0] : below[-1] + 1].reshape(-1, self._noise.shape[1] * 3)
-        # Channels are columns of their own here: numpy is slow where an innermost axis is as short as three.
-        left, right = ((3 * columns[:, None] + np.arange(3)).ravel() for columns in (left, right))
-        wide = _mixed(few[:, left], few[:, right], np.repeat(across, 3))
-        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, 3)
+        return self._after(len(self._steps), rows, columns)
 
-    def keep(self, rows: slice, columns: slice) -> None:
-        """Forget all noise that these rows and columns do not need; nothing else may be asked for afterwards."""
-        (above, below, _), (left, right, _) = self._rows, self._columns
-        above, below, left, right = above[rows], below[rows], left[columns], right[columns]
-        self._noise = self._noise[above[0] : below[-1] + 1, left[0] : right[-1] + 1].copy()
-        self._rows, self._columns = (
-            (first - start, second - start, share)
-            for (first, second, share), start in ((self._rows, above[0]), (self._columns, left[0]))
+    def _after(self, steps: int, rows: slice, columns: slice) -> np.ndarray:
+        if steps == 0:
+            return self._noise[rows, columns].copy()
+        (above, below, down), (left, right, across) = (
+            [values[part] for values in axis]
+            for axis, part in zip(self._steps[steps - 1], (rows, columns), strict=True)
         )
+        few = self._after(steps - 1, slice(above[0], below[-1] + 1), slice(left[0], right[-1] + 1))
+        # Channels are columns of their own here: numpy is slow where an innermost axis is as short as three.
+        flat = few.reshape(len(few), -1)
+        left, right = ((3 * (places[:, None] - left[0]) + np.arange(3)).ravel() for places in (left, right))
+        wide = _mixed(flat[:, left], flat[:, right], np.repeat(across, 3))
+        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, 3)
 
 
 def _mixed(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:

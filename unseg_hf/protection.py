@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -333,33 +333,30 @@ class Protector:
         self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
     ) -> "FullSizeNoise | NoiseOfSegments":
         """Its rows are `(rows, width, 3)` float32 in [-1, 1]."""
-        prompts = [region, *(masks if job.prompt.mode == "per_segment" and len(masks) > 1 else ())]
-        sizes = job.features["original_sizes"][0].tolist(), job.features["reshaped_input_sizes"][0].tolist()
-        drawn = torch.cat([self.processor.mask_prompts(mask, tuple(sizes[1])) for mask in prompts]).unsqueeze(0)
+        several = job.prompt.mode == "per_segment" and len(masks) > 1
+        segments = [(mask, _extent(mask)) for mask in masks if mask.any()] if several else []
+        sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
+        drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
-        boxes = [self.processor.noise_box(mask, *sizes, cell) for mask in prompts[1:]]
-        # The noise of the union is wanted everywhere.
-        noise = torch.cat(
-            [self._decoded(embeddings, drawn[:, :1], None)]
-            + [
-                self._decoded(
-                    embeddings, drawn[:, start + 1 : start + 1 + PROMPT_CHUNK], boxes[start : start + PROMPT_CHUNK]
-                )
-                for start in range(0, len(boxes), PROMPT_CHUNK)
-            ]
-        )
+        boxes = [self.processor.noise_box(extent, *sizes, cell) for _, extent in segments]
+        noise = [self._decoded(embeddings, drawn[:1], None)]
+        for start in range(0, len(boxes), PROMPT_CHUNK):
+            chunk = slice(start, start + PROMPT_CHUNK)
+            noise.append(self._decoded(embeddings, drawn[1:][chunk], boxes[chunk]))
+        noise = torch.cat(noise)
         if not torch.isfinite(noise).all():
             raise FloatingPointError(
                 "the generator's noise is not finite: its weights are damaged, or its dtype too small"
             )
 
-        full_size = (self.processor.full_size_noise(one, *sizes) for one in noise)
-        everywhere = next(full_size)
-        return NoiseOfSegments(everywhere, masks, full_size) if len(noise) > 1 else everywhere
+        everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
+        if not segments:
+            return everywhere
+        return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
 
     def _decoded(self, embeddings, masks: torch.Tensor, boxes: list[tuple[int, int, int, int]] | None) -> torch.Tensor:
-        """Noise `(prompts, 3, h, w)` over the padded square for `(1, prompts, h, w)` masks."""
-        masks = masks.to(self.model.device)
+        """Noise `(prompts, 3, h, w)` over the padded square for mask prompts `(prompts, h, w)`."""
+        masks = masks[None].to(self.model.device)
         return self.model(image_embeddings=embeddings, input_masks=masks, noise_boxes=boxes).noise[0].cpu()
 
 
@@ -368,19 +365,16 @@ class NoiseOfSegments:
 
     Args:
         everywhere: noise of the union.
-        masks: `(height, width)` bool each.
-        segments: noise of each mask.
+        segments: `(height, width)` bool, (top, bottom, left, right) around what is inside, and noise of each.
     """
 
-    def __init__(self, everywhere: FullSizeNoise, masks: Sequence[np.ndarray], segments: Iterable[FullSizeNoise]):
+    def __init__(
+        self,
+        everywhere: FullSizeNoise,
+        segments: Sequence[tuple[np.ndarray, tuple[int, int, int, int], FullSizeNoise]],
+    ):
         self._everywhere = everywhere
-        found = []
-        for mask, noise in zip(masks, segments, strict=True):
-            if mask.any():
-                (top, bottom), (left, right) = (_extent(mask.any(axis=axis)) for axis in (1, 0))
-                noise.keep(slice(top, bottom), slice(left, right))
-                found.append((np.count_nonzero(mask), mask, (top, bottom, left, right), noise))
-        self._largest_first = [segment for _, *segment in sorted(found, key=lambda one: -one[0])]
+        self._largest_first = sorted(segments, key=lambda segment: -np.count_nonzero(segment[0]))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """`(rows, width, 3)` float32 in [-1, 1]."""
@@ -394,10 +388,10 @@ class NoiseOfSegments:
         return noise
 
 
-def _extent(inside: np.ndarray) -> tuple[int, int]:
-    """First and last place that is inside; the last excluded."""
-    places = np.flatnonzero(inside)
-    return int(places[0]), int(places[-1]) + 1
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) around what is inside; there is something."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
 @dataclass(eq=False)
