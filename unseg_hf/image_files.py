@@ -40,6 +40,7 @@ PNG_COMPRESS_LEVEL = 4
 # Noise is as hard for WebP: method 4 gives 489 kB in 0.17 s, method 6 with full effort 470 kB in 7 s.
 WEBP_METHOD, WEBP_EFFORT = 4, 50
 TIFF_STRIP_BYTES = 1 << 20
+ARRAY_STRIP = 1 << 20  # pixels
 
 # A closed list: pillow also registers readers that start other programs (EPS) or hold no photos. HEIF is there
 # only when the caller has registered pillow-heif.
@@ -208,8 +209,7 @@ def from_pil(image: Image.Image, name: str = "the image") -> Picture:
     if mode in ("La", "RGBa") or raw_mode.startswith(("La", "RGBa")):
         notes.append("premultiplied alpha undone, which rounds colours")
 
-    planes = np.array(upright)
-    planes = planes[:, :, None] if planes.ndim == 2 else planes
+    planes = _planes_of(upright)
     alpha = None
     if planes.shape[2] in (2, 4):
         planes, alpha = np.ascontiguousarray(planes[:, :, :-1]), planes[:, :, -1].copy()
@@ -220,6 +220,19 @@ def from_pil(image: Image.Image, name: str = "the image") -> Picture:
         notes.append("the transparent colour became an alpha channel")
     profile = _matching_profile(profile, planes.shape[2], notes)
     return Picture(planes, alpha, exif, profile, dpi, tuple(notes))
+
+
+def _planes_of(image: Image.Image) -> np.ndarray:
+    """The (height, width, channels) pixels of an 8-bit image, as a new array."""
+    planes = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    # In strips: on the way to an array pillow makes two more copies, of all pixels if they are asked for at once.
+    rows = max(1, ARRAY_STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = Image.new(image.mode, (image.width, min(rows, image.height - top)))
+        # Not image.crop, which warns of pictures that pillow calls big.
+        strip.paste(image, (0, -top))
+        planes[top : top + rows] = np.asarray(strip).reshape(strip.height, strip.width, -1)
+    return planes
 
 
 def from_array(array: Any, name: str = "the array") -> Picture:
@@ -580,8 +593,7 @@ def _encode(picture: Picture, format: str, quality: int, name: str) -> bytes:
 def _verified(picture: Picture, format: str, quality: int, name: str) -> tuple[bytes, Picture]:
     """The encoded picture, and the picture that it decodes to."""
     data = _encode(picture, format, quality, name)
-    image, _ = _open(data)
-    written = from_pil(image, name)
+    written = from_pil(_open(data)[0], name)
     if format in LOSSLESS_FORMATS and not _same(picture, written):
         raise _error(name, f"the {format} file does not give back the same pixels", "report this; try another format")
     return data, written
@@ -623,9 +635,12 @@ def _tiff(picture: Picture, profile: bytes | None) -> bytes:
 
 
 def _same(picture: Picture, written: Picture) -> bool:
-    grey_became_rgb = picture.pixels.shape[2] == 1 and written.pixels.shape[2] == 3
-    pixels = np.repeat(picture.pixels, 3, axis=2) if grey_became_rgb else picture.pixels
-    if pixels.dtype != written.pixels.dtype or not np.array_equal(pixels, written.pixels):
+    shape = picture.pixels.shape
+    grey_became_rgb = shape[2] == 1 and written.pixels.shape == (*shape[:2], 3)
+    if picture.pixels.dtype != written.pixels.dtype or not (written.pixels.shape == shape or grey_became_rgb):
+        return False
+    # Row by row: what a comparison of all pixels at once says takes as much memory as they do.
+    if any((one != other).any() for one, other in zip(picture.pixels, written.pixels, strict=True)):
         return False
     alphas = [np.uint8(255) if alpha is None else alpha for alpha in (picture.alpha, written.alpha)]
     return bool((alphas[0] == alphas[1]).all())

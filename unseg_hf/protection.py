@@ -510,7 +510,7 @@ def _ssim(original: np.ndarray, protected: np.ndarray, scale: float) -> float:
     # torchmetrics has the same figure, but not the window as a column and a row, which is six times faster.
     window = torch.exp(-0.5 * ((torch.arange(11) - 5) / 1.5) ** 2)
     window = (window / window.sum()).expand(4 * channels, 1, 1, 11)
-    total, step = 0.0, max(1, 2**18 // width)
+    total, step = 0.0, max(1, STRIP // width)
     for start in range(0, height, step):
         end = min(start + step, height)
         # With the five rows around them that their windows reach.
