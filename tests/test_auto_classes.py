@@ -82,6 +82,37 @@ def test_importing_the_package_twice_registers_everything_once():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import unseg_hf\nfrom transformers import AutoModel, pipeline",
+        "from unseg_hf.modeling_unseg import UnSegModel\nfrom transformers import AutoModel, pipeline",
+        "from unseg_hf import UnSegModel\nfrom transformers import AutoModel, pipeline",
+    ],
+    ids=["package first", "module first", "class first"],
+)
+def test_the_auto_classes_know_the_generator_whatever_was_imported_first(saved_generator, imports):
+    program = f"""{imports}
+model = AutoModel.from_pretrained({str(saved_generator)!r})
+assert type(model).__module__ == "unseg_hf.modeling_unseg"
+assert type(pipeline("image-protection", model={str(saved_generator)!r}).model) is type(model)
+import sys
+assert not any("unseg_hf" in type(finder).__module__ for finder in sys.meta_path)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_public_names_are_there_without_having_been_imported():
+    assert set(unseg_hf.__all__) == set(unseg_hf._MODULE_OF) <= set(dir(unseg_hf))
+    assert all(getattr(unseg_hf, name).__name__ == name for name in unseg_hf.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Protekt'"):
+        unseg_hf.Protekt  # noqa: B018
+    with pytest.raises(ImportError, match="Protekt"):
+        from unseg_hf import Protekt  # noqa: F401
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["classes", "pipeline"])
 def test_saved_pipeline_runs_with_its_own_code_where_the_package_is_not_installed(
     saved_generator, image, mask, tmp_path, entry

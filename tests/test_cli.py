@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from unseg_hf import Protector, cli
+import unseg_hf
+from unseg_hf import Protector, cli, image_files
 
 
 def photo(seed=0, height=48, width=64):
@@ -63,6 +66,56 @@ def test_a_folder_keeps_its_tree_and_bad_files_do_not_stop_it(folder, saved_gene
     report = {entry["input"]: entry for entry in json.loads((folder / "report.json").read_text())["images"]}
     assert report[str(folder / "in/a.png")]["report"]["max_noise"] <= 8
     assert report[str(folder / "in/cut.png")]["status"] == "failed"
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch has, and with them how many images are worked on at a time."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_files_and_messages_do_not_depend_on_how_many_images_are_worked_on_at_a_time(
+    folder, saved_generator, capsys, threads
+):
+    for i in range(6):
+        Image.fromarray(photo(i, 40 + 3 * i, 70 - 2 * i)).save(folder / f"in/more{i}.png")
+    seen = []
+    for count in (1, 4):
+        threads(count)
+        out = folder / f"out{count}"
+        assert run("protect", folder / "in", "-o", out, "--model", saved_generator, "--json", out / "r.json") == 1
+        assert torch.get_num_threads() == count
+        files = {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*.png"))}
+        entries = json.loads((out / "r.json").read_text())["images"]
+        seen.append((files, capsys.readouterr().err, [(entry["input"], entry["status"]) for entry in entries]))
+    assert len(seen[0][0]) == 8
+    assert seen[0] == seen[1]
+
+
+def test_a_stopped_run_leaves_whole_files_and_a_report_of_them(folder, saved_generator, capsys, threads, monkeypatch):
+    threads(2)
+    for i in range(20):
+        Image.fromarray(photo(i)).save(folder / f"in/sub/{i:02}.png")
+    write = image_files.write
+
+    def write_and_interrupt(picture, path, *arguments):
+        if path.name == "02.png":
+            signal.raise_signal(signal.SIGINT)
+        return write(picture, path, *arguments)
+
+    monkeypatch.setattr(image_files, "write", write_and_interrupt)
+    status = run("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator,
+                 "--json", folder / "r.json")  # fmt: skip
+    assert status == 130
+    assert "what is finished is kept" in capsys.readouterr().err
+    written = sorted((folder / "out").iterdir())
+    assert 3 <= len(written) < 21
+    for path in written:
+        assert image_files.read(path).width == 64
+    entries = json.loads((folder / "r.json").read_text())["images"]
+    assert [entry["output"] for entry in entries if entry["status"] == "protected"] == [str(path) for path in written]
 
 
 def test_an_output_folder_inside_the_input_is_not_protected_again(folder, saved_generator, capsys):
@@ -240,6 +293,34 @@ def test_inspect_measures_and_draws(folder, saved_generator, capsys):
     assert "would replace a file that is needed" in capsys.readouterr().err
     assert run("inspect", folder / "in/a.png", folder / "look.png") == 2
     assert "at the same size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["protect"], ["inspect"], ["verify"], ["audit"], ["protect-dataset"], ["demo"]]
+)
+def test_help_does_not_wait_for_the_libraries_that_only_work_needs(command):
+    program = """
+import sys
+from unseg_hf import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    heavy = {"torch", "transformers", "datasets", "gradio", "numpy", "PIL"} & sys.modules.keys()
+    print("loaded:", *sorted(heavy), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "usage: unseg" in done.stdout
+    assert done.stderr == "loaded:\n"
+
+
+def test_the_version_is_said(capsys):
+    with pytest.raises(SystemExit) as left:
+        run("--version")
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"unseg-hf {unseg_hf.__version__}\n"
 
 
 def test_the_installed_command_runs(folder, saved_generator):

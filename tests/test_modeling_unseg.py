@@ -352,3 +352,15 @@ def test_forward_wants_the_same_number_of_each_kind_of_prompt(generator, pixels,
     prompts["input_boxes"] = prompts["input_boxes"][:, :2]
     with pytest.raises(ValueError, match=r"same number of prompts .*'points': 3, 'boxes': 2, 'masks': 3"):
         generator(pixels, **prompts)
+
+
+def test_noise_in_boxes_is_that_of_the_whole_image_and_zero_elsewhere(generator, pixels, masks):
+    boxes = [(0, 4, 0, 4), (1, 2, 1, 3), (3, 4, 0, 1), (0, 1, 3, 4), (2, 2, 2, 2), (1, 4, 0, 3)]
+    with torch.inference_mode():
+        whole = generator(pixels, input_masks=masks).noise.flatten(0, 1)
+        parts = generator(pixels, input_masks=masks, noise_boxes=boxes).noise.flatten(0, 1)
+    for one, part, (top, bottom, left, right) in zip(whole, parts, boxes, strict=True):
+        inside = slice(4 * top, 4 * bottom), slice(4 * left, 4 * right)
+        torch.testing.assert_close(part[:, *inside], one[:, *inside], atol=1e-5, rtol=1e-5)
+    assert not parts[1, :, 12:].any()
+    assert not parts[2, :, :8].any()

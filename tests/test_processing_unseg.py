@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import SamProcessor
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
@@ -130,6 +131,38 @@ def test_noise_never_leaves_its_range(processor, size):
     )
     assert result.abs().max() <= 1
     assert result.std() > 0.1
+
+
+@pytest.mark.parametrize("size", [(31, 47), (64, 48), (150, 301), (400, 33)])
+def test_a_part_of_the_noise_is_that_part_of_all_of_it(processor, size):
+    reshaped = processor(picture(*size))["reshaped_input_sizes"][0].tolist()
+    noise = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    full = processor.full_size_noise(noise, size, reshaped)
+    whole = full[:]
+    square = F.interpolate(noise[None], (64, 64), mode="bilinear")[..., : reshaped[0], : reshaped[1]]
+    smaller = size[0] < reshaped[0] or size[1] < reshaped[1]
+    expected = F.interpolate(square, size, mode="bilinear", antialias=smaller)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(whole, expected, atol=2e-6)
+    rows, columns = slice(size[0] // 3, size[0] // 2), slice(size[1] // 4, size[1])
+    np.testing.assert_array_equal(full[rows], whole[rows])
+    np.testing.assert_array_equal(full[rows, columns], whole[rows, columns])
+
+
+@pytest.mark.parametrize("size", [(7, 9), (31, 47), (64, 64), (150, 301), (1, 500)])
+def test_what_a_mask_gets_comes_from_the_cells_of_its_box(processor, size):
+    reshaped = processor(picture(*size))["reshaped_input_sizes"][0].tolist()
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.random((3, 16, 16), np.float32))
+    for _ in range(20):
+        y, x = rng.integers(size[0]), rng.integers(size[1])
+        rows, columns = slice(y, min(y + 1 + size[0] // 5, size[0])), slice(x, min(x + 1 + size[1] // 5, size[1]))
+        extent = rows.start, rows.stop, columns.start, columns.stop
+        top, bottom, left, right = processor.noise_box(extent, size, reshaped, 16)
+        inside = torch.zeros(3, 16, 16)
+        part = slice(4 * top, 4 * bottom), slice(4 * left, 4 * right)
+        inside[:, *part] = noise[:, *part]
+        whole, of_box = (processor.full_size_noise(one, size, reshaped)[:] for one in (noise, inside))
+        np.testing.assert_array_equal(whole[rows, columns], of_box[rows, columns])
 
 
 def test_half_precision_noise_comes_back_in_float32(processor):

@@ -232,6 +232,38 @@ def test_per_segment_prompts_each_mask_by_itself(loud_protector):
     np.testing.assert_array_equal(segments.picture.pixels[~(left | right)], union.picture.pixels[~(left | right)])
 
 
+def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud_protector):
+    masks = [np.zeros((300, 420), bool) for _ in range(4)]
+    masks[0][40:200, 30:300], masks[1][150:290, 100:400], masks[2][160:180, 200:230], masks[3][0, :] = (True,) * 4
+    pixels = photo(300, 420)
+    result = loud_protector.protect(pixels, masks=[*masks, np.zeros((300, 420), bool)], mode="per_segment")
+    region = np.any(masks, axis=0)
+    features = loud_protector.processor(pixels, masks=[np.stack([region, *masks])])
+    with torch.inference_mode():
+        noise = loud_protector.model(features["pixel_values"], input_masks=features["input_masks"]).noise[0]
+    sizes = features["original_sizes"][0], features["reshaped_input_sizes"][0]
+    full = loud_protector.processor.post_process_noise(noise, *sizes).permute(0, 2, 3, 1).numpy()
+    expected = full[0].copy()
+    for i in range(4):
+        expected[masks[i]] = full[1 + i][masks[i]]
+    expected = apply_noise(pixels, expected, region, 8 / 255, 2 / 255)
+    assert difference(result.picture.pixels, expected).max() <= 1  # decoded in another batch
+    assert (result.picture.pixels != expected).mean() < 1e-3
+    assert (expected[masks[2]] != apply_noise(pixels, full[2], region, 8 / 255, 2 / 255)[masks[2]]).any()
+
+
+def test_work_in_strips_gives_what_work_at_once_gives(loud_protector, monkeypatch):
+    masks = [box_mask(97, 80), np.roll(box_mask(97, 80), 15, axis=0)]
+    at_once = loud_protector.protect(photo(97, 80), masks=masks, mode="per_segment")
+    monkeypatch.setattr("unseg_hf.protection.STRIP", 700)
+    in_strips = loud_protector.protect(photo(97, 80), masks=masks, mode="per_segment")
+    np.testing.assert_array_equal(in_strips.picture.pixels, at_once.picture.pixels)
+    figures = [compare(p.original, p.picture, p.region) for p in (at_once, in_strips)]
+    assert figures[0] == pytest.approx(figures[1])
+    monkeypatch.undo()
+    assert compare(at_once.original, at_once.picture, at_once.region) == pytest.approx(figures[0])
+
+
 def test_without_a_prompt_the_report_says_what_was_protected(tiny_protector, nothing_found_protector):
     found = tiny_protector.protect(photo())
     assert 0 < found.masks == len(tiny_protector.propose_masks(photo()))

@@ -1,23 +1,30 @@
 """The `unseg` command."""
 
 import argparse
+import contextlib
+import functools
+import gc
 import json
 import os
 import shlex
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .demo.serving import add_demo
 from .evaluation.audit_command import add_audit
-from .image_files import one_line
 from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels; the background gets a quarter
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
+MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
+SMALL_MODEL = 512  # pixels of its input's side
 
 
 class UsageError(Exception):
@@ -57,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unseg", description="Publish images that spoil the segmentation models trained on them."
     )
+    parser.add_argument("--version", action="version", version=f"unseg-hf {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     protect = commands.add_parser("protect", help="protect images", description="Protect images, folders of them too.")
@@ -182,30 +190,50 @@ def run_protect(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from .overlap import in_threads
+
     protector = load_protector(options.model, options.device)
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
     try:
-        with tqdm(tasks, unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress:
-            for task in progress:
-                if task.target.exists() and not options.overwrite:
-                    report.add(task, "skipped")
-                    continue
-                try:
-                    report.add(
-                        task, "protected", report=_protect_one(protector, task, options, epsilon, background, measure)
-                    )
-                # One bad image must not stop the others, whatever is wrong with it.
-                except Exception as error:
-                    text = one_line(error)
-                    text = text if str(task.source) in text else f"{task.source}: {text}"
-                    report.add(task, "failed", error=text)
-                    tqdm.write(f"unseg: {text}", file=sys.stderr)
+        with (
+            _shared_processor(protector, len(tasks)) as (threads, model_turn),
+            tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
+        ):
+            work = functools.partial(_outcome, protector, model_turn, options, epsilon, background, measure)
+
+            def record(task: Task, outcome: dict[str, Any]) -> None:
+                report.add(task, **outcome)
+                if "error" in outcome:
+                    tqdm.write(f"unseg: {outcome['error']}", file=sys.stderr)
+                progress.update()
+
+            in_threads(tasks, work, record, threads)
     finally:
         report.write()
     for folder in unreadable:
         print(f"unseg: {folder}", file=sys.stderr)
     report.print_summary()
     return 1 if report.count("failed") or unreadable else 0
+
+
+@contextlib.contextmanager
+def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
+    """How many images to work on at a time, and what to enter for the time that one is in the model."""
+    import torch
+
+    threads = torch.get_num_threads()
+    at_a_time = min(threads, images, MOST_THREADS)
+    model = protector.model
+    if model.device.type != "cpu" or model.config.sam_config.vision_config.image_size > SMALL_MODEL:
+        # It takes gigabytes an image, and makes good use of all threads.
+        yield at_a_time, threading.Lock()
+        return
+    # Threads inside a model this small wait for each other longer than they work.
+    torch.set_num_threads(1)
+    try:
+        yield at_a_time, contextlib.nullcontext()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
@@ -224,8 +252,20 @@ def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
 
 
 def load_protector(model: str | None, device: str):
+    # Importing allocates much and frees nothing: looking for garbage meanwhile takes a tenth of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _load_protector(model, device)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _load_protector(model: str | None, device: str):
     from transformers.utils import logging
 
+    from .image_files import one_line
     from .protection import Protector
 
     logging.disable_progress_bar()
@@ -357,7 +397,22 @@ def _refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path 
             raise UsageError(f"{what} {target} would replace a file that is needed: choose another name")
 
 
-def _protect_one(protector, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any]:
+def _outcome(protector, model_turn, options, epsilon, background, measure: bool, task: Task) -> dict[str, Any]:
+    """What became of an image: `status`, and its `report` or the line of its `error`."""
+    from .image_files import one_line
+
+    if task.target.exists() and not options.overwrite:
+        return {"status": "skipped"}
+    try:
+        report = _protect_one(protector, model_turn, task, options, epsilon, background, measure)
+        return {"status": "protected", "report": report}
+    # One bad image must not stop the others, whatever is wrong with it.
+    except Exception as error:
+        text = one_line(error)
+        return {"status": "failed", "error": text if str(task.source) in text else f"{task.source}: {text}"}
+
+
+def _protect_one(protector, model_turn, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any]:
     """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
     from . import image_files
     from .inspection import share_left
@@ -374,10 +429,14 @@ def _protect_one(protector, task: Task, options, epsilon, background, measure: b
         whole_image=options.whole_image,
         mode="per_segment" if options.per_segment else "union",
     )
-    protected = protector.protect(task.source, prompt, epsilon=epsilon, epsilon_background=background)
-    written = image_files.write(protected.picture, task.target, options.format, options.quality)
-    # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
-    report = protected.report if measure else {"notes": list(protected.notes)}
+    job = protector.prepare(task.source, prompt, epsilon, background)
+    with model_turn:
+        protected = protector.finish(job, protector.encode([job])[0])
+    with ThreadPoolExecutor(1) as aside:
+        writing = aside.submit(image_files.write, protected.picture, task.target, options.format, options.quality)
+        # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
+        report = protected.report if measure else {"notes": list(protected.notes)}
+        written = writing.result()
     report["notes"] += [note for note in written.notes if note not in report["notes"]]
     if image_files.SUFFIXES[task.target.suffix.lower()] in image_files.LOSSY_FORMATS:
         clean = image_files.read(image_files.encode(protected.original, "jpeg", options.quality)).rgb8()

@@ -1,5 +1,6 @@
 """The UnSeg generator: Segment Anything and a noise head (UnSeg, NeurIPS 2024, section 3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,6 +200,7 @@ class UnSegModel(UnSegPreTrainedModel):
         input_boxes: torch.Tensor | None = None,
         input_masks: torch.Tensor | None = None,
         image_embeddings: UnSegImageEmbeddings | None = None,
+        noise_boxes: Sequence[tuple[int, int, int, int]] | None = None,
         return_dict: bool | None = None,
     ) -> UnSegOutput | tuple:
         """Noise for each prompt of each image. Coordinates are (x, y) in pixels of the model's input.
@@ -216,6 +218,9 @@ class UnSegModel(UnSegPreTrainedModel):
                 Masks in [0, 1], as [`UnSegProcessor`] prepares them.
             image_embeddings (`UnSegImageEmbeddings`, *optional*):
                 What `get_image_embeddings` returned; this or `pixel_values`.
+            noise_boxes (*optional*):
+                Where each prompt's noise is wanted, as (top, bottom, left, right) in cells of the embedding grid; it
+                is 0 elsewhere. Half of a prompt's cost is in the noise of its last layers.
             return_dict (`bool`, *optional*):
                 `False` for a tuple.
 
@@ -245,6 +250,7 @@ class UnSegModel(UnSegPreTrainedModel):
             batch,
             prompts,
             *self._encode_prompts(input_points, input_labels, input_boxes, input_masks),
+            noise_boxes,
         )
         output = UnSegOutput(noise=noise.unflatten(0, (batch, prompts)), image_embeddings=image_embeddings)
         return output if return_dict or return_dict is None else output.to_tuple()
@@ -258,7 +264,9 @@ class UnSegModel(UnSegPreTrainedModel):
             masks = (masks.flatten(0, 1).unsqueeze(1) * self.config.mask_prompt_scale).to(self.dtype)
         return self.sam.prompt_encoder(input_points=points, input_labels=labels, input_boxes=boxes, input_masks=masks)
 
-    def _decode(self, embeddings: UnSegImageEmbeddings, batch: int, prompts: int, sparse, dense) -> torch.Tensor:
+    def _decode(
+        self, embeddings: UnSegImageEmbeddings, batch: int, prompts: int, sparse, dense, boxes
+    ) -> torch.Tensor:
         """SAM's mask decoder with the noise tokens behind its own; noise `(batch * prompts, 3, 4 grid, 4 grid)`."""
         decoder = self.sam.mask_decoder
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight, self.noise_head.noise_tokens.weight])
@@ -277,14 +285,29 @@ class UnSegModel(UnSegPreTrainedModel):
             image_positional_embeddings=position.expand(batch * prompts, -1, -1, -1),
             attention_similarity=None,
         )
-        upscaled = image_tokens.squeeze(1).transpose(1, 2).unflatten(2, image.shape[-2:])
-        upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(upscaled)))
+        tokens = tokens[:, 0, first : first + 3]
+        decoded = image_tokens.squeeze(1).transpose(1, 2).unflatten(2, image.shape[-2:])
+        if boxes is None:
+            return self._noise(tokens, embeddings.noise_features.repeat_interleave(prompts, 0), decoded)
+        height, width = embeddings.noise_features.shape[-2:]
+        noise = decoded.new_zeros(batch * prompts, 3, height, width)
+        for i, (top, bottom, left, right) in enumerate(boxes):
+            # The noise head's convolutions reach two of its cells further, which is half a cell of the grid.
+            top, left = max(top - 1, 0), max(left - 1, 0)
+            part = (..., slice(4 * top, 4 * (bottom + 1)), slice(4 * left, 4 * (right + 1)))
+            features = embeddings.noise_features[i // prompts, None][part]
+            noise[i, None][part] = self._noise(
+                tokens[i, None], features, decoded[i, None, :, top : bottom + 1, left : right + 1]
+            )
+        return noise
+
+    def _noise(self, tokens: torch.Tensor, features: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Noise from the noise tokens, the features that no prompt changes, and the decoder's, of an image or a part
+        of it: `(n, 3, hidden)`, `(n, hidden // 8, 4 h, 4 w)`, `(n, hidden, h, w)` to `(n, 3, 4 h, 4 w)`."""
+        decoder = self.sam.mask_decoder
+        upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(decoded)))
         upscaled = decoder.activation(decoder.upscale_conv2(upscaled))
-        return self.noise_head(
-            tokens[:, 0, first : first + 3],
-            embeddings.noise_features.repeat_interleave(prompts, 0),
-            upscaled,
-        )
+        return self.noise_head(tokens, features, upscaled)
 
 
 __all__ = ["UnSegImageEmbeddings", "UnSegModel", "UnSegOutput", "UnSegPreTrainedModel"]

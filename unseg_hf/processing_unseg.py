@@ -127,15 +127,52 @@ class UnSegProcessor(SamProcessor):
             reshaped_input_size: (height, width) of the image inside the square.
 
         Returns:
-            `(prompts, 3, height, width)` float32 in [-1, 1].
+            `(prompts, 3, height, width)` float32 in [-1, 1], without gradients.
         """
+        full = [self.full_size_noise(one, original_size, reshaped_input_size)[:] for one in noise]
+        return torch.from_numpy(np.stack(full)).permute(0, 3, 1, 2)
+
+    def full_size_noise(
+        self, noise: torch.Tensor, original_size: tuple[int, int], reshaped_input_size: tuple[int, int]
+    ) -> "FullSizeNoise":
+        """Noise of one prompt, `(3, h, w)`, whose parts are brought to the image's size when they are asked for."""
         height, width = (int(side) for side in reshaped_input_size)
         size = tuple(int(side) for side in original_size)
         square = (self.image_processor.pad_size["height"], self.image_processor.pad_size["width"])
-        noise = F.interpolate(noise.float(), square, mode="bilinear", align_corners=False)[..., :height, :width]
-        smaller = size[0] < height or size[1] < width
-        noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=smaller)
-        return noise.clamp(-1, 1)
+        noise = noise.detach().float()
+        if size[0] < height or size[1] < width:
+            noise = F.interpolate(noise[None], square, mode="bilinear", align_corners=False)[..., :height, :width]
+            noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=True)[0]
+            steps = []
+        else:
+            # The padded square of the model's input, and the image, which is only a part of it.
+            steps = [(noise.shape[1:], square), ((height, width), size)]
+        return FullSizeNoise(noise.permute(1, 2, 0).clamp(-1, 1).cpu().numpy(), steps)
+
+    def noise_box(
+        self,
+        extent: tuple[int, int, int, int],
+        original_size: tuple[int, int],
+        reshaped_input_size: tuple[int, int],
+        cell: int,
+    ) -> tuple[int, int, int, int]:
+        """The cells of the model's embedding grid whose noise a part of an image gets: (top, bottom, left, right).
+
+        Args:
+            extent: (top, bottom, left, right) of the part, in pixels of the image.
+            original_size: (height, width) of the image.
+            reshaped_input_size: (height, width) of the image inside the padded square.
+            cell: pixels of the model's input to a side of a cell.
+        """
+        limit = self.target_size // cell
+        box: list[int] = []
+        for places, size, side in zip((extent[:2], extent[2:]), original_size, reshaped_input_size, strict=True):
+            # Bilinear noise comes from neighbours too: one pixel of the input away, or of a smaller image more, and
+            # then one of the noise's own cells, four to a cell of the grid.
+            reach = 1 + side / size + cell / 4
+            first, last = (place * side / size for place in places)
+            box += [max(0, int((first - reach) // cell)), min(limit, int(-(-(last + reach) // cell)))]
+        return tuple(box)
 
     def _shaped(self, picture: np.ndarray) -> np.ndarray:
         """A picture as SAM's processor may resize it to the longer side alone."""
@@ -168,6 +205,55 @@ class UnSegProcessor(SamProcessor):
         return F.avg_pool2d(square, MASK_STRIDE)
 
 
+class FullSizeNoise:
+    """Noise at an image's size, in parts: all of it takes 12 bytes a pixel, and most of a segment's is not needed.
+
+    A value does not depend on the part that it was asked for in.
+
+    Args:
+        noise: `(h, w, 3)` float32 in [-1, 1].
+        steps: in which it is enlarged, bilinearly: (height, width) of what is enlarged, and that it becomes.
+    """
+
+    def __init__(self, noise: np.ndarray, steps: Sequence[tuple[Sequence[int], Sequence[int]]]):
+        self._noise = np.ascontiguousarray(noise)
+        self._steps = [[_neighbours(*sides) for sides in zip(*step, strict=True)] for step in steps]
+
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
+        """Rows of the image, or rows and columns: a new `(rows, columns, 3)` float32 array in [-1, 1]."""
+        rows, columns = part if isinstance(part, tuple) else (part, slice(None))
+        return self._after(len(self._steps), rows, columns)
+
+    def _after(self, steps: int, rows: slice, columns: slice) -> np.ndarray:
+        if steps == 0:
+            return self._noise[rows, columns].copy()
+        (above, below, down), (left, right, across) = (
+            [values[part] for values in axis]
+            for axis, part in zip(self._steps[steps - 1], (rows, columns), strict=True)
+        )
+        few = self._after(steps - 1, slice(above[0], below[-1] + 1), slice(left[0], right[-1] + 1))
+        # Channels are columns of their own here: numpy is slow where an innermost axis is as short as three.
+        flat = few.reshape(len(few), -1)
+        left, right = ((3 * (places[:, None] - left[0]) + np.arange(3)).ravel() for places in (left, right))
+        wide = _mixed(flat[:, left], flat[:, right], np.repeat(across, 3))
+        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, 3)
+
+
+def _mixed(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Both arrays in one, with this share of the second; what they held is lost."""
+    first *= 1 - share
+    second *= share
+    first += second
+    return first
+
+
+def _neighbours(few: int, many: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Between which two of `few` cells each of `many` pixels lies, and the share of the second: bilinear weights."""
+    place = ((np.arange(many) + 0.5) * few / many - 0.5).clip(0, few - 1)
+    first = place.astype(np.int64)
+    return first, np.minimum(first + 1, few - 1), (place - first).astype(np.float32)
+
+
 def _rgb(image) -> np.ndarray:
     """Any accepted image as `(height, width, 3)` uint8."""
     if isinstance(image, Image.Image):
@@ -182,4 +268,4 @@ def _rgb(image) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-__all__ = ["UnSegProcessor"]
+__all__ = ["FullSizeNoise", "UnSegProcessor"]

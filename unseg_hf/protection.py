@@ -1,24 +1,26 @@
 """Protecting images: the only place where noise meets pixels."""
 
+import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .configuration_unseg import check_epsilon
 from .image_files import Picture, from_array, from_pil, read, read_mask
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
-from .processing_unseg import UnSegProcessor
+from .processing_unseg import FullSizeNoise, UnSegProcessor
 from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
+STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
 
@@ -128,7 +130,7 @@ class Protected:
         """The protected picture as a fresh PIL image, which `datasets` stores as PNG."""
         return self.picture.to_pil()
 
-    @cached_property
+    @functools.cached_property
     def report(self) -> dict[str, Any]:
         """Measured on the pixels, ready for JSON: `max_noise` and `max_noise_background` in grey levels of 255
         (inside and outside the region), `psnr` in dB (None when nothing changed), `ssim`, and the settings."""
@@ -327,33 +329,69 @@ class Protector:
                 masks[i] = box
         return masks
 
-    def _noise(self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray) -> np.ndarray:
-        """`(height, width, 3)` float32 in [-1, 1]."""
-        prompts = [region, *(masks if job.prompt.mode == "per_segment" and len(masks) > 1 else ())]
-        sizes = job.features["original_sizes"][0].tolist(), job.features["reshaped_input_sizes"][0].tolist()
-        drawn = torch.cat([self.processor.mask_prompts(mask, tuple(sizes[1])) for mask in prompts]).unsqueeze(0)
-        noise = torch.cat(
-            [
-                self.model(
-                    image_embeddings=embeddings,
-                    input_masks=drawn[:, start : start + PROMPT_CHUNK].to(self.model.device),
-                ).noise[0]
-                for start in range(0, len(prompts), PROMPT_CHUNK)
-            ]
-        ).cpu()
+    def _noise(
+        self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
+    ) -> "FullSizeNoise | NoiseOfSegments":
+        """Its rows are `(rows, width, 3)` float32 in [-1, 1]."""
+        several = job.prompt.mode == "per_segment" and len(masks) > 1
+        segments = [(mask, _extent(mask)) for mask in masks if mask.any()] if several else []
+        sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
+        drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
+        cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
+        boxes = [self.processor.noise_box(extent, *sizes, cell) for _, extent in segments]
+        noise = [self._decoded(embeddings, drawn[:1], None)]
+        for start in range(0, len(boxes), PROMPT_CHUNK):
+            chunk = slice(start, start + PROMPT_CHUNK)
+            noise.append(self._decoded(embeddings, drawn[1:][chunk], boxes[chunk]))
+        noise = torch.cat(noise)
         if not torch.isfinite(noise).all():
             raise FloatingPointError(
                 "the generator's noise is not finite: its weights are damaged, or its dtype too small"
             )
 
-        def full_size(one: torch.Tensor) -> np.ndarray:
-            return self.processor.post_process_noise(one[None], *sizes)[0].permute(1, 2, 0).numpy()
+        everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
+        if not segments:
+            return everywhere
+        return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
 
-        # Outside all masks, and where there is one alone, the noise of their union; small masks lie over large ones.
-        combined = full_size(noise[0])
-        for i in sorted(range(1, len(prompts)), key=lambda i: -int(prompts[i].sum())):
-            combined[prompts[i]] = full_size(noise[i])[prompts[i]]
-        return combined
+    def _decoded(self, embeddings, masks: torch.Tensor, boxes: list[tuple[int, int, int, int]] | None) -> torch.Tensor:
+        """Noise `(prompts, 3, h, w)` over the padded square for mask prompts `(prompts, h, w)`."""
+        masks = masks[None].to(self.model.device)
+        return self.model(image_embeddings=embeddings, input_masks=masks, noise_boxes=boxes).noise[0].cpu()
+
+
+class NoiseOfSegments:
+    """Outside all segments the noise of their union, and in each its own; small ones lie over large ones.
+
+    Args:
+        everywhere: noise of the union.
+        segments: `(height, width)` bool, (top, bottom, left, right) around what is inside, and noise of each.
+    """
+
+    def __init__(
+        self,
+        everywhere: FullSizeNoise,
+        segments: Sequence[tuple[np.ndarray, tuple[int, int, int, int], FullSizeNoise]],
+    ):
+        self._everywhere = everywhere
+        self._largest_first = sorted(segments, key=lambda segment: -np.count_nonzero(segment[0]))
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """`(rows, width, 3)` float32 in [-1, 1]."""
+        noise = self._everywhere[rows]
+        for mask, (top, bottom, left, right), own in self._largest_first:
+            first, last = max(rows.start, top), min(rows.start + len(noise), bottom)
+            if first < last:
+                part = slice(first, last), slice(left, right)
+                inside = mask[part]
+                noise[first - rows.start : last - rows.start, left:right][inside] = own[part][inside]
+        return noise
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) around what is inside; there is something."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
 @dataclass(eq=False)
@@ -370,36 +408,49 @@ class Job:
 
 
 def apply_noise(
-    pixels: np.ndarray, noise: np.ndarray, region: np.ndarray, epsilon: float, epsilon_background: float
+    pixels: np.ndarray,
+    noise: "np.ndarray | FullSizeNoise | NoiseOfSegments",
+    region: np.ndarray,
+    epsilon: float,
+    epsilon_background: float,
 ) -> np.ndarray:
     """Add noise within a budget.
 
     Args:
         pixels: `(height, width, channels)`, uint8 or uint16; one channel gets the mean of the noise's three, so that
             grey stays grey.
-        noise: `(height, width, 3)` float in [-1, 1].
+        noise: `(height, width, 3)` float in [-1, 1]; an array, or what gives its rows when they are asked for.
         region: `(height, width)` bool.
         epsilon, epsilon_background: largest change inside and outside the region, as shares of the pixel range.
 
     Returns:
         Pixels of the same shape and type; no value differs by more than the budget, after rounding and clipping.
     """
-    if pixels.shape[2] == 1:
-        noise = noise.mean(axis=2, keepdims=True)
     top = np.iinfo(pixels.dtype).max
-    # Row by row in strips: the float copies of a large photo would take many times its own memory.
+    shares = np.float32(epsilon * top), np.float32(epsilon_background * top)
+    # Whole numbers this small are exact in float32.
+    largest = tuple(np.float32(level) for level in whole_levels(top, epsilon, epsilon_background))
     protected = np.empty_like(pixels)
-    rows = max(1, 2**20 // pixels.shape[1])
-    for start in range(0, len(pixels), rows):
-        part = slice(start, start + rows)
-        inside = region[part, :, None]
-        delta = np.rint(
-            noise[part] * np.where(inside, np.float32(epsilon * top), np.float32(epsilon_background * top))
-        )
-        largest = np.where(inside, *whole_levels(top, epsilon, epsilon_background))
-        delta = np.clip(delta, -largest, largest).astype(np.int32)
-        protected[part] = np.clip(pixels[part] + delta, 0, top)
+    for part in _strips(pixels):
+        scale, limit = np.where(region[part], *shares), np.where(region[part], *largest)
+        strip = noise[part]
+        if pixels.shape[2] == 1:
+            strip = strip.mean(axis=2, keepdims=True)
+        # A channel at a time: numpy is slow where an innermost axis is as short as three.
+        for channel in range(pixels.shape[2]):
+            delta = strip[:, :, channel] * scale
+            np.rint(delta, out=delta)
+            np.clip(delta, -limit, limit, out=delta)
+            delta += pixels[part, :, channel]
+            protected[part, :, channel] = np.clip(delta, 0, top, out=delta)
     return protected
+
+
+def _strips(pixels: np.ndarray) -> Iterator[slice]:
+    """Rows of a `(height, width, ...)` array, few at a time: float copies of a large photo take many times its memory,
+    and those of a strip stay in the processor's cache."""
+    rows = max(1, STRIP // pixels.shape[1])
+    return (slice(start, min(start + rows, len(pixels))) for start in range(0, len(pixels), rows))
 
 
 def whole_levels(top: int, epsilon: float, epsilon_background: float) -> tuple[int, int]:
@@ -418,44 +469,72 @@ def _check_bound(original, protected, region, epsilon, epsilon_background) -> No
 
 def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -> tuple[int, int]:
     """Largest absolute difference inside and outside a region, in steps of the pixels' own range."""
-    difference = np.where(original > protected, original - protected, protected - original).max(axis=2)
-    return tuple(int(difference.max(initial=0, where=where)) for where in (region, ~region))
+    largest = [0, 0]
+    for part in _strips(original):
+        a, b = original[part], protected[part]
+        difference = np.maximum(a, b) - np.minimum(a, b)
+        # numpy's own maximum over a last axis of three takes ten times as long.
+        most = functools.reduce(np.maximum, (difference[:, :, channel] for channel in range(difference.shape[2])))
+        for i, where in enumerate((region[part], ~region[part])):
+            largest[i] = max(largest[i], int((most * where).max(initial=0)))
+    return largest[0], largest[1]
 
 
 def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
     """`max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`."""
     scale = 255 / original.max_value
     inside, outside = max_noise(original.pixels, protected.pixels, region)
-    a, b = (
-        torch.from_numpy(p.pixels.astype(np.float32) * scale).permute(2, 0, 1)[None] for p in (original, protected)
-    )
-    error = torch.mean((a - b) ** 2, dtype=torch.float64).item()
+    squares = 0.0
+    for part in _strips(original.pixels):
+        difference = (original.pixels[part].astype(np.float32) - protected.pixels[part]) * np.float32(scale)
+        squares += float(np.square(difference).sum(dtype=np.float64))
     return {
         "max_noise": inside * scale,
         "max_noise_background": outside * scale,
-        "psnr": None if error == 0 else float(10 * np.log10(255**2 / error)),
-        "ssim": _ssim(a, b),
+        "psnr": None if squares == 0 else float(10 * np.log10(255**2 * original.pixels.size / squares)),
+        "ssim": _ssim(original.pixels, protected.pixels, scale),
     }
 
 
-def _ssim(a: torch.Tensor, b: torch.Tensor) -> float:
-    """SSIM of two pictures `(1, channels, height, width)`, in [0, 255]."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
+def _ssim(original: np.ndarray, protected: np.ndarray, scale: float) -> float:
+    """SSIM of two `(height, width, channels)` arrays that `scale` brings to [0, 255].
 
-    # The window of 11 pixels must fit; smaller pictures are continued at their edges.
-    short = [max(0, 11 - side) for side in a.shape[-2:]]
-    a, b = (torch.nn.functional.pad(p, (0, short[1], 0, short[0]), mode="replicate") for p in (a, b))
-    # In strips, with the five rows around them that their windows reach: at once, a photo of 15 megapixels takes 7 GB.
-    height, step = a.shape[2], max(1, 2**18 // a.shape[3])
-    total = 0.0
+    The mean over pixels and channels, with a Gaussian window of 11 pixels and sigma 1.5; pictures end in reflections.
+    """
+    # The window must fit; smaller pictures are continued at their edges.
+    short = [(0, max(0, 11 - side)) for side in original.shape[:2]]
+    pictures = [
+        np.pad(p, (*short, (0, 0)), mode="edge") if short != [(0, 0)] * 2 else p for p in (original, protected)
+    ]
+    height, width, channels = pictures[0].shape
+    # torchmetrics has the same figure, but not the window as a column and a row, which is six times faster.
+    window = torch.exp(-0.5 * ((torch.arange(11) - 5) / 1.5) ** 2)
+    window = (window / window.sum()).expand(4 * channels, 1, 1, 11)
+    total, step = 0.0, max(1, STRIP // width)
     for start in range(0, height, step):
         end = min(start + step, height)
+        # With the five rows around them that their windows reach.
         rows = slice(max(0, start - 5), min(height, end + 5))
-        _, similarity = structural_similarity_index_measure(
-            b[:, :, rows], a[:, :, rows], data_range=255.0, return_full_image=True
+        a, b = (
+            F.pad(
+                torch.from_numpy(p[rows].astype(np.float32)).permute(2, 0, 1)[None].contiguous() * scale - 128,
+                (5, 5, 5 - (start - rows.start), 5 - (rows.stop - end)),
+                mode="reflect",
+            )
+            for p in pictures
         )
-        total += similarity[:, :, start - rows.start : end - rows.start].sum(dtype=torch.float64).item()
-    return total / a.numel()
+        maps = torch.cat([a, b, a * a + b * b, a * b], dim=1)
+        maps = F.conv2d(F.conv2d(maps, window.mT, groups=4 * channels), window, groups=4 * channels)
+        mean_a, mean_b, squares, products = maps[0].unflatten(0, (4, channels))
+        variances = (squares - mean_a**2 - mean_b**2).clamp(min=0)
+        covariance = products - mean_a * mean_b
+        # Around 128 the squares above keep digits that they would lose around 0.
+        mean_a, mean_b = mean_a + 128, mean_b + 128
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+        similarity /= (mean_a**2 + mean_b**2 + c1) * (variances + c2)
+        total += similarity.sum(dtype=torch.float64).item()
+    return total / pictures[0].size
 
 
 def read_any(image: ImageInput) -> Picture:

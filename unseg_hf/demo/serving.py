@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unseg_hf.demo.session import Limits, Workbench
+if TYPE_CHECKING:
+    from unseg_hf.demo.session import Limits
 
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
@@ -94,6 +95,7 @@ def page_for(model: str | None, device: str | None = None, examples: Path | None
 
     from unseg_hf.cli import load_protector
     from unseg_hf.demo.page import build
+    from unseg_hf.demo.session import Limits, Workbench
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return build(Workbench(load_protector(model, device), limits or Limits(), model, on_accelerator), examples)
@@ -102,6 +104,8 @@ def page_for(model: str | None, device: str | None = None, examples: Path | None
 def launch_options(limits: Limits | None = None) -> dict[str, Any]:
     """What `launch` needs for a public server."""
     import gradio as gr
+
+    from unseg_hf.demo.session import Limits
 
     limits = limits or Limits()
     # Fonts that every machine has: the page must not ask another server for its own.

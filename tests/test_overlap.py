@@ -1,0 +1,58 @@
+import signal
+import threading
+import time
+
+import pytest
+
+from unseg_hf.overlap import WAITING, in_threads
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_come_in_the_order_of_the_tasks(threads):
+    reported = []
+
+    def work(task):
+        time.sleep(0.02 if task % 3 == 0 else 0)
+        return task * 10
+
+    in_threads(range(20), work, lambda task, result: reported.append((task, result)), threads)
+    assert reported == [(task, task * 10) for task in range(20)]
+
+
+def test_few_tasks_are_begun_before_the_oldest_is_reported():
+    begun, most = [], []
+    in_threads(iter(range(40)), begun.append, lambda task, _: most.append(len(begun) - task), 2)
+    assert max(most) <= WAITING * 2
+
+
+def test_no_more_tasks_run_than_there_are_threads():
+    running, most = [], []
+    lock = threading.Lock()
+
+    def work(task):
+        with lock:
+            running.append(task)
+            most.append(len(running))
+        time.sleep(0.005)
+        with lock:
+            running.remove(task)
+
+    in_threads(range(30), work, lambda *_: None, 3)
+    assert max(most) == 3
+
+
+def test_when_stopped_what_runs_is_finished_and_reported_and_nothing_else_begins():
+    finished, reported = [], []
+
+    def work(task):
+        if task == 2:
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.05)
+        finished.append(task)
+        return task
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(range(100), work, lambda task, _: reported.append(task), 2)
+    assert reported == sorted(finished)
+    assert 2 in reported
+    assert len(reported) < 8
