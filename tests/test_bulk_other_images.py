@@ -20,8 +20,6 @@ from unseg_hf.bulk.opening import open_source
 from unseg_hf.bulk.records import count_images, image_kind
 from unseg_hf.bulk.run import protect_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
