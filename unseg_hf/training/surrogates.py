@@ -56,12 +56,7 @@ class SamSurrogate(nn.Module):
         """
         original = _pretrained(SamModel, checkpoint)
         surrogate = cls(sam_config_at(original.config, image_size), prompt_size)
-        weights = original.state_dict()
-        for name, new in surrogate.sam.state_dict().items():
-            if weights[name].shape != new.shape:
-                resize = _resized_grid if name.endswith("pos_embed") else _resized_table
-                weights[name] = resize(weights[name], new.shape)
-        surrogate.sam.load_state_dict(weights)
+        load_resized(surrogate.sam, original)
         return surrogate
 
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -216,6 +211,16 @@ def sam_config_at(config: SamConfig, image_size: int) -> SamConfig:
     values["prompt_encoder_config"]["image_size"] = image_size
     del values["prompt_encoder_config"]["image_embedding_size"]  # derived from the image size
     return SamConfig(**values)
+
+
+def load_resized(model: nn.Module, original: nn.Module) -> None:
+    """Load the weights of the same model at another input size; tables of positions are interpolated."""
+    weights = original.state_dict()
+    for name, new in model.state_dict().items():
+        if weights[name].shape != new.shape:
+            resize = _resized_grid if name.endswith("pos_embed") else _resized_table
+            weights[name] = resize(weights[name], new.shape)
+    model.load_state_dict(weights)
 
 
 @torch.no_grad()
