@@ -144,7 +144,7 @@ class UnSegModel(UnSegPreTrainedModel):
     >>> model = UnSegModel.from_pretrained(default_checkpoint())
     >>> size = model.config.sam_config.vision_config.image_size
     >>> model(torch.zeros(1, 3, size, size)).noise.shape
-    torch.Size([1, 1, 3, 64, 64])
+    torch.Size([1, 1, 3, 48, 48])
     ```
     """
 
