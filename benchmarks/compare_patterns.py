@@ -10,6 +10,7 @@ over files, is for generators. What `--output` has already is not trained again.
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -109,11 +110,8 @@ def score(train, test, pattern, treatment: str, victim: str, seed: int) -> float
         if pattern:
             noise = pattern(number, labelled.region).astype(np.float32)
             image = Image.fromarray(apply_noise(np.asarray(image), noise, labelled.region, 8 / 255, 2 / 255))
-        published.append(POST_PROCESSINGS[treatment](image))
-    squares = np.stack(
-        [np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for image in published]
-    )
-    data = TrainingData(squares.transpose(0, 3, 1, 2), annotation_squares(train, SIZE)[0])
+        published.append(replace(labelled, image=POST_PROCESSINGS[treatment](image).convert("RGB")))
+    data = TrainingData(clean_squares(published, SIZE), annotation_squares(train, SIZE)[0])
     build = partial(build_victim, victim, "semantic", 2, image_size=SIZE)
     trained = train_victim(build, data, epochs=EPOCHS, batch_size=BATCH, seed=seed)
     labels = annotation_squares(test, SIZE)[0]

@@ -226,7 +226,8 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
     def _crop(
         self, image: Image.Image, mask: Image.Image, scale: float, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scaled so that the longer side is `scale * image_size`, and cropped to at most `image_size` a side."""
+        """Scaled so that the longer side, or with `stretch` both, is `scale * image_size`, and cropped to at most
+        `image_size` a side."""
         unscaled = image.size if self.stretch else [max(image.size)] * 2
         factors = [scale * self.image_size / side for side in unscaled]
         size = [max(1, round(side * factor)) for side, factor in zip(image.size, factors, strict=True)]

@@ -71,8 +71,12 @@ def _class_stripes(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndar
 
 
 def _stripes(labels: np.ndarray, seed: int) -> np.ndarray:
-    # For two classes one texture is enough: its amplitude tells the mask from the rest.
-    return _by_class(np.zeros_like(labels) if labels.dtype == bool else labels, seed, _class_stripes)
+    return _by_class(_textures(labels), seed, _class_stripes)
+
+
+def _textures(labels: np.ndarray) -> np.ndarray:
+    """Which texture each pixel gets: its class's; in a mask all the same, as the amplitude tells it from the rest."""
+    return np.zeros_like(labels) if labels.dtype == bool else labels
 
 
 def _bands(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -81,7 +85,7 @@ def _bands(labels: np.ndarray, seed: int) -> np.ndarray:
         place = (rows + 0.5) / labels.shape[0] if down else (columns + 0.5) / labels.shape[1]
         return np.where(place * waves % 1 < 0.5, 1, -1)[:, None] * np.array(colour)
 
-    return _by_class(np.zeros_like(labels) if labels.dtype == bool else labels, seed, pattern)
+    return _by_class(_textures(labels), seed, pattern)
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +94,7 @@ def _band_codes() -> list[tuple[int, bool, tuple[int, int, int]]]:
     # Yellow and blue come first: of the opposite corners of the RGB cube with a hue, those that greyscale leaves
     # farthest apart.
     colours = [(1, 1, -1), (1, -1, 1), (1, -1, -1), (1, 1, 1)]
-    return [(waves, down, colour) for waves, down, colour in product(BANDS, (True, False), colours)]
+    return list(product(BANDS, (True, False), colours))
 
 
 @lru_cache(maxsize=1)

@@ -305,7 +305,8 @@ def _augmented(images, masks, probability, random):
 
 def _correlation(noise):
     """Mean squared correlation between the noises `(batch, 3, h, w)` of two images."""
-    flat = F.normalize(noise.float().flatten(1) - noise.float().flatten(1).mean(1, keepdim=True), dim=1)
+    flat = noise.float().flatten(1)
+    flat = F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
     others = (flat @ flat.T)[~torch.eye(len(flat), dtype=torch.bool, device=flat.device)]
     return others.square().mean()
 
