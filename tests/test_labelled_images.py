@@ -72,8 +72,11 @@ def test_things_are_the_classes_with_objects_and_segments_are_objects_then_stuff
     segments = images[0].segments()
     expected = [NUMBERS[0] == 1, NUMBERS[0] == 2, labels[0] == 2, (labels[0] == 9) & (NUMBERS[0] == 0)]
     assert len(segments) == 4
-    for segment, mask in zip(segments, expected, strict=True):
+    for (segment, _), mask in zip(segments, expected, strict=True):
         np.testing.assert_array_equal(segment, mask)
+    # The classes are numbered without gaps: 2, 5 and 9 are 0, 1 and 2. Most of the first object is of class 9.
+    first = int(np.bincount(labels[0][NUMBERS[0] == 1]).argmax())
+    assert [class_id for _, class_id in segments] == [images.classes.index(first), 1, 0, 2]
 
 
 def test_one_bad_image_is_left_out_and_named_and_all_bad_ones_are_an_error():

@@ -1,6 +1,5 @@
 """`unseg protect-dataset` on small trees of the published layouts."""
 
-import copy
 import io
 import json
 import os
@@ -15,25 +14,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published_trees import TREES, area, labels, photo, save, text
+from published_trees import LOWER, TREES, UPPER, area, labels, photo, save, text
 
 from unseg_hf import Prompt, Protector, cli
 from unseg_hf.layouts.run import RECORD, SETTINGS
 from unseg_hf.layouts.table import DATA_SETS
 
 
-@pytest.fixture(scope="session")
-def loud_generator(loud_protector, tmp_path_factory):
-    """The folder of a generator whose noise fills the budget, of grey images too: the same in all channels."""
+@pytest.fixture(scope="module")
+def loud_generator(protector_of, tmp_path_factory):
+    """The folder of a generator of seven noises that fill the budget, of grey images too: the same in all channels."""
     folder = tmp_path_factory.mktemp("loud_generator")
-    model = copy.deepcopy(loud_protector.model)
+    protector = protector_of(noise_codes=7)
     with torch.no_grad():
-        head = model.noise_head
-        head.noise_tokens.weight[:] = head.noise_tokens.weight[:1]
+        head = protector.model.noise_head
+        head.noise_tokens.weight[:] = head.noise_tokens.weight[::3].repeat_interleave(3, dim=0)
+        head.noise_mlps[0][-1].weight *= 30
         for mlp in head.noise_mlps[1:]:
             mlp.load_state_dict(head.noise_mlps[0].state_dict())
-    model.save_pretrained(folder)
-    loud_protector.processor.save_pretrained(folder)
+    protector.model.save_pretrained(folder)
+    protector.processor.save_pretrained(folder)
     return folder
 
 
@@ -115,14 +115,35 @@ def test_segments_are_prompted_one_by_one(tree, tmp_path, protect):
         assert_protected(tmp_path / "in" / path, tmp_path / "out" / path, one.region, *budget)
 
 
-def test_segments_get_the_pixels_that_the_python_api_gives(tmp_path, protect, loud_generator):
-    _, write = TREES["voc2012"]
-    (path,) = write(tmp_path / "in")
-    assert protect("voc2012", "--per-segment") == 0
-    halves = area((slice(4, 18), slice(6, 18))), area((slice(4, 18), slice(18, 30)))
-    prompt = Prompt(masks=[area((slice(22, 36), slice(20, 50))), *halves], mode="per_segment")
-    protected = Protector.from_pretrained(loud_generator).protect(tmp_path / "in" / path, prompt)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / path)), np.asarray(protected.image))
+@pytest.mark.parametrize(
+    ("tree", "segments"),
+    [
+        ("voc2012", [(7, LOWER), (15, (UPPER[0], slice(6, 18))), (15, (UPPER[0], slice(18, 30)))]),
+        ("sbd", [(7, UPPER), (15, LOWER)]),
+        ("ade20k", [(15, UPPER), (150, LOWER)]),
+        ("cityscapes", [(7, LOWER), (26, UPPER)]),
+        ("coco-panoptic", [(1, UPPER), (200, LOWER)]),
+        ("coco-instance", [(1, UPPER), (1, LOWER)]),
+    ],
+)
+def test_segments_get_the_pixels_that_the_python_api_gives_their_class(
+    tree, segments, tmp_path, protect, loud_generator
+):
+    name, write = TREES[tree]
+    path = next(iter(write(tmp_path / "in")))
+    assert protect(name, "--per-segment") == 0
+    masks, classes = [area(place) for _, place in segments], [class_id for class_id, _ in segments]
+    protector = Protector.from_pretrained(loud_generator)
+    # From the file as it is: an upright copy would be another image to some.
+    with Image.open(tmp_path / "out" / path) as out:
+        written = np.asarray(out)
+
+    def pixels(classes):
+        prompt = Prompt(masks=masks, classes=classes, mode="per_segment")
+        return np.asarray(protector.protect(tmp_path / "in" / path, prompt).image)
+
+    np.testing.assert_array_equal(written, pixels(classes))
+    assert (written != pixels([number + 1 for number in classes])).mean() > 0.05
 
 
 @pytest.mark.parametrize("tree", ["voc2012", "sbd", "ade20k", "coco-panoptic", "coco-instance", "cityscapes", "nwpu"])

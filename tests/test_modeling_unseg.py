@@ -77,6 +77,30 @@ def test_noise_and_embeddings_have_the_documented_shapes_and_range(generator, pi
 
 
 @torch.no_grad()
+def test_a_code_chooses_its_noise_whatever_the_other_prompts_ask_for(build_generator, pixels, masks):
+    coded = build_generator(noise_codes=3)
+    codes = torch.tensor([[0, 1, 2], [2, 2, 0]])
+    noise = coded(pixels, input_masks=masks, codes=codes).noise
+    for code in range(3):
+        alone = coded(pixels, input_masks=masks, codes=torch.full((2, 3), code)).noise
+        torch.testing.assert_close(noise[codes == code], alone[codes == code])
+        assert (noise - alone)[codes != code].abs().mean() > 1e-3
+    assert torch.equal(
+        coded(pixels, input_masks=masks).noise, coded(pixels, input_masks=masks, codes=torch.zeros_like(codes)).noise
+    )
+
+
+def test_codes_that_a_generator_has_not_are_an_error(build_generator, generator, pixels, masks):
+    for model, codes, message in (
+        (build_generator(noise_codes=3), torch.tensor([[0, 1, 3], [0, 0, 0]]), "has codes 0 to 2"),
+        (generator, torch.ones(2, 3, dtype=torch.int64), "has codes 0 to 0"),
+        (generator, torch.zeros(3, dtype=torch.int64), r"needs shape \(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(pixels, input_masks=masks, codes=codes)
+
+
+@torch.no_grad()
 def test_noise_is_deterministic(generator, pixels, prompts):
     assert torch.equal(generator(pixels, **prompts).noise, generator(pixels, **prompts).noise)
 
@@ -332,6 +356,7 @@ def test_default_configuration_is_the_papers():
         ({"epsilon": float("nan")}, "epsilon=nan"),
         ({"fusion_layer": 0}, "fusion_layer=0: the vision encoder has layers 1 to 2"),
         ({"fusion_layer": 3}, "fusion_layer=3: the vision encoder has layers 1 to 2"),
+        ({"noise_codes": 0}, "noise_codes=0: must be at least 1"),
         ({"noise_token_offset": 1}, "noise_token_offset=1: must be from -5 to 0"),
         ({"noise_token_offset": -6}, "noise_token_offset=-6: must be from -5 to 0"),
     ],

@@ -232,6 +232,36 @@ def test_per_segment_prompts_each_mask_by_itself(loud_protector):
     np.testing.assert_array_equal(segments.picture.pixels[~(left | right)], union.picture.pixels[~(left | right)])
 
 
+@pytest.fixture(scope="module")
+def coded_protector(protector_of):
+    """Three noises, far enough apart to show in 8-bit pixels."""
+    protector = protector_of(noise_codes=3)
+    with torch.no_grad():
+        for mlp in protector.model.noise_head.noise_mlps:
+            mlp[-1].weight *= 30
+    return protector
+
+
+def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
+    def noise(image, mask, class_id):
+        result = coded_protector.protect(image, masks=[mask], classes=[class_id], mode="per_segment")
+        return result.picture.pixels[mask].astype(int) - result.original.pixels[mask]
+
+    grey, mask = np.full((60, 80, 3), 128, np.uint8), box_mask()
+    of_classes = [noise(grey, mask, number) for number in range(3)]
+    for i in (1, 2):
+        assert difference(of_classes[0], of_classes[i]).mean() > 1
+    np.testing.assert_array_equal(noise(grey, mask, 5), of_classes[2])  # classes begin again at the first noise
+    labels = np.where(mask, 1, 0)
+    labels[50:, 60:] = 2
+    mapped = coded_protector.protect(grey, label_map=labels, mode="per_segment")
+    inside = mapped.picture.pixels[mask].astype(int) - 128
+    assert difference(inside, of_classes[1]).mean() < difference(inside, of_classes[2]).mean() / 4
+    # Together they are one object, as in the paper, whose noise is the first.
+    union = coded_protector.protect(grey, masks=[mask], classes=[2])
+    np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_classes[0])
+
+
 def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud_protector):
     masks = [np.zeros((300, 420), bool) for _ in range(4)]
     masks[0][40:200, 30:300], masks[1][150:290, 100:400], masks[2][160:180, 200:230], masks[3][0, :] = (True,) * 4
@@ -305,6 +335,9 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
         ({"mask": np.full((60, 80), np.nan)}, "finite"),
         ({"mask": box_mask(), "boxes": [[0, 0, 1, 1]]}, "one kind of prompt"),
         ({"masks": []}, "masks is empty"),
+        ({"masks": [box_mask()], "classes": [1, 2]}, r"classes=\[1, 2\] for 1 masks"),
+        ({"masks": [box_mask()], "classes": [0.5]}, "a whole number for each"),
+        ({"mask": box_mask(), "classes": [1]}, "for 0 masks: pass `masks`"),
         ({"boxes": [[1, 2, 3]]}, "4 finite numbers"),
         ({"boxes": [5, 5, 30, 30]}, "4 finite numbers"),
         ({"boxes": [[0, 0, float("nan"), 9]]}, "finite"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from labelled_discs import write_discs
+from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -129,6 +129,22 @@ def test_the_generator_publishes_the_protectors_pixels_in_both_modes(loud_protec
         expected = protector.protect(labelled.image, **prompt, **BUDGET).image
         np.testing.assert_array_equal(published[noise], np.asarray(expected))
     assert (published["generator"] != published["generator-per-segment"]).any()
+
+
+def test_with_several_classes_each_segment_has_the_noise_of_its_class(protector_of, tmp_path: Path):
+    images, numbers = discs(1, 30, 40, seed=0)
+    labels = np.where(numbers == 0, 0, 4 + numbers).astype(np.uint8)
+    write_parquet(tmp_path / "train.parquet", {"image": [encoded(images[0])], "mask": [encoded(labels[0])]})
+    published = LabelledImages(DatasetRows(tmp_path / "train.parquet"))
+    protector = protector_of(noise_codes=3)
+    protector.model.save_pretrained(tmp_path / "model")
+    protector.processor.save_pretrained(tmp_path / "model")
+    publish(published, "generator-per-segment", tmp_path / "out", model=str(tmp_path / "model"), **BUDGET)
+    masks = [labels[0] == value for value in (0, 5, 6)]
+    found = unseg_hf.Protector.from_pretrained(tmp_path / "model").protect(
+        published[0].image, masks=masks, classes=[0, 1, 2], mode="per_segment", **BUDGET
+    )
+    np.testing.assert_array_equal(pixels_of(tmp_path / "out", published)[0], np.asarray(found.image))
 
 
 def test_settings_follow_the_generators_weights(images: LabelledImages, tmp_path: Path):

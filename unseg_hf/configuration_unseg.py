@@ -24,6 +24,9 @@ class UnSegConfig(PreTrainedConfig):
         noise_token_offset (`int`, defaults to 0):
             Where the readout of the three noise tokens starts, relative to the first of them: 0 reads the noise
             tokens, -1 reads the last mask token and the first two noise tokens, as the authors' released weights do.
+        noise_codes (`int`, defaults to 1):
+            Sets of three noise tokens: noises that the generator can make for the same prompt, to tell classes apart.
+            The paper's has one.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
@@ -36,8 +39,8 @@ class UnSegConfig(PreTrainedConfig):
             Standard deviation of the normal distribution that new noise tokens are drawn from.
 
     Raises:
-        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, or a fusion layer or token offset
-            that the SAM inside does not have.
+        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, or a fusion layer or
+            token offset that the SAM inside does not have.
 
     Example:
 
@@ -58,6 +61,7 @@ class UnSegConfig(PreTrainedConfig):
     epsilon_background: float | int = 2 / 255
     fusion_layer: int | None = None
     noise_token_offset: int = 0
+    noise_codes: int = 1
     mask_prompt_scale: float | int = 255.0
     freeze_sam: bool = True
     proposal_iou: float | int = 0.88
@@ -80,6 +84,8 @@ class UnSegConfig(PreTrainedConfig):
         layers = self.sam_config.vision_config.num_hidden_layers
         if not 1 <= self.fusion_layer <= layers:
             raise ValueError(f"fusion_layer={self.fusion_layer}: the vision encoder has layers 1 to {layers}")
+        if self.noise_codes < 1:
+            raise ValueError(f"noise_codes={self.noise_codes}: must be at least 1")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2
         if not -first_noise_token <= self.noise_token_offset <= 0:
             raise ValueError(

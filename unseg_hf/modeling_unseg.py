@@ -69,7 +69,7 @@ def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
 
 
 class UnSegNoiseHead(nn.Module):
-    """Three noise tokens, an MLP for each, and the features they are multiplied with.
+    """Three noise tokens for each code, an MLP for each of the three, and the features they are multiplied with.
 
     The features are the sum of three sources at four times the embedding grid, as in HQ-SAM: the image embedding, an
     early layer of the encoder, and the decoder's upscaled embedding.
@@ -79,7 +79,7 @@ class UnSegNoiseHead(nn.Module):
         super().__init__()
         hidden = config.sam_config.mask_decoder_config.hidden_size
         out = hidden // 8
-        self.noise_tokens = nn.Embedding(3, hidden)
+        self.noise_tokens = nn.Embedding(3 * config.noise_codes, hidden)
         self.noise_mlps = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out)
@@ -201,6 +201,7 @@ class UnSegModel(UnSegPreTrainedModel):
         input_masks: torch.Tensor | None = None,
         image_embeddings: UnSegImageEmbeddings | None = None,
         noise_boxes: Sequence[tuple[int, int, int, int]] | None = None,
+        codes: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> UnSegOutput | tuple:
         """Noise for each prompt of each image. Coordinates are (x, y) in pixels of the model's input.
@@ -221,6 +222,8 @@ class UnSegModel(UnSegPreTrainedModel):
             noise_boxes (*optional*):
                 Where each prompt's noise is wanted, as (top, bottom, left, right) in cells of the embedding grid; it
                 is 0 elsewhere. Half of a prompt's cost is in the noise of its last layers.
+            codes (`torch.Tensor` of shape `(batch, prompts)`, *optional*):
+                Whole numbers from 0 to `config.noise_codes - 1`: which of its noises each prompt gets; 0 by default.
             return_dict (`bool`, *optional*):
                 `False` for a tuple.
 
@@ -229,7 +232,8 @@ class UnSegModel(UnSegPreTrainedModel):
             many prompts in chunks.
 
         Raises:
-            ValueError: both or none of pixels and embeddings, or prompts whose counts differ.
+            ValueError: both or none of pixels and embeddings, prompts whose counts differ, or codes of another shape
+                or beyond those of the generator.
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Pass either pixel_values or image_embeddings, and not both.")
@@ -247,9 +251,8 @@ class UnSegModel(UnSegPreTrainedModel):
 
         noise = self._decode(
             image_embeddings,
-            batch,
-            prompts,
             *self._encode_prompts(input_points, input_labels, input_boxes, input_masks),
+            self._noise_tokens(codes, batch, prompts),
             noise_boxes,
         )
         output = UnSegOutput(noise=noise.unflatten(0, (batch, prompts)), image_embeddings=image_embeddings)
@@ -264,14 +267,27 @@ class UnSegModel(UnSegPreTrainedModel):
             masks = (masks.flatten(0, 1).unsqueeze(1) * self.config.mask_prompt_scale).to(self.dtype)
         return self.sam.prompt_encoder(input_points=points, input_labels=labels, input_boxes=boxes, input_masks=masks)
 
+    def _noise_tokens(self, codes: torch.Tensor | None, batch: int, prompts: int) -> torch.Tensor:
+        """The three noise tokens of each prompt, `(batch, prompts, 3, hidden)`."""
+        tokens = self.noise_head.noise_tokens.weight.unflatten(0, (-1, 3))
+        if codes is None:
+            return tokens[0].expand(batch, prompts, -1, -1)
+        if codes.shape != (batch, prompts) or not 0 <= codes.min() <= codes.max() < len(tokens):
+            raise ValueError(
+                f"codes of shape {tuple(codes.shape)} from {codes.min()} to {codes.max()}: needs shape "
+                f"{(batch, prompts)}, and this generator has codes 0 to {len(tokens) - 1}"
+            )
+        return tokens[codes]
+
     def _decode(
-        self, embeddings: UnSegImageEmbeddings, batch: int, prompts: int, sparse, dense, boxes
+        self, embeddings: UnSegImageEmbeddings, sparse, dense, noise_tokens: torch.Tensor, boxes
     ) -> torch.Tensor:
         """SAM's mask decoder with the noise tokens behind its own; noise `(batch * prompts, 3, 4 grid, 4 grid)`."""
         decoder = self.sam.mask_decoder
-        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight, self.noise_head.noise_tokens.weight])
-        first = len(tokens) - 3 + self.config.noise_token_offset
-        tokens = tokens.expand(batch, prompts, -1, -1)
+        batch, prompts = noise_tokens.shape[:2]
+        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        first = len(own) + self.config.noise_token_offset
+        tokens = torch.cat([own.expand(batch, prompts, -1, -1), noise_tokens], dim=2)
         if sparse is not None:
             tokens = torch.cat([tokens, sparse.to(tokens.dtype)], dim=2)
         if dense.shape[0] not in (1, batch * prompts):  # SAM's "no mask" embedding is one an image

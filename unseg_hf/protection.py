@@ -38,14 +38,16 @@ class Prompt:
             are inside where they are not 0, floats where they are at least 0.5, JPEG files where they are at least
             128.
         masks: several of those.
-        label_map: a label image; every label becomes a mask, except `ignore_labels`.
+        classes: number of the class of each of `masks`, for "per_segment".
+        label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it.
         points: `[x, y]` each, in pixels of the upright image; all belong to one object, which SAM finds.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget.
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
-            each mask, on the same image embedding.
+            each mask, on the same image embedding. Where classes are known, each class has its own noise then, the
+            same in all images; of a generator with fewer noises than classes, some classes share one.
 
     Raises:
         ValueError: contradicting fields, naming them.
@@ -53,6 +55,7 @@ class Prompt:
 
     mask: Any = None
     masks: Sequence[Any] | None = None
+    classes: Sequence[int] | None = None
     label_map: Any = None
     ignore_labels: Sequence[int] = (0, 255)
     boxes: Sequence[Sequence[float]] | None = None
@@ -68,6 +71,8 @@ class Prompt:
             raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
+        if self.classes is not None:
+            object.__setattr__(self, "classes", _class_numbers(self.classes, self.masks))
         for name, width in (("boxes", 4), ("points", 2)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _coordinates(name, getattr(self, name), width))
@@ -90,6 +95,15 @@ class Prompt:
         for x, y in self.points or ():
             if not (0 <= x <= width and 0 <= y <= height):
                 raise ValueError(f"point {[x, y]} lies outside the image of {width} x {height} pixels")
+
+
+def _class_numbers(classes, masks) -> list[int]:
+    numbers = np.asarray(classes)
+    if numbers.shape != (len(masks or ()),) or numbers.dtype.kind not in "iu":
+        raise ValueError(
+            f"classes={classes!r} for {len(masks or ())} masks: pass `masks`, and a whole number for each"
+        )
+    return numbers.tolist()
 
 
 def _coordinates(name: str, values, width: int) -> list[list[float]]:
@@ -240,14 +254,15 @@ class Protector:
         check_epsilon(epsilon, epsilon_background)
         picture = read_any(image)
         prompt.check_inside(picture.height, picture.width)
-        masks = given_masks(prompt, (picture.height, picture.width))
+        masks, classes = given_masks(prompt, (picture.height, picture.width))
         features = self.processor(
             picture.rgb8(),
             input_boxes=None if prompt.boxes is None else [prompt.boxes],
             input_points=None if prompt.points is None else [[prompt.points]],
             input_labels=None if prompt.points is None else [[prompt.point_labels]],
         )
-        return Job(picture, prompt, epsilon, epsilon_background, masks, features, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Job(picture, prompt, epsilon, epsilon_background, masks, classes, features, seconds)
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence["Job"]) -> list[UnSegImageEmbeddings]:
@@ -333,16 +348,19 @@ class Protector:
         self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
     ) -> "FullSizeNoise | NoiseOfSegments":
         """Its rows are `(rows, width, 3)` float32 in [-1, 1]."""
-        several = job.prompt.mode == "per_segment" and len(masks) > 1
-        segments = [(mask, _extent(mask)) for mask in masks if mask.any()] if several else []
+        apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
+        inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
+        segments = [(masks[index], _extent(masks[index])) for index in inside]
+        # The noise around the segments is that of code 0, as where no classes are known.
+        codes = [0] + [0 if job.classes is None else job.classes[i] % self.model.config.noise_codes for i in inside]
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
         drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
         boxes = [self.processor.noise_box(extent, *sizes, cell) for _, extent in segments]
-        noise = [self._decoded(embeddings, drawn[:1], None)]
+        noise = [self._decoded(embeddings, drawn[:1], codes[:1], None)]
         for start in range(0, len(boxes), PROMPT_CHUNK):
             chunk = slice(start, start + PROMPT_CHUNK)
-            noise.append(self._decoded(embeddings, drawn[1:][chunk], boxes[chunk]))
+            noise.append(self._decoded(embeddings, drawn[1:][chunk], codes[1:][chunk], boxes[chunk]))
         noise = torch.cat(noise)
         if not torch.isfinite(noise).all():
             raise FloatingPointError(
@@ -354,10 +372,13 @@ class Protector:
             return everywhere
         return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
 
-    def _decoded(self, embeddings, masks: torch.Tensor, boxes: list[tuple[int, int, int, int]] | None) -> torch.Tensor:
-        """Noise `(prompts, 3, h, w)` over the padded square for mask prompts `(prompts, h, w)`."""
-        masks = masks[None].to(self.model.device)
-        return self.model(image_embeddings=embeddings, input_masks=masks, noise_boxes=boxes).noise[0].cpu()
+    def _decoded(
+        self, embeddings, masks: torch.Tensor, codes: list[int], boxes: list[tuple[int, int, int, int]] | None
+    ) -> torch.Tensor:
+        """Noise `(prompts, 3, h, w)` over the padded square for mask prompts `(prompts, h, w)` and their codes."""
+        prompts = {"input_masks": masks[None], "codes": torch.tensor([codes])}
+        prompts = {name: value.to(self.model.device) for name, value in prompts.items()}
+        return self.model(image_embeddings=embeddings, noise_boxes=boxes, **prompts).noise[0].cpu()
 
 
 class NoiseOfSegments:
@@ -396,13 +417,15 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 @dataclass(eq=False)
 class Job:
-    """One image on its way through a [`Protector`]; `masks` is None where SAM has to find them."""
+    """One image on its way through a [`Protector`]; `masks` is None where SAM has to find them, and `classes`, of each
+    mask, where they are not known."""
 
     picture: Picture
     prompt: Prompt
     epsilon: float
     epsilon_background: float
     masks: list[np.ndarray] | None
+    classes: list[int] | None
     features: Any
     seconds: float
 
@@ -553,23 +576,23 @@ def read_any(image: ImageInput) -> Picture:
     return read(image)
 
 
-def given_masks(prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray] | None:
-    """`(height, width)` bool masks of a prompt that holds them itself, else None."""
+def given_masks(prompt: Prompt, size: tuple[int, int]) -> tuple[list[np.ndarray] | None, list[int] | None]:
+    """`(height, width)` bool masks of a prompt that holds them, else None, and their classes where it has those."""
     if prompt.whole_image:
-        return [np.ones(size, dtype=bool)]
+        return [np.ones(size, dtype=bool)], None
     if prompt.mask is not None:
-        return [read_region(prompt.mask, size)]
+        return [read_region(prompt.mask, size)], None
     if prompt.masks is not None:
         if not len(prompt.masks):
             raise ValueError("masks is empty: pass at least one mask, or whole_image=True")
-        return [read_region(mask, size) for mask in prompt.masks]
+        return [read_region(mask, size) for mask in prompt.masks], prompt.classes
     if prompt.label_map is not None:
         labels = _labels(prompt.label_map, size)
         if labels.dtype.kind == "f":
             raise ValueError(f"a label map of {labels.dtype}: pass whole numbers, one for each object or class")
-        found = [value for value in np.unique(labels).tolist() if value not in prompt.ignore_labels]
-        return [labels == value for value in found] or [np.zeros(size, dtype=bool)]
-    return None
+        found = [int(value) for value in np.unique(labels) if value not in prompt.ignore_labels]
+        return ([labels == value for value in found], found) if found else ([np.zeros(size, dtype=bool)], None)
+    return None, None
 
 
 def read_region(mask, size: tuple[int, int]) -> np.ndarray:

@@ -156,4 +156,4 @@ def _region(mask: Any, size: tuple[int, int], protection: dict[str, Any]) -> np.
     if mask is None or not protection["masks"]:
         return np.ones(size, dtype=bool)
     prompt = stored_prompt(mask, protection["label_maps"], ignore_labels=protection["ignore_labels"])
-    return np.logical_or.reduce(given_masks(prompt, size))
+    return np.logical_or.reduce(given_masks(prompt, size)[0])

@@ -36,12 +36,14 @@ class LabelledImage:
     region: np.ndarray
     instances: np.ndarray | None = None
 
-    def segments(self) -> list[np.ndarray]:
-        """A bool mask for each object, and for each class of the pixels of no object."""
+    def segments(self) -> list[tuple[np.ndarray, int]]:
+        """A bool mask and the class of each object, and of each class of the pixels of no object."""
         instances = np.zeros(self.labels.shape, np.int32) if self.instances is None else self.instances
         objects = [instances == number for number in np.unique(instances) if number]
         rest = np.where(instances == 0, self.labels, IGNORED)
-        return objects + [rest == label for label in np.unique(rest) if label != IGNORED]
+        classes = [rest == label for label in np.unique(rest) if label != IGNORED]
+        # An object's class is that of most of its pixels.
+        return [(mask, int(np.bincount(self.labels[mask]).argmax())) for mask in objects + classes]
 
 
 @dataclass(frozen=True)

@@ -180,9 +180,11 @@ def _protection(
         def protect_with_generator(labelled: LabelledImage) -> Image.Image:
             prompt: dict[str, Any] = {"mask": labelled.region}
             if noise == "generator-per-segment":
-                masks = [mask & labelled.region for mask in labelled.segments()]
+                segments = [(mask & labelled.region, label) for mask, label in labelled.segments()]
                 # One mask at least: an image of background alone gets its noise from an empty one.
-                prompt = {"masks": [mask for mask in masks if mask.any()] or [labelled.region], "mode": "per_segment"}
+                segments = [segment for segment in segments if segment[0].any()] or [(labelled.region, 0)]
+                masks, classes = zip(*segments, strict=True)
+                prompt = {"masks": masks, "mode": "per_segment"} | ({} if images.binary else {"classes": classes})
             return protector.protect(
                 labelled.image, epsilon=epsilon, epsilon_background=epsilon_background, **prompt
             ).image

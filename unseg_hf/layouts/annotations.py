@@ -7,7 +7,7 @@ the annotations of one split, and what it finds for an image can be pickled and 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from unseg_hf import image_files
 
 OBJECT = 1000
 """Number of an object times this, plus its class, tells apart all segments of a label image with objects."""
+
+
+class Segment(NamedTuple):
+    """A `(height, width)` bool mask and the number of its class; None for several classes together."""
+
+    mask: np.ndarray
+    class_id: int | None = None
 
 
 class Annotation(Protocol):
@@ -25,16 +32,16 @@ class Annotation(Protocol):
         """All that the masks depend on."""
         ...
 
-    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+    def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
         """The labelled pixels, without those to ignore and without crowds.
 
         Args:
             size: height and width of the image.
             classes: only these; None for all.
-            separate: one mask for each segment (object, or class where there are no objects), else their union.
+            separate: one for each segment (object, or class where there are no objects), else their union.
 
         Returns:
-            At least one `(height, width)` bool mask, empty where nothing is labelled.
+            At least one segment, whose mask is empty where nothing is labelled.
 
         Raises:
             OSError, ValueError: an annotation that cannot be read or does not fit the image, naming it.
@@ -112,10 +119,10 @@ class BinaryMask:
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+    def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
         values = image_files.read(self.path, upright=False).rgb8().max(axis=2)
         # Half of the range cuts smoothed edges and JPEG's ringing in the middle; a mask of 0 and 1 has neither.
-        return [fitting(values > (127 if values.max() > 1 else 0), size, self.path)]
+        return [Segment(fitting(values > (127 if values.max() > 1 else 0), size, self.path))]
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class LabelImage:
     def files(self) -> tuple[Path, ...]:
         return (self.path,) if self.objects is None else (self.path, self.objects)
 
-    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+    def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
         segments = fitting(_labels(self.path), size, self.path).astype(np.int32)
         labelled = ~np.isin(segments, self.ignored)
         if separate and self.objects is not None:
@@ -200,7 +207,7 @@ class CityscapesImage:
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+    def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
         segments = fitting(_labels(self.path), size, self.path)
         class_of = {s: s if s < OBJECT else s // OBJECT for s in np.unique(segments).tolist()}
         wanted = {s: c for s, c in class_of.items() if c in (self.stuff if s < OBJECT else self.things)}
@@ -209,13 +216,14 @@ class CityscapesImage:
 
 def select_segments(
     segments: np.ndarray, class_of: Mapping[int, int], classes: frozenset[int] | None, separate: bool
-) -> list[np.ndarray]:
-    """Masks of the segments of some classes, from an image of their numbers."""
-    wanted = [segment for segment, class_id in class_of.items() if classes is None or class_id in classes]
-    union = np.isin(segments, wanted)
+) -> list[Segment]:
+    """Segments of some classes, from an image of their numbers."""
+    wanted = {segment: class_id for segment, class_id in class_of.items() if classes is None or class_id in classes}
+    union = np.isin(segments, list(wanted))
     if not separate or not union.any():
-        return [union]
-    return [mask for mask in (segments == segment for segment in wanted) if mask.any()]
+        return [Segment(union)]
+    found = (Segment(segments == segment, class_id) for segment, class_id in wanted.items())
+    return [segment for segment in found if segment.mask.any()]
 
 
 def _labels(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from unseg_hf import image_files
 from unseg_hf.data.sa1b import run_length_coder
 
-from .annotations import Annotation, Index, fitting, select_segments
+from .annotations import Annotation, Index, Segment, fitting, select_segments
 
 _NEEDED = {"images", "annotations", "categories", "id", "name", "file_name", "height", "width", "image_id", "iscrowd"}
 _NEEDED |= {"category_id", "segmentation", "segments_info", "size", "counts"}
@@ -94,20 +94,20 @@ class InstanceMasks:
     def name(self) -> str:
         return f"{self.json}, {self.image}"
 
-    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+    def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
         if tuple(size) != tuple(self.size):
             raise ValueError(f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}")
         coder = run_length_coder()
         codes = [
-            code
+            (code, one.get("category_id"))
             for one in self.objects
             if not one.get("iscrowd") and (classes is None or one.get("category_id") in classes)
             for code in self._codes(coder, one.get("segmentation"))
         ]
         if not separate and codes:
-            codes = [coder.merge(codes)]
-        masks = [coder.decode(code).astype(bool) for code in codes]
-        return [mask for mask in masks if mask.any()] or [np.zeros(size, dtype=bool)]
+            codes = [(coder.merge([code for code, _ in codes]), None)]
+        segments = [Segment(coder.decode(code).astype(bool), class_id) for code, class_id in codes]
+        return [segment for segment in segments if segment.mask.any()] or [Segment(np.zeros(size, dtype=bool))]
 
     def _codes(self, coder, form: Any) -> list[dict[str, Any]]:
         """The compressed run-length code of an object; none where its polygons cover nothing."""
@@ -168,7 +168,7 @@ class PanopticPng:
         file_name = self.entry.get("file_name")
         return (self.json, self.folder / file_name) if isinstance(file_name, str) else (self.json,)
 
-    def masks(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[np.ndarray]:
+    def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
         try:
             path = self.folder / self.entry["file_name"]
             class_of = {s["id"]: s["category_id"] for s in self.entry["segments_info"] if not s.get("iscrowd")}

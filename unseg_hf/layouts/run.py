@@ -41,7 +41,7 @@ class Settings:
         splits: whose images are protected.
         names: SHA-256 of the names of the images to protect; None for all.
         classes: numbers of the classes to protect; None for all.
-        per_segment: prompt once for each segment.
+        per_segment: prompt once for each segment, for the noise of its class.
         epsilon, epsilon_background: the budget in grey levels of 255.
         jpeg_names: one of [`JPEG_NAMES`].
         quality: of JPEG; None where none is written.
@@ -142,14 +142,19 @@ class Worker:
         # Before anything is read: what is edited meanwhile is done again by the next run.
         state = _state(self.root, task.path, task.annotation)
         original = image_files.read(source, upright=False)
-        masks = task.annotation.masks(
+        segments = task.annotation.segments(
             (original.height, original.width),
             None if settings.classes is None else frozenset(settings.classes),
             settings.per_segment,
         )
+        classes = [segment.class_id for segment in segments]
         protected = self.protector.protect(
             original,
-            Prompt(masks=masks, mode="per_segment" if settings.per_segment else "union"),
+            Prompt(
+                masks=[segment.mask for segment in segments],
+                classes=None if None in classes else classes,
+                mode="per_segment" if settings.per_segment else "union",
+            ),
             epsilon=settings.epsilon / 255,
             epsilon_background=settings.epsilon_background / 255,
         )
