@@ -123,7 +123,7 @@ def test_segments_are_prompted_one_by_one(tree, tmp_path, protect):
         ("ade20k", [(15, UPPER), (150, LOWER)]),
         ("cityscapes", [(7, LOWER), (26, UPPER)]),
         ("coco-panoptic", [(1, UPPER), (200, LOWER)]),
-        ("coco-instance", [(1, UPPER), (1, LOWER)]),
+        ("coco-instance", [(1, UPPER), (2, LOWER)]),
     ],
 )
 def test_segments_get_the_pixels_that_the_python_api_gives_their_class(

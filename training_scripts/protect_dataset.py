@@ -40,7 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--masks", type=Path, help="Folder of masks for a folder of images, matched by name.")
     add("--labels", action="store_true", help="The masks are label maps: every label but the ignored is an object.")
     add("--ignore_labels", type=int, nargs="+", default=[0, 255], help="Labels that are no objects.")
-    add("--per_segment", action="store_true", help="Noise of its own for each mask, not one for their union.")
+    add(
+        "--per_segment",
+        action="store_true",
+        help="Noise of its own for each mask, of label maps for each class, not one for all.",
+    )
     add("--whole_image", action="store_true", help="Everything, at full strength.")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
     add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of --epsilon, which it needs).")

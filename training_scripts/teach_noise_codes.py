@@ -1,13 +1,17 @@
-"""Give a trained generator a noise of its own for each class, by regression to waves that victims learn first.
+"""Teach a generator chosen noises, one for each class, by regression to waves that victims learn first.
 
-    python training_scripts/teach_noise_codes.py runs/adjusted --train_data ecssd/train.parquet \\
-        bsds500/train.parquet,masks=regions --output runs/unseg-tiny
+The embedded default, from what `train_generator.py` left:
+
+    python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 \\
+        --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions --output runs/unseg-tiny
 
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
-of. The noise head gets a set of noise tokens for each of `CODES`, and all of it, SAM apart, is trained to make them
-from any image and mask: one wave for each patch of the encoder, down or across the image, or none, in a colour. Which
-waves and colours keep victims from learning classes is measured by `benchmarks/compare_patterns.py`
-(docs/experiments.md).
+of. The noise head gets a set of noise tokens for each code, and all of it, SAM apart, is trained to make them from any
+image and mask: one wave for each patch of the encoder, down the image or across it, or none. Which codes keep victims
+from learning objects and classes is measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
+
+With images stretched to the input, not padded, waves lie alike in images of all shapes, see `UnSegProcessor`; and at
+another input size there are more or fewer of them: position embeddings are interpolated.
 """
 
 import argparse
@@ -16,34 +20,16 @@ import itertools
 import sys
 from pathlib import Path
 
-HUES = [(1, 1, -1), (1, -1, 1), (1, -1, -1), (1, 1, 1)]
-"""RGB of the waves: yellow and blue, magenta and green, red and cyan, white and black."""
-
-CODES = [
-    *((direction, hue) for hue in HUES for direction in ("down", "across")),
-    *(("flat", tuple(sign * channel for channel in hue)) for sign in (1, -1) for hue in HUES),
-    *((direction, tuple(-channel for channel in hue)) for hue in HUES for direction in ("down", "across")),
-]
-"""The codes, in the order in which data sets number their classes: few classes need the first alone."""
-
 SOFTER = 0.1
 """What the last layers of the noise MLPs are multiplied with before they are trained."""
-
-
-def code_targets(side: int):
-    """Noise `(codes, 3, side, side)` of 1 and -1 at the generator's resolution, four cells for each patch."""
-    import torch
-
-    wave = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(side // 4)
-    flat = {"down": wave[:, None], "across": wave[None, :], "flat": torch.ones(1, 1)}
-    return torch.stack(
-        [flat[shape].expand(side, side) * torch.tensor(colour).view(3, 1, 1).float() for shape, colour in CODES]
-    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("generator", help="folder or Hub id")
+    parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as they were)")
+    parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
+    parser.add_argument("--codes", nargs="+", help="noises, see unseg_hf/training/noise_codes.py (default: its CODES)")
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
     )
@@ -63,63 +49,65 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
+    from unseg_hf.training.noise_codes import CODES, code_targets
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.surrogates import normalise
 
     torch.manual_seed(options.seed)
+    codes = options.codes or CODES
     processor = UnSegProcessor.from_pretrained(options.generator)
-    model = with_codes(UnSegModel.from_pretrained(options.generator), len(CODES))
+    stretch = processor.stretch or options.stretch
+    size = options.image_size or processor.target_size
+    if size != processor.target_size:
+        processor = UnSegProcessor.for_image_size(size)
+    processor.stretch = stretch
+    model = with_codes(UnSegModel.from_pretrained(options.generator), len(codes), size)
     model.sam.requires_grad_(False)
-    size = processor.target_size
-    data = InteractiveSegmentation(
-        [parse_source(text) for text in options.train_data], size, (1, 1), seed=options.seed, stretch=processor.stretch
-    )
-    targets = code_targets(4 * size // model.config.sam_config.vision_config.patch_size)
+    sources = [parse_source(text) for text in options.train_data]
+    data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
+    targets = code_targets(codes, size // model.config.sam_config.vision_config.patch_size)
     optimizer = torch.optim.Adam(model.noise_head.parameters(), options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     random = torch.Generator().manual_seed(options.seed)
-    steps = 0
-    for epoch in itertools.count():
-        for batch in DataLoader(data, batch_sampler=data.batches(epoch, options.batch_size)):
-            codes = torch.stack(
-                [torch.randperm(len(CODES), generator=random)[: options.codes_a_step] for _ in batch["image"]]
-            )
-            prompts = make_prompts(batch["mask"], ("mask",), random)
-            masks = prompts["input_masks"].expand(-1, options.codes_a_step, -1, -1)
-            noise = model(pixel_values=normalise(batch["image"]), input_masks=masks, codes=codes).noise
-            loss = (noise - targets[codes]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            steps += 1
-            if steps % 50 == 0:
-                print(f"step {steps} of {options.steps}: mean squared error {loss.item():.4f}", flush=True)
-            if steps == options.steps:
-                model.save_pretrained(options.output)
-                processor.save_pretrained(options.output)
-                print(f"generator saved to {options.output}")
-                return
+    epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
+    loader = DataLoader(data, batch_sampler=itertools.islice(itertools.chain.from_iterable(epochs), options.steps))
+    for step, batch in enumerate(loader, 1):
+        shuffled = (torch.randperm(len(codes), generator=random) for _ in batch["image"])
+        chosen = torch.stack([order[: options.codes_a_step] for order in shuffled])
+        masks = make_prompts(batch["mask"], ("mask",), random)["input_masks"].expand(-1, chosen.shape[1], -1, -1)
+        noise = model(pixel_values=normalise(batch["image"]), input_masks=masks, codes=chosen).noise
+        loss = (noise - targets[chosen]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"step {step} of {options.steps}: mean squared error {loss.item():.4f}", flush=True)
+    model.save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    print(f"generator saved to {options.output}")
 
 
-def with_codes(model, count: int):
-    """The same generator with so many codes, each at first the one it has."""
+def with_codes(model, count: int, image_size: int):
+    """The same SAM at an input size, with a noise head for so many codes that can be trained."""
     import torch
 
     from unseg_hf import UnSegModel
+    from unseg_hf.training.surrogates import load_resized, sam_config_at
 
     config = copy.deepcopy(model.config)
-    config.noise_codes = count
-    weights = model.state_dict()
-    tokens = weights["noise_head.noise_tokens.weight"][:3].repeat(count, 1)
-    # Far apart: what is as small as SAM's own tokens the decoder's layer norms leave nothing of.
-    weights["noise_head.noise_tokens.weight"] = tokens + torch.randn_like(tokens)
-    # A trained generator's tanh is saturated: it would pass no gradient on.
-    for name in weights:
-        if name.startswith("noise_head.noise_mlps.") and ".4." in name:
-            weights[name] *= SOFTER
+    config.noise_codes, config.sam_config = count, sam_config_at(config.sam_config, image_size)
+    head = model.noise_head
+    with torch.no_grad():
+        # Far apart: what is as small as SAM's own tokens the decoder's layer norms leave nothing of.
+        tokens = torch.randn(3 * count, head.noise_tokens.embedding_dim)
+        head.noise_tokens = torch.nn.Embedding.from_pretrained(tokens, freeze=False)
+        # A trained generator's tanh is saturated: it would pass no gradient on.
+        for mlp in head.noise_mlps:
+            mlp[-1].weight *= SOFTER
+            mlp[-1].bias *= SOFTER
     new = UnSegModel(config)
-    new.load_state_dict(weights)
+    load_resized(new, model)
     return new
 
 

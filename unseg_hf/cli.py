@@ -96,7 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="pixel on the object; 0: not on it",
     )
     prompts.add_argument("--whole-image", action="store_true", help="everything, at full strength")
-    prompts.add_argument("--per-segment", action="store_true", help="own noise for each mask, not one for their union")
+    prompts.add_argument(
+        "--per-segment",
+        action="store_true",
+        help="own noise for each mask, of --labels for each class, not one for their union",
+    )
     _add_strength_options(protect)
     files = protect.add_argument_group("files")
     files.add_argument(

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from labelled_discs import write_discs
+
+from unseg_hf import UnSegModel, UnSegProcessor
+from unseg_hf.training.noise_codes import CODES, code_noise, code_targets, waves
+
+SCRIPT = Path(__file__).parent.parent / "training_scripts" / "teach_noise_codes.py"
+
+
+def test_a_code_says_what_each_channel_carries():
+    down, across = waves((np.arange(8) / 4)[:, None]), waves(np.arange(4) / 2)
+    noise = code_noise("+Da", down, across)
+    assert noise.shape == (8, 4, 3)
+    assert (noise[..., 0] == 1).all()
+    np.testing.assert_array_equal(noise[:, 2, 1], [-1, -1, 1, 1, -1, -1, 1, 1])
+    np.testing.assert_array_equal(noise[5, :, 2], [1, -1, 1, -1])
+    for code in ("dd", "ddx", "++++"):
+        with pytest.raises(ValueError, match="three of"):
+            code_noise(code, down, across)
+
+
+def test_no_two_codes_of_the_default_are_the_same():
+    assert len(set(CODES)) == len(CODES)
+    for code in CODES:
+        code_noise(code, np.ones((1, 1)), np.ones((1, 1)))
+
+
+def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp_path):
+    data, taught = write_discs(tmp_path / "train.parquet", 12, seed=0), tmp_path / "taught"
+
+    def run(*options):
+        command = [sys.executable, SCRIPT, saved_generator, "--train_data", data, "--output", taught, *options]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+    done = run("--codes", "ddd", "DDD", "--steps", 100, "--codes_a_step", 2, "--learning_rate", 0.01)
+    assert done.returncode == 0, done.stderr
+    model, before = UnSegModel.from_pretrained(taught).eval(), UnSegModel.from_pretrained(saved_generator)
+    assert model.config.noise_codes == 2
+    assert UnSegProcessor.from_pretrained(taught).target_size == 64
+    sam = before.sam.state_dict()
+    assert all(torch.equal(value, sam[name]) for name, value in model.sam.state_dict().items())
+    masks = torch.zeros(1, 2, 16, 16)
+    masks[..., 4:12, 4:12] = 1
+    with torch.no_grad():
+        images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        noise = model(images, input_masks=masks, codes=torch.tensor([[0, 1]])).noise[0]
+    for made, wanted in zip(noise, code_targets(["ddd", "DDD"], 4), strict=True):
+        assert (made * wanted).mean() > 0.3
+    assert "choose a new folder" in run().stderr
+    assert "code 'xyz'" in run("--codes", "xyz", "--output", tmp_path / "other").stderr
+
+
+def test_at_another_input_size_the_sam_keeps_all_weights_but_the_positions(saved_generator, tmp_path):
+    data = write_discs(tmp_path / "train.parquet", 4, seed=0)
+    options = ("--stretch", "--image_size", 96, "--steps", 1, "--train_data", data, "--output", tmp_path / "larger")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, saved_generator, *map(str, options)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (UnSegModel.from_pretrained(at) for at in (saved_generator, tmp_path / "larger"))
+    assert after(torch.zeros(1, 3, 96, 96)).noise.shape == (1, 1, 3, 24, 24)
+    processor = UnSegProcessor.from_pretrained(tmp_path / "larger")
+    assert (processor.target_size, processor.stretch) == (96, True)
+    weights = before.sam.state_dict()
+    changed = [name for name, value in after.sam.state_dict().items() if not torch.equal(value, weights[name])]
+    assert changed == ["vision_encoder.pos_embed"]
+    assert after.config.epsilon == before.config.epsilon

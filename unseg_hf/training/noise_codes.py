@@ -1,0 +1,43 @@
+"""Noises of waves, written down in three letters: what `training_scripts/teach_noise_codes.py` teaches a generator."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+CODES = ("+d-",)
+"""Of the embedded default, in the order in which data sets number their classes; the first is that of plain masks."""
+
+
+def code_noise(code: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """The noise that a code stands for.
+
+    Args:
+        code: a letter each for red, green and blue: `+` and `-` are flat, `d` and `a` are waves down the image and
+            across it, `D` and `A` the opposite ones. `ddD`: yellow and blue waves down the image.
+        down, across: waves that broadcast to `(height, width)`, in [-1, 1].
+
+    Returns:
+        `(height, width, 3)` float32 in [-1, 1].
+
+    Raises:
+        ValueError: no such code.
+    """
+    if not re.fullmatch(r"[-+dDaA]{3}", code):
+        raise ValueError(f"code {code!r}: three of +, -, d, D, a, A, for red, green and blue")
+    down, across = np.broadcast_arrays(down, across)
+    channels = {"+": np.ones_like(down), "-": -np.ones_like(down), "d": down, "D": -down, "a": across, "A": -across}
+    return np.stack([channels[letter] for letter in code], axis=-1).astype(np.float32)
+
+
+def waves(places: np.ndarray) -> np.ndarray:
+    """Square waves, 1 and then -1, at places in whole waves."""
+    return np.where(places % 1 < 0.5, 1.0, -1.0)
+
+
+def code_targets(codes: Sequence[str], patches: int) -> torch.Tensor:
+    """The noises of codes as a generator makes them, `(codes, 3, 4 * patches, 4 * patches)`: a wave for each patch of
+    its encoder, of four cells of noise."""
+    wave = waves((np.arange(4 * patches) + 0.5) / 4)
+    return torch.from_numpy(np.stack([code_noise(code, wave[:, None], wave) for code in codes])).permute(0, 3, 1, 2)
