@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--per_segment",
         action="store_true",
-        help="Noise of its own for each mask, of label maps for each class, not one for all.",
+        help="A noise for each mask or label, not one for their union.",
     )
     add("--whole_image", action="store_true", help="Everything, at full strength.")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")

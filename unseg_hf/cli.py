@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--per-segment",
         action="store_true",
-        help="own noise for each mask, of --labels for each class, not one for their union",
+        help="a noise for each mask or label, not one for their union",
     )
     _add_strength_options(protect)
     files = protect.add_argument_group("files")

@@ -36,7 +36,7 @@ def add_protect_dataset(commands: Any) -> argparse.ArgumentParser:
     what.add_argument("--names", type=Path, metavar="FILE", help="of these only the images that the file names")
     what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers of the classes to protect")
     what.add_argument(
-        "--per-segment", action="store_true", help="noise of its class for each segment, not one for their union"
+        "--per-segment", action="store_true", help="each segment gets the noise of its class, not one for all"
     )
     files = parser.add_argument_group("files")
     files.add_argument(
