@@ -6,8 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-CODES = ("+d-",)
-"""Of the embedded default, in the order in which data sets number their classes; the first is that of plain masks."""
+_HUES = (("ddD", "aaA", "++-"), ("dDd", "aAa", "+-+"), ("dDD", "aAA", "+--"), ("ddd", "aaa", "+++"))
+_OPPOSITES = str.maketrans("+-dDaA", "-+DdAa")
+
+CODES = ("+d-", *(code.translate(table) for hue in _HUES for table in ({}, _OPPOSITES) for code in hue))
+"""Of the embedded default: the noise of plain masks, then waves down, waves across and a flat colour, in each of four
+colours and its opposite. Data sets number their classes from 0 or 1: few classes get the first ones."""
 
 
 def code_noise(code: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
