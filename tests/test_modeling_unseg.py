@@ -205,7 +205,7 @@ def test_gradients_reach_the_pixels_through_a_frozen_sam(generator, pixels, mask
 def test_gradient_checkpointing_recomputes_the_encoder_and_gives_the_same_gradients(build_generator, pixels, prompts):
     generator = build_generator(freeze_sam=False).train()
     runs = []
-    generator.sam.vision_encoder.layers[0].attn.register_forward_hook(lambda *_: runs.append(1))
+    generator.sam.vision_encoder.layers[0].attn.qkv.register_forward_hook(lambda *_: runs.append(1))
     expected = gradients(generator, pixels, **prompts)
     assert len(runs) == 1
     generator.activation_checkpointing_enable()

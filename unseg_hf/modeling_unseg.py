@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_unseg import UnSegConfig
+from .vision_unseg import UnSegVisionLayer
 
 
 @dataclass
@@ -113,7 +114,7 @@ class UnSegPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SamVisionLayer"]  # noqa: RUF012
+    _no_split_modules = ["SamVisionLayer", "UnSegVisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -151,6 +152,10 @@ class UnSegModel(UnSegPreTrainedModel):
     def __init__(self, config: UnSegConfig):
         super().__init__(config)
         self.sam = SamModel._from_config(config.sam_config)
+        if self.sam.vision_encoder.config._attn_implementation == "sdpa":
+            layers = self.sam.vision_encoder.layers
+            for i, layer in enumerate(layers):
+                layers[i] = UnSegVisionLayer(layer)
         self.noise_head = UnSegNoiseHead(config)
         self.post_init()
         self._freeze()
@@ -166,6 +171,21 @@ class UnSegModel(UnSegPreTrainedModel):
         self.sam.requires_grad_(not self.config.freeze_sam)
         # Random Fourier features: a buffer in the authors' SAM, a parameter in transformers; never trained.
         self.sam.shared_image_embedding.requires_grad_(False)
+
+    def encode_in_bf16(self) -> None:
+        """From now on the vision layers' matrix products, nearly all of the work, are in bfloat16.
+
+        Their weights take half the memory. What goes from layer to layer, and all that comes after them, stays as it
+        is: in bfloat16 too, it would change several times as many pixels. Slow on a processor without bfloat16 units.
+
+        Raises:
+            ValueError: another attention than `attn_implementation="sdpa"`.
+        """
+        for layer in self.sam.vision_encoder.layers:
+            if not isinstance(layer, UnSegVisionLayer):
+                raise ValueError('bfloat16 needs attn_implementation="sdpa"')
+            layer.attn.to(torch.bfloat16)
+            layer.mlp.to(torch.bfloat16)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.sam.get_input_embeddings()
