@@ -53,7 +53,15 @@ class UnSegLayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of a `(batch, channels, height, width)` tensor."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return _in_planes(super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def _in_planes(features: torch.Tensor) -> torch.Tensor:
+    """Features `(batch, channels, height, width)` for a convolution that may be trained."""
+    # On a CPU, convolutions of large features find the gradient of their weights two to three times faster where a
+    # channel is one block of memory. Without gradients there is nothing to gain, and the results have other last bits.
+    trained = torch.is_grad_enabled() and features.device.type == "cpu"
+    return features.contiguous() if trained and features.shape[-2:].numel() >= 64 * 64 else features
 
 
 def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
@@ -98,11 +106,12 @@ class UnSegNoiseHead(nn.Module):
 
     def image_features(self, image_embeddings: torch.Tensor, encoder_features: torch.Tensor) -> torch.Tensor:
         """`(batch, hidden, grid, grid)`, `(batch, grid, grid, vision)` to `(batch, hidden // 8, 4 grid, 4 grid)`."""
-        return self.embedding_fusion(image_embeddings) + self.encoder_fusion(encoder_features.permute(0, 3, 1, 2))
+        encoder_features = _in_planes(encoder_features.permute(0, 3, 1, 2))
+        return self.embedding_fusion(_in_planes(image_embeddings)) + self.encoder_fusion(encoder_features)
 
     def forward(self, tokens: torch.Tensor, image_features: torch.Tensor, upscaled: torch.Tensor) -> torch.Tensor:
         """`(n, 3, hidden)`, `(n, hidden // 8, h, w)` and the same again to noise `(n, 3, h, w)` in [-1, 1]."""
-        features = image_features + self.decoder_fusion(upscaled)
+        features = image_features + self.decoder_fusion(_in_planes(upscaled))
         weights = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(self.noise_mlps)], dim=1)
         return torch.tanh((weights @ features.flatten(2)).unflatten(2, features.shape[-2:]))
 
