@@ -230,7 +230,7 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
     at_a_time = min(threads, images, MOST_THREADS)
     model = protector.model
     if model.device.type != "cpu" or model.config.sam_config.vision_config.image_size > SMALL_MODEL:
-        # It takes gigabytes an image, and makes good use of all threads.
+        # It takes half a gigabyte an image, and makes good use of all threads.
         yield at_a_time, threading.Lock()
         return
     # Threads inside a model this small wait for each other longer than they work.
