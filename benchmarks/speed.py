@@ -1,6 +1,8 @@
-"""Start-up, a folder of photos, one large photo, and many segments: seconds and peak memory, checkouts side by side.
+"""Start-up, a folder of photos, one large photo, many segments, a large generator, and training: seconds and peak
+memory, checkouts side by side.
 
     python benchmarks/speed.py startup folder photo segments --repeats 5
+    python benchmarks/speed.py large training --repeats 3
 
 With `--trees . ../before` every measurement is made for each checkout in turn, so that other work on the machine slows
 all alike; the ratios are to the last one. Every run is a process of its own. Reports medians.
@@ -152,6 +154,57 @@ def segments(options: argparse.Namespace, folder: Path) -> None:
             print(f"| {size[0]} x {size[1]} | {count} | " + " | ".join(cells) + " |", flush=True)
 
 
+def large_generator(options: argparse.Namespace, folder: Path) -> None:
+    tree = options.trees[-1]
+    program = Path(__file__).parent / "protect_large.py"
+    generator, picture = folder / "generator", folder / "photo.png"
+    photo(picture, (1200, 800), 0)
+    run(tree, program, "make", generator)
+    print("\n## SAM ViT-B at 1024 px, random weights: one image, loading left out\n")
+    print("| | s | CPU s, loading too | MB | pixels that differ from the first row's | largest difference |")
+    print("|---" * 6 + "|")
+    found: dict[str, list] = {}
+    ways = ("stock", "parts", "bf16") if options.bf16 else ("stock", "parts")
+    for _ in range(options.repeats):
+        for way in ways:
+            arguments = (program, way, generator, picture, folder / f"{way}.png", "--threads", options.threads)
+            _, cpu, memory, seconds = run(tree, *arguments)
+            found.setdefault(way, []).append((float(seconds), cpu, memory))
+    for way, values in found.items():
+        seconds, cpu, memory = (statistics.median(column) for column in zip(*values, strict=True))
+        share, largest = differing(folder / "stock.png", folder / f"{way}.png")
+        print(f"| {way} | {seconds:.1f} | {cpu:.1f} | {memory:.0f} | {share:.2%} | {largest} |", flush=True)
+
+
+def training(options: argparse.Namespace, folder: Path) -> None:
+    program = Path(__file__).parent / "train_steps.py"
+    print("\n## Bilevel steps, generator and surrogate in each\n")
+    print("| | " + " | ".join(f"{tree}: images/s | MB" for tree in options.trees) + " |")
+    print("|---" * (1 + 2 * len(options.trees)) + "|")
+    for size in ("small", "large"):
+        found: dict[tuple[str, Path], list] = {}
+        for _ in range(options.repeats):
+            for way in ("plain", "loop"):
+                for tree in options.trees:
+                    _, _, memory, rate = run(tree, program, way, size, "--threads", options.threads)
+                    found.setdefault((way, tree), []).append((float(rate), memory))
+        for way in ("plain", "loop"):
+            medians = (
+                [statistics.median(column) for column in zip(*found[way, t], strict=True)] for t in options.trees
+            )
+            print(f"| {size}, {way} | " + " | ".join(f"{r:.3g} | {m:.0f}" for r, m in medians) + " |", flush=True)
+
+
+def differing(one: Path, other: Path) -> tuple[float, int]:
+    """Share of the pixels of two pictures that differ, and by how many grey levels at most."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(one) as a, Image.open(other) as b:
+        difference = np.abs(np.asarray(a, dtype=int) - np.asarray(b)).max(axis=2)
+    return float((difference > 0).mean()), int(difference.max())
+
+
 def decode(threads: int, options: dict) -> str:
     return DECODE_AND_ENCODE.format(threads=threads, options=options)
 
@@ -166,7 +219,14 @@ def photo(path: Path, size: tuple[int, int], number: int) -> None:
     part.resize(size, Image.Resampling.LANCZOS).save(path, **({"quality": 92} if path.suffix == ".jpg" else {}))
 
 
-PARTS = {"startup": startup, "folder": folder_of_photos, "photo": large_photo, "segments": segments}
+PARTS = {
+    "startup": startup,
+    "folder": folder_of_photos,
+    "photo": large_photo,
+    "segments": segments,
+    "large": large_generator,
+    "training": training,
+}
 
 
 def main() -> None:
@@ -177,6 +237,8 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of photos, not made from the example photo")
     parser.add_argument("--masks", type=Path, help="folder of their masks")
     parser.add_argument("--proposals", action="store_true", help="the folder also with the objects that SAM finds")
+    parser.add_argument("--threads", type=int, default=1, help="of the large generator and of training")
+    parser.add_argument("--bf16", action="store_true", help="the large generator in bfloat16, too")
     options = parser.parse_args()
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:

@@ -186,6 +186,19 @@ def test_pixels_equal_those_of_the_python_api(folder, saved_generator):
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "b.png")), np.asarray(expected.image))
 
 
+def test_bf16_encodes_in_bfloat16(folder, saved_generator, monkeypatch):
+    encoded, encode = [], Protector.encode
+
+    def watched(self, jobs):
+        encoded.append(self.model.sam.vision_encoder.layers[0].mlp.lin1.weight.dtype)
+        return encode(self, jobs)
+
+    monkeypatch.setattr(Protector, "encode", watched)
+    request = ("protect", folder / "in/a.png", "--whole-image", "--model", saved_generator, "-o")
+    assert [run(*request, folder / "one.png"), run(*request, folder / "two.png", "--bf16")] == [0, 0]
+    assert encoded == [torch.float32, torch.bfloat16]
+
+
 def test_finished_images_are_skipped_until_overwrite(folder, saved_generator, capsys):
     request = ("protect", folder / "in/a.png", "-o", folder / "out", "--whole-image", "--model", saved_generator)
     assert run(*request) == 0

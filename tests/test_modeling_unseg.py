@@ -229,7 +229,7 @@ def test_gradients_reach_the_pixels_through_a_frozen_sam(generator, pixels, mask
 def test_gradient_checkpointing_recomputes_the_encoder_and_gives_the_same_gradients(build_generator, pixels, prompts):
     generator = build_generator(freeze_sam=False).train()
     runs = []
-    generator.sam.vision_encoder.layers[0].attn.register_forward_hook(lambda *_: runs.append(1))
+    generator.sam.vision_encoder.layers[0].attn.qkv.register_forward_hook(lambda *_: runs.append(1))
     expected = gradients(generator, pixels, **prompts)
     assert len(runs) == 1
     generator.activation_checkpointing_enable()
@@ -389,3 +389,24 @@ def test_noise_in_boxes_is_that_of_the_whole_image_and_zero_elsewhere(generator,
         torch.testing.assert_close(part[:, *inside], one[:, *inside], atol=1e-5, rtol=1e-5)
     assert not parts[1, :, 12:].any()
     assert not parts[2, :, :8].any()
+
+
+@pytest.mark.parametrize(("size", "in_planes"), [(1024, True), (64, False)])
+def test_convolutions_that_are_trained_on_large_features_get_them_in_planes(
+    build_generator, tiny_sam_config, size, in_planes
+):
+    head = build_generator(tiny_sam_config(hidden_size=8)).noise_head
+    seen = []
+    for module in head.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    grid = size // 16
+    embeddings, encoded = torch.zeros(1, grid, grid, 32).permute(0, 3, 1, 2), torch.zeros(1, grid, grid, 8)
+    features = head.image_features(embeddings, encoded)
+    head(torch.zeros(1, 3, 32), features, torch.zeros(1, 4 * grid, 4 * grid, 4).permute(0, 3, 1, 2))
+    assert len(seen) == 8
+    assert all(seen) == in_planes
+    with torch.no_grad():
+        seen.clear()
+        head.image_features(embeddings, encoded)
+    assert not any(seen)

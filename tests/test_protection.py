@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unseg_hf import ImageFileError, Prompt, Protector, image_files
+from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.image_files import from_array
 from unseg_hf.protection import apply_noise, compare
 
@@ -168,6 +168,35 @@ def test_every_way_in_gives_the_same_pixels(loud_protector, tmp_path):
         np.testing.assert_array_equal(np.asarray(loud_protector.protect(image, mask=mask).image), expected)
     for other in masks:
         np.testing.assert_array_equal(np.asarray(loud_protector.protect(pixels, mask=other).image), expected)
+
+
+@pytest.mark.parametrize("kind", ["embedded", "random"])
+def test_bfloat16_moves_few_pixels_and_those_by_one_grey_level(kind, build_generator, tiny_sam_config, tmp_path):
+    checkpoint = None
+    if kind == "random":
+        checkpoint = tmp_path
+        # Deep enough for errors to add up, with position biases as in the paper's generator and noise in all levels.
+        vision = {"num_hidden_layers": 12, "use_rel_pos": True, "window_size": 3, "global_attn_indexes": [2, 5, 8, 11]}
+        generator = build_generator(tiny_sam_config(**vision))
+        with torch.no_grad():
+            for name, parameter in generator.named_parameters():
+                if "rel_pos" in name:
+                    parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+            for mlp in generator.noise_head.noise_mlps:
+                mlp[-1].weight *= 30
+        generator.save_pretrained(tmp_path)
+        UnSegProcessor.for_image_size(64).save_pretrained(tmp_path)
+    picture = photo(240, 320)
+    exact, fast = (
+        Protector.from_pretrained(checkpoint, bf16=bf16).protect(picture, whole_image=True).picture.pixels
+        for bf16 in (False, True)
+    )
+    levels = np.bincount(difference(exact, picture).ravel(), minlength=9)
+    assert len(levels) == 9
+    assert kind == "embedded" or levels.min() > 1000
+    moved = difference(exact, fast).max(axis=2)
+    assert moved.max() <= 1
+    assert moved.mean() <= 0.1
 
 
 def test_pixels_do_not_depend_on_what_was_protected_before(loud_protector):

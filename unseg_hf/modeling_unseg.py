@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_unseg import UnSegConfig
+from .vision_unseg import UnSegVisionLayer
 
 
 @dataclass
@@ -52,7 +53,15 @@ class UnSegLayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of a `(batch, channels, height, width)` tensor."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return _in_planes(super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def _in_planes(features: torch.Tensor) -> torch.Tensor:
+    """Features `(batch, channels, height, width)` for a convolution that may be trained."""
+    # On a CPU, convolutions of large features find the gradient of their weights two to three times faster where a
+    # channel is one block of memory. Without gradients there is nothing to gain, and the results have other last bits.
+    trained = torch.is_grad_enabled() and features.device.type == "cpu"
+    return features.contiguous() if trained and features.shape[-2:].numel() >= 64 * 64 else features
 
 
 def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
@@ -97,11 +106,12 @@ class UnSegNoiseHead(nn.Module):
 
     def image_features(self, image_embeddings: torch.Tensor, encoder_features: torch.Tensor) -> torch.Tensor:
         """`(batch, hidden, grid, grid)`, `(batch, grid, grid, vision)` to `(batch, hidden // 8, 4 grid, 4 grid)`."""
-        return self.embedding_fusion(image_embeddings) + self.encoder_fusion(encoder_features.permute(0, 3, 1, 2))
+        encoder_features = _in_planes(encoder_features.permute(0, 3, 1, 2))
+        return self.embedding_fusion(_in_planes(image_embeddings)) + self.encoder_fusion(encoder_features)
 
     def forward(self, tokens: torch.Tensor, image_features: torch.Tensor, upscaled: torch.Tensor) -> torch.Tensor:
         """`(n, 3, hidden)`, `(n, hidden // 8, h, w)` and the same again to noise `(n, 3, h, w)` in [-1, 1]."""
-        features = image_features + self.decoder_fusion(upscaled)
+        features = image_features + self.decoder_fusion(_in_planes(upscaled))
         weights = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(self.noise_mlps)], dim=1)
         return torch.tanh((weights @ features.flatten(2)).unflatten(2, features.shape[-2:]))
 
@@ -113,7 +123,7 @@ class UnSegPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SamVisionLayer"]  # noqa: RUF012
+    _no_split_modules = ["SamVisionLayer", "UnSegVisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -151,6 +161,10 @@ class UnSegModel(UnSegPreTrainedModel):
     def __init__(self, config: UnSegConfig):
         super().__init__(config)
         self.sam = SamModel._from_config(config.sam_config)
+        if self.sam.vision_encoder.config._attn_implementation == "sdpa":
+            layers = self.sam.vision_encoder.layers
+            for i, layer in enumerate(layers):
+                layers[i] = UnSegVisionLayer(layer)
         self.noise_head = UnSegNoiseHead(config)
         self.post_init()
         self._freeze()
@@ -166,6 +180,21 @@ class UnSegModel(UnSegPreTrainedModel):
         self.sam.requires_grad_(not self.config.freeze_sam)
         # Random Fourier features: a buffer in the authors' SAM, a parameter in transformers; never trained.
         self.sam.shared_image_embedding.requires_grad_(False)
+
+    def encode_in_bf16(self) -> None:
+        """From now on the vision layers' matrix products, nearly all of the work, are in bfloat16.
+
+        Their weights take half the memory. What goes from layer to layer, and all that comes after them, stays as it
+        is: in bfloat16 too, it would change several times as many pixels. Slow on a processor without bfloat16 units.
+
+        Raises:
+            ValueError: another attention than `attn_implementation="sdpa"`.
+        """
+        for layer in self.sam.vision_encoder.layers:
+            if not isinstance(layer, UnSegVisionLayer):
+                raise ValueError('bfloat16 needs attn_implementation="sdpa"')
+            layer.attn.to(torch.bfloat16)
+            layer.mlp.to(torch.bfloat16)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.sam.get_input_embeddings()

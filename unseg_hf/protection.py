@@ -184,13 +184,19 @@ class Protector:
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint: str | os.PathLike | None = None, device: str | torch.device = "cpu", **kwargs
+        cls,
+        checkpoint: str | os.PathLike | None = None,
+        device: str | torch.device = "cpu",
+        bf16: bool = False,
+        **kwargs,
     ) -> "Protector":
         """Load a generator: a folder, a Hub id, or by default the one in the package.
 
         Args:
             checkpoint: folder or Hub id.
             device: where it runs.
+            bf16: encode images with products in bfloat16, which is fast where the device has units for it. Some
+                pixels come out one grey level away from float32's.
             kwargs: passed on to `UnSegModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
 
         Raises:
@@ -203,6 +209,8 @@ class Protector:
                 f"{checkpoint} is no trained generator: {len(loading['missing_keys'])} weights are missing, "
                 f"{min(loading['missing_keys'])} among them; train the noise head first, or choose another checkpoint"
             )
+        if bf16:
+            model.encode_in_bf16()
         model = model.to(device)
         shared = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
         return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))

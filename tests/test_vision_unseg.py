@@ -1,0 +1,108 @@
+"""SAM's vision layers in parts: the stock layers' results and gradients, and parts that stay small."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.sam.modeling_sam import SamVisionLayer
+
+from unseg_hf import UnSegModel, vision_unseg
+from unseg_hf.vision_unseg import UnSegVisionLayer
+
+GRID = 8
+
+
+@pytest.fixture(params=[0, 2, 3], ids=["global", "windows", "padded windows"])
+def window_size(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["no bias", "bias"])
+def layers(request, tiny_sam_config, window_size):
+    """A stock layer with random weights, and the same in parts."""
+    config = tiny_sam_config(use_rel_pos=request.param, image_size=16 * GRID).vision_config
+    config._attn_implementation = "sdpa"
+    stock = SamVisionLayer(config, window_size)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.normal_(0, 0.3, generator=random)
+    return stock, UnSegVisionLayer(copy.deepcopy(stock))
+
+
+@pytest.fixture
+def hidden_states():
+    return torch.randn(2, GRID, GRID, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("parts", ["few", "many"])
+def test_results_and_gradients_are_the_stock_layers(layers, hidden_states, monkeypatch, parts):
+    if parts == "many":
+        monkeypatch.setattr(vision_unseg, "_CPU_TOKENS", 1)
+        monkeypatch.setattr(vision_unseg, "_CPU_BIAS", 3 * GRID**3)  # three rows of queries, so that the last are two
+    found = []
+    for layer in layers:
+        given = hidden_states.clone().requires_grad_()
+        result = layer(given)
+        (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+        found.append({"result": result, "given": given.grad} | {n: p.grad for n, p in layer.named_parameters()})
+    expected, found = found
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], atol=1e-4, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
+        )
+
+
+@torch.no_grad()
+def test_nothing_grows_with_the_image_beyond_its_limit(layers, window_size, hidden_states, monkeypatch):
+    limit = 2 * GRID**3
+    monkeypatch.setattr(vision_unseg, "_CPU_TOKENS", 2 * GRID)
+    monkeypatch.setattr(vision_unseg, "_CPU_BIAS", limit)
+    biases, tokens, stock_attention = [], [], F.scaled_dot_product_attention
+
+    def attend(query, key, value, attn_mask=None):
+        biases.append(0 if attn_mask is None else attn_mask.numel())
+        return stock_attention(query, key, value, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    layer = layers[1]
+    layer.mlp.register_forward_pre_hook(lambda _, args: tokens.append(args[0][..., 0].numel()))
+    layer(hidden_states)
+    assert max(biases) <= limit
+    assert (max(biases) > 0) == layer.attn.use_rel_pos
+    assert sum(tokens) == 2 * GRID**2
+    assert max(tokens) <= 2 * GRID * max(window_size, 1)
+
+
+@torch.no_grad()
+def test_generator_with_position_biases_gives_the_noise_of_eager_attention(build_generator, tiny_sam_config, tmp_path):
+    generator = build_generator(tiny_sam_config(use_rel_pos=True, window_size=3))
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in generator.named_parameters():
+        if "rel_pos" in name:
+            parameter.normal_(0, 0.5, generator=random)
+    generator.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 64, 64, generator=random)
+    stock = UnSegModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert not any(isinstance(module, UnSegVisionLayer) for module in stock.modules())
+    torch.testing.assert_close(generator(pixels).noise, stock(pixels).noise, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="sdpa"):
+        stock.encode_in_bf16()
+
+
+@torch.no_grad()
+def test_bfloat16_is_in_the_products_and_not_between_the_layers(generator):
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = generator(pixels).noise
+    seen = set()
+    generator.encode_in_bf16()
+    for layer in generator.sam.vision_encoder.layers:
+        layer.register_forward_hook(lambda _, args, result: seen.add((args[0].dtype, result.dtype)))
+        layer.mlp.register_forward_hook(lambda _, args, result: seen.add((args[0].dtype, result.dtype)))
+    noise = generator(pixels).noise
+    assert seen == {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)}
+    assert noise.dtype is torch.float32
+    assert not torch.equal(noise, expected)
+    assert (noise - expected).abs().mean() < 0.02 * expected.abs().mean()

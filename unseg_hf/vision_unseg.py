@@ -1,0 +1,108 @@
+"""SAM's vision layers in parts that stay small: the same noise, in less memory."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.sam.modeling_sam import SamVisionLayer
+
+# How much is worked on at a time: tokens outside attention, and values of the bias that attention gets. A processor
+# likes what fits its caches; a graphics card what fills it.
+_CPU_TOKENS, _CPU_BIAS = 2**10, 2**22
+_GPU_TOKENS, _GPU_BIAS = 2**16, 2**28
+
+
+class UnSegVisionLayer(SamVisionLayer):
+    """A vision layer of SAM, with its own weights under their own names, that never holds a whole layer's products.
+
+    SAM adds a bias to the attention between every two tokens: with 64 x 64 tokens and 12 heads it takes 805 MB in
+    float32, and the windowed layers' about half of their memory. Here it is made for a few rows of a few heads, used,
+    and forgotten. Padding of windows, which is 0, is added behind the first product, where it is that product's bias.
+    All sums are the stock layer's; only the rounding of matrix products can differ.
+
+    Attention and MLP may be in another dtype than the rest: their products then have that dtype, and what goes from
+    layer to layer keeps its own.
+
+    Args:
+        layer: the stock layer, with scaled dot product attention; its modules are taken over.
+    """
+
+    def __init__(self, layer: SamVisionLayer):
+        nn.Module.__init__(self)  # the stock layer's would make weights that nobody needs
+        self.layer_norm1, self.attn = layer.layer_norm1, layer.attn
+        self.layer_norm2, self.mlp = layer.layer_norm2, layer.mlp
+        self.window_size = layer.window_size
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, height, width, channels)` to the same."""
+        batch, _, width, _ = hidden_states.shape
+        tokens = _CPU_TOKENS if hidden_states.device.type == "cpu" else _GPU_TOKENS
+        rows = max(tokens // (batch * width), 1)
+        if self.window_size:
+            rows = -(-rows // self.window_size) * self.window_size
+            attended = map(self._attend_in_windows, hidden_states.split(rows, 1))
+        else:
+            attended = self._attend(self._projected(hidden_states)).split(rows, 1)
+        strips = zip(hidden_states.split(rows, 1), attended, strict=True)
+        return torch.cat([self._after_attention(*strip) for strip in strips], 1)
+
+    def _projected(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of all heads, `(batch, height, width, 3 * channels)`."""
+        return self.attn.qkv(self.layer_norm1(hidden_states).to(self.attn.qkv.weight.dtype))
+
+    def _after_attention(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn.proj(attended)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states).to(self.mlp.lin1.weight.dtype))
+
+    def _attend_in_windows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Rows of whole windows, `(batch, height, width, channels)` to the same."""
+        projected = self._projected(hidden_states)
+        batch, height, width, channels = projected.shape
+        below, right = -height % self.window_size, -width % self.window_size
+        bias = projected.new_zeros(channels) if self.attn.qkv.bias is None else self.attn.qkv.bias.to(projected.dtype)
+        projected = torch.cat([projected, bias.expand(batch, height, right, -1)], 2) if right else projected
+        projected = torch.cat([projected, bias.expand(batch, below, width + right, -1)], 1) if below else projected
+        windows, padded = self.window_partition(projected, self.window_size)
+        return self.window_unpartition(self._attend(windows), self.window_size, padded, (height, width))
+
+    def _attend(self, projected: torch.Tensor) -> torch.Tensor:
+        """`(images or windows, height, width, 3 * channels)` to `(images or windows, height, width, channels)`."""
+        attn, (batch, height, width, _) = self.attn, projected.shape
+        heads, tokens = attn.num_attention_heads, height * width
+        projected = projected.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = projected.reshape(3, batch * heads, tokens, -1).unbind(0)
+        if attn.use_rel_pos:
+            down = attn.get_rel_pos(height, height, attn.rel_pos_h)
+            across = attn.get_rel_pos(width, width, attn.rel_pos_w)
+            limit = _CPU_BIAS if query.device.type == "cpu" else _GPU_BIAS
+            count = max(limit // tokens**2, 1)
+            attended = torch.cat(
+                [
+                    _with_bias(*some, down, across, max(limit // (width * tokens), 1))
+                    for some in zip(query.split(count), key.split(count), value.split(count), strict=True)
+                ]
+            )
+        else:
+            attended = F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
+        return attended.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def _with_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, down: torch.Tensor, across: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """Attention of some heads `(heads, tokens, channels)`, with the bias of so many rows of queries at a time.
+
+    `down` and `across`, `(height, height, channels)` and `(width, width, channels)`, are what a query is multiplied
+    with for its bias towards a key so many rows and columns away.
+    """
+    attended = []
+    grid = query.unflatten(1, (len(down), len(across)))
+    for some, own in zip(grid.split(rows, 1), down.split(rows), strict=True):
+        vertical = torch.einsum("nrwc,rkc->nrwk", some, own)
+        horizontal = torch.einsum("nrwc,wkc->nrwk", some, across)
+        bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).flatten(3).flatten(1, 2)
+        some = some.flatten(1, 2)
+        attended.append(F.scaled_dot_product_attention(some[None], key[None], value[None], attn_mask=bias[None])[0])
+    return torch.cat(attended, 1)
+
+
+__all__ = ["UnSegVisionLayer"]
