@@ -4,7 +4,7 @@
     python benchmarks/compare_patterns.py --data camvid/train.parquet --test_data camvid/val.parquet \\
         --ignore_labels 11 --epochs 10 --output runs/camvid.json --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
 
-A pattern is a code of `unseg_hf/training/noise_codes.py`, or one for each class with commas between. It is added at
+A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between. It is added at
 8 and 2 of 255. Of a binary data set's training split (no test split is looked at) the images from 300 to 599 train a
 victim and those from 660 to 760, clean, test it, unless --train and --test say others. Everything is in memory: the
 audit, which walks over files, is for generators. What `--output` has already is not trained again.
@@ -25,7 +25,7 @@ PLACES = ("locked", "random sign", "random phase", "random phase and angle", "pa
 
 def pattern_noise(number: int, labelled, codes: list[str], count: int, place: str) -> np.ndarray:
     """Noise `(height, width, 3)`, 1 and -1, of one image, with so many waves down it and across it."""
-    from unseg_hf.training.noise_codes import code_noise, waves
+    from unseg_hf.noise_codes import code_noise, waves
 
     random = np.random.default_rng(number)
     height, width = labelled.labels.shape

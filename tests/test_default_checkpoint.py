@@ -9,6 +9,7 @@ from PIL import Image
 from unseg_hf import Protector, default_checkpoint
 from unseg_hf.image_files import read, read_mask
 from unseg_hf.inspection import noise_left
+from unseg_hf.noise_codes import CODES, code_noise, waves
 
 EXAMPLES = Path(__file__).parent.parent / "spaces_demo" / "examples"
 
@@ -49,10 +50,33 @@ def test_its_noise_lives_through_jpeg_and_reduction(protected):
     assert rms[1] > 0.6 * rms[0]
 
 
-def test_it_has_no_cast(protected):
-    """The noise averages out over the object: no tint that white balance or greyscale would take off."""
-    noise = protected.picture.pixels.astype(float) - protected.original.pixels
-    assert np.abs(noise[protected.region].mean(axis=0)).max() < 2
+def test_without_its_tint_and_in_grey_there_are_waves_left(protected):
+    """The noise is no flat colour alone, which white balance or greyscale would take off."""
+    noise = (protected.picture.pixels.astype(float) - protected.original.pixels)[protected.region]
+    grey = noise @ [0.299, 0.587, 0.114]
+    assert (noise - noise.mean(axis=0)).std() > 3
+    assert grey.std() > 3
+
+
+def test_a_grey_photo_gets_waves_of_the_whole_budget():
+    grey = Image.open(EXAMPLES / "coffee.png").convert("L")
+    protected = Protector.from_pretrained().protect(grey, mask=EXAMPLES / "coffee_mask.png")
+    noise = (protected.picture.pixels.astype(float) - protected.original.pixels)[protected.region]
+    assert noise.min() == -8
+    assert noise.max() == 8
+    assert noise.std() > 5
+
+
+def test_each_of_its_codes_is_the_noise_it_was_taught():
+    protector = Protector.from_pretrained()
+    grey, masks = np.full((192, 192, 3), 128, np.uint8), [np.ones((192, 192), bool)]
+    wave = waves((np.arange(192) + 0.5) / 16)
+    assert protector.model.config.noise_codes == len(CODES)
+    for number, code in enumerate(CODES):
+        result = protector.protect(grey, masks=masks, classes=[number], mode="per_segment")
+        noise = (result.picture.pixels.astype(float) - 128) / 8
+        # Square waves come through the cells between them as trapezes, with two thirds of their energy.
+        assert (noise * code_noise(code, wave[:, None], wave)).mean() > 0.7, code
 
 
 def test_its_configuration_is_the_one_the_card_names():

@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("generator", help="folder or Hub id")
     parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as they were)")
     parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
-    parser.add_argument("--codes", nargs="+", help="noises, see unseg_hf/training/noise_codes.py (default: its CODES)")
+    parser.add_argument("--codes", nargs="+", help="noises, see unseg_hf/noise_codes.py (default: its CODES)")
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
     )
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=4, help="images a step")
     parser.add_argument("--codes_a_step", type=int, default=6, help="codes that each image of a step gets")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -43,13 +43,14 @@ def main() -> None:
     if options.output.exists():
         raise FileExistsError(f"{options.output} is there: choose a new folder")
 
+    import numpy as np
     import torch
     from torch.utils.data import DataLoader
 
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.training.noise_codes import CODES, code_targets
+    from unseg_hf.noise_codes import CODES, code_noise, waves
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.surrogates import normalise
 
@@ -65,7 +66,9 @@ def main() -> None:
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
-    targets = code_targets(codes, size // model.config.sam_config.vision_config.patch_size)
+    # The noise has four cells for each patch.
+    wave = waves((np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4)
+    targets = torch.from_numpy(np.stack([code_noise(code, wave[:, None], wave) for code in codes])).permute(0, 3, 1, 2)
     optimizer = torch.optim.Adam(model.noise_head.parameters(), options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     random = torch.Generator().manual_seed(options.seed)

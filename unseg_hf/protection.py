@@ -448,8 +448,8 @@ def apply_noise(
     """Add noise within a budget.
 
     Args:
-        pixels: `(height, width, channels)`, uint8 or uint16; one channel gets the mean of the noise's three, so that
-            grey stays grey.
+        pixels: `(height, width, channels)`, uint8 or uint16; one channel gets green's noise, of which most is seen in
+            grey: the mean of three channels of colour would leave little.
         noise: `(height, width, 3)` float in [-1, 1]; an array, or what gives its rows when they are asked for.
         region: `(height, width)` bool.
         epsilon, epsilon_background: largest change inside and outside the region, as shares of the pixel range.
@@ -466,7 +466,7 @@ def apply_noise(
         scale, limit = np.where(region[part], *shares), np.where(region[part], *largest)
         strip = noise[part]
         if pixels.shape[2] == 1:
-            strip = strip.mean(axis=2, keepdims=True)
+            strip = strip[:, :, 1:2]
         # A channel at a time: numpy is slow where an innermost axis is as short as three.
         for channel in range(pixels.shape[2]):
             delta = strip[:, :, channel] * scale

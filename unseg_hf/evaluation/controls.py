@@ -8,6 +8,8 @@ from itertools import product
 
 import numpy as np
 
+from unseg_hf.noise_codes import CODES, code_noise, waves
+
 STRIPE_PERIOD = 16
 """Period of the horizontal stripes of the `stripes` control, in pixels of the published image."""
 
@@ -17,8 +19,8 @@ COARSE_CELL = 4
 PATCH_CELL = 8
 """Side of a cell of the `patches` control, in pixels."""
 
-BANDS = (12, 8, 16)
-"""Waves of the `bands` control from one side of the image to the other; the first is that of binary masks."""
+BANDS = 12
+"""Waves of the `bands` control from one side of the image to the other."""
 
 IGNORED_CLASS = 255
 """Class id of pixels that have no class."""
@@ -26,7 +28,7 @@ IGNORED_CLASS = 255
 UNWEIGHTED = ("whole",)
 """Controls that are applied with `epsilon_background` = `epsilon`, so with a larger budget than all others."""
 
-CODES = 256
+TEXTURES = 256
 """Classes with a colour or stripes of their own; class ids beyond begin again at the first."""
 
 PATCH_CELLS = 64
@@ -62,11 +64,11 @@ def _class_patches(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndar
 
 
 def _class_colour(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return _colours()[label % CODES]
+    return _colours()[label % TEXTURES]
 
 
 def _class_stripes(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    down, across = _frequencies()[label % CODES]
+    down, across = _frequencies()[label % TEXTURES]
     return np.where((rows * down + columns * across) % 1 < 0.5, 1, -1)[:, None]
 
 
@@ -81,20 +83,10 @@ def _textures(labels: np.ndarray) -> np.ndarray:
 
 def _bands(labels: np.ndarray, seed: int) -> np.ndarray:
     def pattern(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        waves, down, colour = _band_codes()[label % len(_band_codes())]
-        place = (rows + 0.5) / labels.shape[0] if down else (columns + 0.5) / labels.shape[1]
-        return np.where(place * waves % 1 < 0.5, 1, -1)[:, None] * np.array(colour)
+        places = ((rows + 0.5) / labels.shape[0], (columns + 0.5) / labels.shape[1])
+        return code_noise(CODES[label % len(CODES)], *(waves(place * BANDS) for place in places))
 
     return _by_class(_textures(labels), seed, pattern)
-
-
-@lru_cache(maxsize=1)
-def _band_codes() -> list[tuple[int, bool, tuple[int, int, int]]]:
-    """Waves, whether they go down the image or across, and the colour of each class's bands."""
-    # Yellow and blue come first: of the opposite corners of the RGB cube with a hue, those that greyscale leaves
-    # farthest apart.
-    colours = [(1, 1, -1), (1, -1, 1), (1, -1, -1), (1, 1, 1)]
-    return list(product(BANDS, (True, False), colours))
 
 
 @lru_cache(maxsize=1)
@@ -122,11 +114,11 @@ def _frequencies() -> np.ndarray:
 
 
 def _farthest_first(distances: np.ndarray, given: int) -> list[int]:
-    """Indices of `CODES` points: the first `given` ones, then always the one farthest from all before it."""
+    """Indices of `TEXTURES` points: the first `given` ones, then always the one farthest from all before it."""
     # Rounded, so that another machine's last digit does not decide between points equally far away.
     distances = distances.round(9)
     chosen, nearest = list(range(given)), distances[:given].min(axis=0)
-    while len(chosen) < CODES:
+    while len(chosen) < TEXTURES:
         chosen.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, distances[chosen[-1]])
     return chosen
@@ -157,9 +149,9 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
     - `whole`: as `random`; what differs is the budget.
     - `stripes`: luminance stripes, a square wave. For a mask horizontal with a period of 16 pixels, the same inside
       and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
-    - `bands`: stripes that every image has equally many of, whatever its size: so they lie alike in all images that
-      somebody resizes to one size. For a mask 12 down the image, yellow and blue; for class ids one of 24
-      combinations of number, direction and colour.
+    - `bands`: what the embedded generator was taught, sharp and without a network: 12 waves in every image, whatever
+      its size, so that they lie alike in all images that somebody resizes to one size, see [`unseg_hf.noise_codes`].
+      For a mask green waves down the image, on a flat change of red and blue; for class ids one of 25 codes.
     - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
       signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
       and of `epsilon_background` outside.

@@ -1,17 +1,15 @@
-"""Noises of waves, written down in three letters: what `training_scripts/teach_noise_codes.py` teaches a generator."""
+"""Noises of waves, written down in three letters: what the embedded default was taught, and a control of the audit."""
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 _HUES = (("ddD", "aaA", "++-"), ("dDd", "aAa", "+-+"), ("dDD", "aAA", "+--"), ("ddd", "aaa", "+++"))
 _OPPOSITES = str.maketrans("+-dDaA", "-+DdAa")
 
 CODES = ("+d-", *(code.translate(table) for hue in _HUES for table in ({}, _OPPOSITES) for code in hue))
-"""Of the embedded default: the noise of plain masks, then waves down, waves across and a flat colour, in each of four
-colours and its opposite. Data sets number their classes from 0 or 1: few classes get the first ones."""
+"""The noise of plain masks, then waves down, waves across and a flat colour, in each of four colours and its opposite.
+Data sets number their classes from 0 or 1: few classes get the first ones."""
 
 
 def code_noise(code: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
@@ -38,10 +36,3 @@ def code_noise(code: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:
 def waves(places: np.ndarray) -> np.ndarray:
     """Square waves, 1 and then -1, at places in whole waves."""
     return np.where(places % 1 < 0.5, 1.0, -1.0)
-
-
-def code_targets(codes: Sequence[str], patches: int) -> torch.Tensor:
-    """The noises of codes as a generator makes them, `(codes, 3, 4 * patches, 4 * patches)`: a wave for each patch of
-    its encoder, of four cells of noise."""
-    wave = waves((np.arange(4 * patches) + 0.5) / 4)
-    return torch.from_numpy(np.stack([code_noise(code, wave[:, None], wave) for code in codes])).permute(0, 3, 1, 2)
