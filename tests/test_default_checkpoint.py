@@ -9,7 +9,7 @@ from PIL import Image
 from unseg_hf import Protector, default_checkpoint
 from unseg_hf.image_files import read, read_mask
 from unseg_hf.inspection import noise_left
-from unseg_hf.noise_codes import CODES, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
 
 EXAMPLES = Path(__file__).parent.parent / "spaces_demo" / "examples"
 
@@ -71,12 +71,21 @@ def test_each_of_its_codes_is_the_noise_it_was_taught():
     protector = Protector.from_pretrained()
     grey, masks = np.full((192, 192, 3), 128, np.uint8), [np.ones((192, 192), bool)]
     wave = waves((np.arange(192) + 0.5) / 16)
-    assert protector.model.config.noise_codes == len(CODES)
-    for number, code in enumerate(CODES):
-        result = protector.protect(grey, masks=masks, classes=[number], mode="per_segment")
-        noise = (result.picture.pixels.astype(float) - 128) / 8
-        # Square waves come through the cells between them as trapezes, with two thirds of their energy.
-        assert (noise * code_noise(code, wave[:, None], wave)).mean() > 0.7, code
+    assert protector.model.config.noise_codes == 1 + len(CLASSES)
+
+    def likeness(code, image, **prompt):
+        result = protector.protect(image, **prompt)
+        noise = (result.picture.pixels.astype(float) - result.original.pixels) / 8
+        # Square waves come through the cells between them as trapezes.
+        return (noise * code_noise(code, wave[:, None], wave)).mean()
+
+    for number, code in enumerate(CLASSES):
+        assert likeness(code, grey, masks=masks, classes=[number], mode="per_segment") > 0.7, code
+    assert likeness(GREY_MASK, grey, masks=masks) > 0.7
+    coffee = np.asarray(Image.open(EXAMPLES / "coffee.png").convert("RGB").resize((192, 192)))
+    assert likeness(MASK, coffee, masks=masks) > 0.6
+    without_colour = np.repeat((coffee @ [0.299, 0.587, 0.114]).astype(np.uint8)[..., None], 3, axis=2)
+    assert likeness(GREY_MASK, without_colour, masks=masks) > 0.6
 
 
 def test_its_configuration_is_the_one_the_card_names():

@@ -23,9 +23,9 @@ from unseg_hf.layouts.table import DATA_SETS
 
 @pytest.fixture(scope="module")
 def loud_generator(protector_of, tmp_path_factory):
-    """The folder of a generator of seven noises that fill the budget, of grey images too: the same in all channels."""
+    """The folder of a generator of eight noises that fill the budget, of grey images too: the same in all channels."""
     folder = tmp_path_factory.mktemp("loud_generator")
-    protector = protector_of(noise_codes=7)
+    protector = protector_of(noise_codes=8)
     with torch.no_grad():
         head = protector.model.noise_head
         head.noise_tokens.weight[:] = head.noise_tokens.weight[::3].repeat_interleave(3, dim=0)

@@ -263,8 +263,8 @@ def test_per_segment_prompts_each_mask_by_itself(loud_protector):
 
 @pytest.fixture(scope="module")
 def coded_protector(protector_of):
-    """Three noises, far enough apart to show in 8-bit pixels."""
-    protector = protector_of(noise_codes=3)
+    """A noise for masks and three for classes, far enough apart to show in 8-bit pixels."""
+    protector = protector_of(noise_codes=4)
     with torch.no_grad():
         for mlp in protector.model.noise_head.noise_mlps:
             mlp[-1].weight *= 30
@@ -278,17 +278,19 @@ def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
 
     grey, mask = np.full((60, 80, 3), 128, np.uint8), box_mask()
     of_classes = [noise(grey, mask, number) for number in range(3)]
-    for i in (1, 2):
-        assert difference(of_classes[0], of_classes[i]).mean() > 1
+    of_masks = coded_protector.protect(grey, mask=mask).picture.pixels[mask].astype(int) - 128
+    for i in range(3):
+        assert difference(of_classes[i - 1], of_classes[i]).mean() > 1
+        assert difference(of_masks, of_classes[i]).mean() > 1
     np.testing.assert_array_equal(noise(grey, mask, 5), of_classes[2])  # classes begin again at the first noise
     labels = np.where(mask, 1, 0)
     labels[50:, 60:] = 2
     mapped = coded_protector.protect(grey, label_map=labels, mode="per_segment")
     inside = mapped.picture.pixels[mask].astype(int) - 128
     assert difference(inside, of_classes[1]).mean() < difference(inside, of_classes[2]).mean() / 4
-    # Together they are one object, as in the paper, whose noise is the first.
+    # Together they are one object, as in the paper.
     union = coded_protector.protect(grey, masks=[mask], classes=[2])
-    np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_classes[0])
+    np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_masks)
 
 
 def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud_protector):

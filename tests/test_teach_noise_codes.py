@@ -8,7 +8,7 @@ import torch
 from labelled_discs import write_discs
 
 from unseg_hf import UnSegModel, UnSegProcessor
-from unseg_hf.noise_codes import CODES, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, code_noise, waves
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "teach_noise_codes.py"
 
@@ -26,8 +26,8 @@ def test_a_code_says_what_each_channel_carries():
 
 
 def test_no_two_codes_of_the_default_are_the_same():
-    assert len(set(CODES)) == len(CODES)
-    for code in CODES:
+    assert len(set(CLASSES)) == len(CLASSES)
+    for code in CLASSES:
         code_noise(code, np.ones((1, 1)), np.ones((1, 1)))
 
 
@@ -38,7 +38,8 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
         command = [sys.executable, SCRIPT, saved_generator, "--train_data", data, "--output", taught, *options]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
-    done = run("--codes", "ddd", "DDD", "--steps", 100, "--codes_a_step", 2, "--learning_rate", 0.01)
+    codes = ("--mask_code", "ddd", "--grey_code", "ddd", "--class_codes", "DDD")
+    done = run(*codes, "--steps", 100, "--learning_rate", 0.01)
     assert done.returncode == 0, done.stderr
     model, before = UnSegModel.from_pretrained(taught).eval(), UnSegModel.from_pretrained(saved_generator)
     assert model.config.noise_codes == 2
@@ -54,7 +55,7 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
     for made, wanted in zip(noise, (wave, -wave), strict=True):
         assert (made * wanted).mean() > 0.3
     assert "choose a new folder" in run().stderr
-    assert "code 'xyz'" in run("--codes", "xyz", "--output", tmp_path / "other").stderr
+    assert "code 'xyz'" in run("--class_codes", "xyz", "--output", tmp_path / "other").stderr
 
 
 def test_at_another_input_size_the_sam_keeps_all_weights_but_the_positions(saved_generator, tmp_path):

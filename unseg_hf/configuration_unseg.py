@@ -25,8 +25,8 @@ class UnSegConfig(PreTrainedConfig):
             Where the readout of the three noise tokens starts, relative to the first of them: 0 reads the noise
             tokens, -1 reads the last mask token and the first two noise tokens, as the authors' released weights do.
         noise_codes (`int`, defaults to 1):
-            Sets of three noise tokens: noises that the generator can make for the same prompt, to tell classes apart.
-            The paper's has one.
+            Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
+            masks; the others, of which the paper's generator has none, are for classes.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):

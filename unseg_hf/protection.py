@@ -359,8 +359,7 @@ class Protector:
         apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
-        # The noise around the segments is that of code 0, as where no classes are known.
-        codes = [0] + [0 if job.classes is None else job.classes[i] % self.model.config.noise_codes for i in inside]
+        codes = [0] + [0 if job.classes is None else self._code(job.classes[i]) for i in inside]
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
         drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
@@ -379,6 +378,11 @@ class Protector:
         if not segments:
             return everywhere
         return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
+
+    def _code(self, class_id: int) -> int:
+        """Code 0 is that of masks without a class, and of what lies around all masks."""
+        of_classes = self.model.config.noise_codes - 1
+        return 1 + class_id % of_classes if of_classes else 0
 
     def _decoded(
         self, embeddings, masks: torch.Tensor, codes: list[int], boxes: list[tuple[int, int, int, int]] | None
