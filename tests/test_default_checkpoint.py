@@ -9,7 +9,7 @@ from PIL import Image
 from unseg_hf import Protector, default_checkpoint
 from unseg_hf.image_files import read, read_mask
 from unseg_hf.inspection import noise_left
-from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, MASK, code_noise, waves
 
 EXAMPLES = Path(__file__).parent.parent / "spaces_demo" / "examples"
 
@@ -81,11 +81,7 @@ def test_each_of_its_codes_is_the_noise_it_was_taught():
 
     for number, code in enumerate(CLASSES):
         assert likeness(code, grey, masks=masks, classes=[number], mode="per_segment") > 0.7, code
-    assert likeness(GREY_MASK, grey, masks=masks) > 0.7
-    coffee = np.asarray(Image.open(EXAMPLES / "coffee.png").convert("RGB").resize((192, 192)))
-    assert likeness(MASK, coffee, masks=masks) > 0.6
-    without_colour = np.repeat((coffee @ [0.299, 0.587, 0.114]).astype(np.uint8)[..., None], 3, axis=2)
-    assert likeness(GREY_MASK, without_colour, masks=masks) > 0.6
+    assert likeness(MASK, grey, masks=masks) > 0.7
 
 
 def test_its_configuration_is_the_one_the_card_names():

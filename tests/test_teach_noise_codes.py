@@ -38,7 +38,7 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
         command = [sys.executable, SCRIPT, saved_generator, "--train_data", data, "--output", taught, *options]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
-    codes = ("--mask_code", "ddd", "--grey_code", "ddd", "--class_codes", "DDD")
+    codes = ("--mask_code", "ddd", "--class_codes", "DDD")
     done = run(*codes, "--steps", 100, "--learning_rate", 0.01)
     assert done.returncode == 0, done.stderr
     model, before = UnSegModel.from_pretrained(taught).eval(), UnSegModel.from_pretrained(saved_generator)

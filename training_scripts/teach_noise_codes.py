@@ -7,9 +7,8 @@ The embedded default, from what `train_generator.py` left:
 
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
 of. The noise head gets a set of noise tokens for each code, and all of it, SAM apart, is trained to make them from any
-image and mask: one wave for each patch of the encoder, down the image or across it, or none. That of masks without a
-class depends on the image, too: with hardly any colour in it, a tint alone says what is inside. Which codes keep
-victims from learning objects and classes is measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
+image and mask: one wave for each patch of the encoder, down the image or across it, or none. Which codes keep victims
+from learning objects and classes is measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
 
 With images stretched to the input, not padded, waves lie alike in images of all shapes, see `UnSegProcessor`; and at
 another input size there are more or fewer of them: position embeddings are interpolated.
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as they were)")
     parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
     parser.add_argument("--mask_code", help="noise of masks, see unseg_hf/noise_codes.py (default: its MASK)")
-    parser.add_argument("--grey_code", help="of masks in images with hardly any colour (default: its GREY_MASK)")
     parser.add_argument("--class_codes", nargs="+", help="noises of classes (default: its CLASSES)")
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
@@ -53,7 +51,7 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.noise_codes import CLASSES, GREY, GREY_MASK, MASK, code_noise, waves
+    from unseg_hf.noise_codes import CLASSES, MASK, code_noise, waves
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.surrogates import normalise
 
@@ -71,7 +69,7 @@ def main() -> None:
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
     # The noise has four cells for each patch.
     wave = waves((np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4)
-    codes = [options.grey_code or GREY_MASK, options.mask_code or MASK, *classes]
+    codes = [options.mask_code or MASK, *classes]
     targets = torch.from_numpy(np.stack([code_noise(code, wave[:, None], wave) for code in codes])).permute(0, 3, 1, 2)
     optimizer = torch.optim.Adam(model.noise_head.parameters(), options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
@@ -79,15 +77,12 @@ def main() -> None:
     epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
     loader = DataLoader(data, batch_sampler=itertools.islice(itertools.chain.from_iterable(epochs), options.steps))
     for step, batch in enumerate(loader, 1):
-        images = less_colour(batch["image"], random)
-        orders = torch.stack([torch.randperm(len(classes), generator=random) for _ in images])
+        orders = torch.stack([torch.randperm(len(classes), generator=random) for _ in batch["image"]])
         # Of masks, and of some classes.
         chosen = torch.nn.functional.pad(1 + orders[:, : options.classes_a_step], (1, 0))
         masks = make_prompts(batch["mask"], ("mask",), random)["input_masks"].expand(-1, chosen.shape[1], -1, -1)
-        noise = model(pixel_values=normalise(images), input_masks=masks, codes=chosen).noise
-        wanted = chosen + 1
-        wanted[(images.amax(1) - images.amin(1)).mean((1, 2)) < GREY, 0] = 0
-        loss = (noise - targets[wanted]).square().mean()
+        noise = model(pixel_values=normalise(batch["image"]), input_masks=masks, codes=chosen).noise
+        loss = (noise - targets[chosen]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -97,15 +92,6 @@ def main() -> None:
     model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     print(f"generator saved to {options.output}")
-
-
-def less_colour(images, random):
-    """`(batch, 3, height, width)`: of each image a random share of its colour, of half of them nearly nothing."""
-    import torch
-
-    share = torch.rand(len(images), 1, 1, 1, generator=random) * 2 - 1
-    grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    return grey + (images - grey) * torch.where(share > 0, share.sqrt(), 0.05 * (share + 1))
 
 
 def with_codes(model, count: int, image_size: int):

@@ -7,15 +7,12 @@ import numpy as np
 _HUES = (("ddD", "aaA", "++-"), ("dDd", "aAa", "+-+"), ("dDD", "aAA", "+--"), ("ddd", "aaa", "+++"))
 _OPPOSITES = str.maketrans("+-dDaA", "-+DdAa")
 
-MASK, GREY_MASK = "ddD", "+d-"
-"""The noise of plain masks, and in images with hardly any colour, where a tint alone says what is inside."""
+MASK = "+dD"
+"""The noise of masks without a class: waves of green and blue, and a tint, which images without colour show best."""
 
 CLASSES = tuple(code.translate(table) for hue in _HUES for table in ({}, _OPPOSITES) for code in hue)
 """The noises of classes, in their order: waves down, waves across and a flat colour, in each of four colours and its
 opposite."""
-
-GREY = 0.03
-"""Mean difference of an image's largest and smallest channel, in [0, 1], below which it has hardly any colour."""
 
 
 def code_noise(code: str, down: np.ndarray, across: np.ndarray) -> np.ndarray:

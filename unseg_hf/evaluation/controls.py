@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from unseg_hf.noise_codes import CLASSES, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, MASK, code_noise, waves
 
 STRIPE_PERIOD = 16
 """Period of the horizontal stripes of the `stripes` control, in pixels of the published image."""
@@ -84,7 +84,8 @@ def _textures(labels: np.ndarray) -> np.ndarray:
 def _bands(labels: np.ndarray, seed: int) -> np.ndarray:
     def pattern(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         places = ((rows + 0.5) / labels.shape[0], (columns + 0.5) / labels.shape[1])
-        return code_noise(CLASSES[label % len(CLASSES)], *(waves(place * BANDS) for place in places))
+        code = MASK if labels.dtype == bool else CLASSES[label % len(CLASSES)]
+        return code_noise(code, *(waves(place * BANDS) for place in places))
 
     return _by_class(_textures(labels), seed, pattern)
 
@@ -149,9 +150,9 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
     - `whole`: as `random`; what differs is the budget.
     - `stripes`: luminance stripes, a square wave. For a mask horizontal with a period of 16 pixels, the same inside
       and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
-    - `bands`: what the embedded generator was taught for images in colour, sharp and without a network: 12 waves in
-      every image, whatever its size, so that they lie alike in all images that somebody resizes to one size. For a
-      mask yellow and blue, down the image; for class ids one of the 24 codes of [`unseg_hf.noise_codes`].
+    - `bands`: what the embedded generator was taught, sharp and without a network: 12 waves in every image, whatever
+      its size, so that they lie alike in all images that somebody resizes to one size. For a mask waves of green and
+      blue on a tint, down the image; for class ids one of the 24 codes of [`unseg_hf.noise_codes`].
     - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
       signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
       and of `epsilon_background` outside.
