@@ -171,8 +171,9 @@ def test_what_is_brushed_is_protected(open_page, tmp_path, saved_generator):
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=6)
-    page.mouse.up()
-    page.wait_for_timeout(500)
+    # A stroke hides what was protected before it; a slow page says so seconds later, and would hide the new result.
+    with page.expect_response("**/run/predict*"):
+        page.mouse.up()
     protect(page)
     file = downloaded(page, tmp_path)
     mask = np.asarray(Image.open(downloaded(page, tmp_path, "#mask-download")))
