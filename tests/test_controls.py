@@ -50,13 +50,15 @@ def test_stripes_of_class_ids_are_told_apart_by_their_dominant_frequency():
 def test_bands_of_a_mask_lie_alike_in_images_of_all_sizes(shape: tuple[int, int]):
     noise = control_noise("bands", np.zeros(shape, bool), seed=0)
     assert (noise == noise[:, :1]).all()
-    assert (noise[..., 0] == 1).all()
-    np.testing.assert_array_equal(noise[..., 1], -noise[..., 2])
-    rows = noise[:, 0, 1]
+    np.testing.assert_array_equal(noise[:, 0] * [1, 1, -1], noise[:, 0, :1].repeat(3, axis=1))
+    rows = noise[:, 0, 0]
     assert np.count_nonzero(np.diff(rows)) == 23
     places = (np.flatnonzero(np.diff(rows)) + 1) / shape[0]
     np.testing.assert_allclose(places, np.arange(1, 24) / 24, atol=0.5 / shape[0])
     np.testing.assert_array_equal(noise, control_noise("bands", np.ones(shape, bool), seed=1))
+    grey = control_noise("bands", np.zeros(shape, bool), seed=0, grey=True)
+    assert (grey == [1, -1, -1]).all()
+    assert (control_noise("bands", np.zeros(shape, np.uint8), seed=0, grey=True) == noise).all()
 
 
 def test_bands_of_24_classes_differ():

@@ -9,7 +9,7 @@ from PIL import Image
 from unseg_hf import Protector, default_checkpoint
 from unseg_hf.image_files import read, read_mask
 from unseg_hf.inspection import noise_left
-from unseg_hf.noise_codes import CLASSES, MASK, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
 
 EXAMPLES = Path(__file__).parent.parent / "spaces_demo" / "examples"
 
@@ -71,7 +71,7 @@ def test_each_of_its_codes_is_the_noise_it_was_taught():
     protector = Protector.from_pretrained()
     grey, masks = np.full((192, 192, 3), 128, np.uint8), [np.ones((192, 192), bool)]
     wave = waves((np.arange(192) + 0.5) / 16)
-    assert protector.model.config.noise_codes == 1 + len(CLASSES)
+    assert protector.model.config.grey_code == 1 + len(CLASSES)
 
     def likeness(code, image, **prompt):
         result = protector.protect(image, **prompt)
@@ -81,7 +81,9 @@ def test_each_of_its_codes_is_the_noise_it_was_taught():
 
     for number, code in enumerate(CLASSES):
         assert likeness(code, grey, masks=masks, classes=[number], mode="per_segment") > 0.7, code
-    assert likeness(MASK, grey, masks=masks) > 0.7
+    assert likeness(GREY_MASK, grey, masks=masks) > 0.7
+    blue = grey - np.uint8([20, 10, 0])
+    assert likeness(MASK, blue, masks=masks) > 0.7
 
 
 def test_its_configuration_is_the_one_the_card_names():

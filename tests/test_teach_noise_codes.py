@@ -38,21 +38,21 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
         command = [sys.executable, SCRIPT, saved_generator, "--train_data", data, "--output", taught, *options]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
-    codes = ("--mask_code", "ddd", "--class_codes", "DDD")
+    codes = ("--mask_code", "ddd", "--class_codes", "DDD", "--grey_code", "+++")
     done = run(*codes, "--steps", 100, "--learning_rate", 0.01)
     assert done.returncode == 0, done.stderr
     model, before = UnSegModel.from_pretrained(taught).eval(), UnSegModel.from_pretrained(saved_generator)
-    assert model.config.noise_codes == 2
+    assert (model.config.noise_codes, model.config.grey_code) == (3, 2)
     assert UnSegProcessor.from_pretrained(taught).target_size == 64
     sam = before.sam.state_dict()
     assert all(torch.equal(value, sam[name]) for name, value in model.sam.state_dict().items())
-    masks = torch.zeros(1, 2, 16, 16)
+    masks = torch.zeros(1, 3, 16, 16)
     masks[..., 4:12, 4:12] = 1
     with torch.no_grad():
         images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        noise = model(images, input_masks=masks, codes=torch.tensor([[0, 1]])).noise[0]
+        noise = model(images, input_masks=masks, codes=torch.tensor([[0, 1, 2]])).noise[0]
     wave = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(4)[:, None]
-    for made, wanted in zip(noise, (wave, -wave), strict=True):
+    for made, wanted in zip(noise, (wave, -wave, torch.ones(16, 1)), strict=True):
         assert (made * wanted).mean() > 0.3
     assert "choose a new folder" in run().stderr
     assert "code 'xyz'" in run("--class_codes", "xyz", "--output", tmp_path / "other").stderr

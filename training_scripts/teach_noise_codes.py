@@ -3,12 +3,13 @@
 The embedded default, from what `train_generator.py` left:
 
     python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 \\
-        --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions --output runs/unseg-tiny
+        --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions --no-save_code --output runs/unseg-tiny
 
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
 of. The noise head gets a set of noise tokens for each code, and all of it, SAM apart, is trained to make them from any
-image and mask: one wave for each patch of the encoder, down the image or across it, or none. Which codes keep victims
-from learning objects and classes is measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
+image and mask: one wave for each patch of the encoder, down the image or across it, or none. Masks without a class
+have a code too, and another in images without colour. Which codes keep victims from learning objects and classes is
+measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
 
 With images stretched to the input, not padded, waves lie alike in images of all shapes, see `UnSegProcessor`; and at
 another input size there are more or fewer of them: position embeddings are interpolated.
@@ -30,15 +31,17 @@ def main() -> None:
     parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as they were)")
     parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
     parser.add_argument("--mask_code", help="noise of masks, see unseg_hf/noise_codes.py (default: its MASK)")
+    parser.add_argument("--grey_code", help="of masks in images without colour (default: its GREY_MASK)")
     parser.add_argument("--class_codes", nargs="+", help="noises of classes (default: its CLASSES)")
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
     )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=4, help="images a step")
-    parser.add_argument("--classes_a_step", type=int, default=5, help="class codes that each image of a step gets")
+    parser.add_argument("--codes_a_step", type=int, default=5, help="that an image of a step gets besides its mask's")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save_code", action=argparse.BooleanOptionalAction, default=True, help="beside the weights")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     options = parser.parse_args()
     if options.output.exists():
@@ -51,25 +54,25 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.noise_codes import CLASSES, MASK, code_noise, waves
+    from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
     from unseg_hf.training.prompts import make_prompts
+    from unseg_hf.training.publishing import save_generator
     from unseg_hf.training.surrogates import normalise
 
     torch.manual_seed(options.seed)
-    classes = options.class_codes or CLASSES
+    codes = [options.mask_code or MASK, *(options.class_codes or CLASSES), options.grey_code or GREY_MASK]
     processor = UnSegProcessor.from_pretrained(options.generator)
     stretch = processor.stretch or options.stretch
     size = options.image_size or processor.target_size
     if size != processor.target_size:
         processor = UnSegProcessor.for_image_size(size)
     processor.stretch = stretch
-    model = with_codes(UnSegModel.from_pretrained(options.generator), 1 + len(classes), size)
+    model = with_codes(UnSegModel.from_pretrained(options.generator), len(codes), size)
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
     # The noise has four cells for each patch.
     wave = waves((np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4)
-    codes = [options.mask_code or MASK, *classes]
     targets = torch.from_numpy(np.stack([code_noise(code, wave[:, None], wave) for code in codes])).permute(0, 3, 1, 2)
     optimizer = torch.optim.Adam(model.noise_head.parameters(), options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
@@ -77,9 +80,9 @@ def main() -> None:
     epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
     loader = DataLoader(data, batch_sampler=itertools.islice(itertools.chain.from_iterable(epochs), options.steps))
     for step, batch in enumerate(loader, 1):
-        orders = torch.stack([torch.randperm(len(classes), generator=random) for _ in batch["image"]])
-        # Of masks, and of some classes.
-        chosen = torch.nn.functional.pad(1 + orders[:, : options.classes_a_step], (1, 0))
+        orders = torch.stack([torch.randperm(len(codes) - 1, generator=random) for _ in batch["image"]])
+        # The first, and some of the others.
+        chosen = torch.nn.functional.pad(1 + orders[:, : options.codes_a_step], (1, 0))
         masks = make_prompts(batch["mask"], ("mask",), random)["input_masks"].expand(-1, chosen.shape[1], -1, -1)
         noise = model(pixel_values=normalise(batch["image"]), input_masks=masks, codes=chosen).noise
         loss = (noise - targets[chosen]).square().mean()
@@ -89,20 +92,20 @@ def main() -> None:
         schedule.step()
         if step % 50 == 0:
             print(f"step {step} of {options.steps}: mean squared error {loss.item():.4f}", flush=True)
-    model.save_pretrained(options.output)
-    processor.save_pretrained(options.output)
+    save_generator(model, processor, options.output, with_code=options.save_code)
     print(f"generator saved to {options.output}")
 
 
 def with_codes(model, count: int, image_size: int):
-    """The same SAM at an input size, with a noise head for so many codes that can be trained."""
+    """The same SAM at an input size, with a noise head for so many codes, the last for grey images, to be trained."""
     import torch
 
     from unseg_hf import UnSegModel
     from unseg_hf.training.surrogates import load_resized, sam_config_at
 
     config = copy.deepcopy(model.config)
-    config.noise_codes, config.sam_config = count, sam_config_at(config.sam_config, image_size)
+    config.noise_codes, config.grey_code = count, count - 1
+    config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():
         # Far apart: what is as small as SAM's own tokens the decoder's layer norms leave nothing of.

@@ -7,8 +7,9 @@ import numpy as np
 _HUES = (("ddD", "aaA", "++-"), ("dDd", "aAa", "+-+"), ("dDD", "aAA", "+--"), ("ddd", "aaa", "+++"))
 _OPPOSITES = str.maketrans("+-dDaA", "-+DdAa")
 
-MASK = "+dD"
-"""The noise of masks without a class: waves of green and blue, and a tint, which images without colour show best."""
+MASK, GREY_MASK = "ddD", "+--"
+"""The noise of masks without a class: yellow and blue waves, and a red tint in images without colour, which show
+nothing as plainly as a tint."""
 
 CLASSES = tuple(code.translate(table) for hue in _HUES for table in ({}, _OPPOSITES) for code in hue)
 """The noises of classes, in their order: waves down, waves across and a flat colour, in each of four colours and its

@@ -20,6 +20,7 @@ from .processing_unseg import FullSizeNoise, UnSegProcessor
 from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
+GREY = 3 / 255  # of an image's range, between its channels
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
@@ -359,7 +360,9 @@ class Protector:
         apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
-        codes = [0] + [0 if job.classes is None else self._code(job.classes[i]) for i in inside]
+        without_class = self._code_of_masks(job.picture.pixels)
+        codes = [without_class]
+        codes += [without_class if job.classes is None else self._code_of_class(job.classes[i]) for i in inside]
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
         drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
@@ -379,10 +382,15 @@ class Protector:
             return everywhere
         return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
 
-    def _code(self, class_id: int) -> int:
-        """Code 0 is that of masks without a class, and of what lies around all masks."""
-        of_classes = self.model.config.noise_codes - 1
-        return 1 + class_id % of_classes if of_classes else 0
+    def _code_of_masks(self, pixels: np.ndarray) -> int:
+        """That of masks without a class, and of what lies around all masks."""
+        grey = self.model.config.grey_code
+        return 0 if grey is None or not without_colour(pixels) else grey
+
+    def _code_of_class(self, class_id: int) -> int:
+        config = self.model.config
+        of_classes = [code for code in range(1, config.noise_codes) if code != config.grey_code]
+        return of_classes[class_id % len(of_classes)] if of_classes else 0
 
     def _decoded(
         self, embeddings, masks: torch.Tensor, codes: list[int], boxes: list[tuple[int, int, int, int]] | None
@@ -440,6 +448,19 @@ class Job:
     classes: list[int] | None
     features: Any
     seconds: float
+
+
+def without_colour(pixels: np.ndarray) -> bool:
+    """Whether an image of three channels, `(height, width, channels)` uint8 or uint16, is grey all the same.
+
+    Its channels differ by less than [`GREY`] on average: what JPEG leaves of an image that was grey. An image of one
+    channel is not: nothing can be told from its colour.
+    """
+    if pixels.shape[2] < 3:
+        return False
+    height, width = pixels.shape[:2]
+    few = pixels[:: 1 + height // 512, :: 1 + width // 512, :3]
+    return float((few.max(axis=2) - few.min(axis=2)).mean()) < GREY * np.iinfo(pixels.dtype).max
 
 
 def apply_noise(

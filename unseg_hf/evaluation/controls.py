@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from unseg_hf.noise_codes import CLASSES, MASK, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
 
 STRIPE_PERIOD = 16
 """Period of the horizontal stripes of the `stripes` control, in pixels of the published image."""
@@ -81,11 +81,12 @@ def _textures(labels: np.ndarray) -> np.ndarray:
     return np.zeros_like(labels) if labels.dtype == bool else labels
 
 
-def _bands(labels: np.ndarray, seed: int) -> np.ndarray:
+def _bands(labels: np.ndarray, seed: int, grey: bool = False) -> np.ndarray:
+    codes = [GREY_MASK if grey else MASK] if labels.dtype == bool else CLASSES
+
     def pattern(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         places = ((rows + 0.5) / labels.shape[0], (columns + 0.5) / labels.shape[1])
-        code = MASK if labels.dtype == bool else CLASSES[label % len(CLASSES)]
-        return code_noise(code, *(waves(place * BANDS) for place in places))
+        return code_noise(codes[label % len(codes)], *(waves(place * BANDS) for place in places))
 
     return _by_class(_textures(labels), seed, pattern)
 
@@ -125,7 +126,7 @@ def _farthest_first(distances: np.ndarray, given: int) -> list[int]:
     return chosen
 
 
-CONTROLS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+CONTROLS: dict[str, Callable[..., np.ndarray]] = {
     "random": partial(_random_cells, cell=1),
     "stripes": _stripes,
     "bands": _bands,
@@ -137,7 +138,7 @@ CONTROLS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 """Name of each control noise -> function of (labels, seed)."""
 
 
-def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
+def control_noise(name: str, labels: np.ndarray, seed: int, grey: bool = False) -> np.ndarray:
     """Make a noise with no learning in it, at full amplitude.
 
     The amplitude is set by the caller, with [`unseg_hf.protection.apply_noise`], the function that also applies the
@@ -151,8 +152,9 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
     - `stripes`: luminance stripes, a square wave. For a mask horizontal with a period of 16 pixels, the same inside
       and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
     - `bands`: what the embedded generator was taught, sharp and without a network: 12 waves in every image, whatever
-      its size, so that they lie alike in all images that somebody resizes to one size. For a mask waves of green and
-      blue on a tint, down the image; for class ids one of the 24 codes of [`unseg_hf.noise_codes`].
+      its size, so that they lie alike in all images that somebody resizes to one size. For a mask yellow and blue,
+      down the image, or where the image is grey a red tint; for class ids one of the 24 codes of
+      [`unseg_hf.noise_codes`].
     - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
       signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
       and of `epsilon_background` outside.
@@ -168,6 +170,7 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
             on, 255 = ignored. A mask of 0 and 255 goes in as `mask != 0`.
         seed: seed of the image, at least 0. `stripes`, `colour` and `patches` depend on the labels alone: they are the
             same in every image.
+        grey: the image has no colour, see [`unseg_hf.protection.without_colour`]; `bands` alone asks.
 
     Returns:
         Noise, shape `(height, width, 3)`, float32 in [-1, 1]. Every value is -1 or 1, with two exceptions:
@@ -190,4 +193,5 @@ def control_noise(name: str, labels: np.ndarray, seed: int) -> np.ndarray:
         raise ValueError(f"labels are {labels.dtype}; pass a mask as bool, a label map as integers")
     if labels.min(initial=0) < 0:
         raise ValueError(f"labels go down to {labels.min()}; number classes from 0, with {IGNORED_CLASS} = ignored")
-    return CONTROLS[name](labels, seed).astype(np.float32, copy=False)
+    options = {"grey": grey} if name == "bands" else {}
+    return CONTROLS[name](labels, seed, **options).astype(np.float32, copy=False)

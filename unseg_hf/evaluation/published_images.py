@@ -191,13 +191,15 @@ def _protection(
 
         return protect_with_generator
 
-    from unseg_hf.protection import apply_noise
+    from unseg_hf.protection import apply_noise, without_colour
 
     def protect_with_control(labelled: LabelledImage) -> Image.Image:
         # The seed comes from the name, so that a file does not depend on which other images are published.
         seed = int.from_bytes(hashlib.sha256(labelled.name.encode()).digest()[:8])
-        control = control_noise(noise, labelled.region if images.binary else labelled.labels, seed)
-        pixels = apply_noise(np.asarray(labelled.image), control, labelled.region, epsilon, epsilon_background)
+        pixels = np.asarray(labelled.image)
+        labels = labelled.region if images.binary else labelled.labels
+        control = control_noise(noise, labels, seed, without_colour(pixels))
+        pixels = apply_noise(pixels, control, labelled.region, epsilon, epsilon_background)
         return Image.fromarray(pixels)
 
     return protect_with_control
