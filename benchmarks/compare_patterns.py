@@ -1,13 +1,14 @@
 """What a fixed pattern of waves must be like for a victim to learn it instead of the objects, or of the classes.
 
-    python benchmarks/compare_patterns.py --data ecssd/train.parquet --output runs/ecssd.json --patterns ddD +d-
+    python benchmarks/compare_patterns.py --data ecssd/train.parquet --output runs/ecssd.json --patterns ddD ddD/+--
     python benchmarks/compare_patterns.py --data camvid/train.parquet --test_data camvid/val.parquet \\
         --ignore_labels 11 --epochs 10 --output runs/camvid.json --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
 
-A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between. It is added at
-8 and 2 of 255. Of a binary data set's training split (no test split is looked at) the images from 300 to 599 train a
-victim and those from 660 to 760, clean, test it, unless --train and --test say others. Everything is in memory: the
-audit, which walks over files, is for generators. What `--output` has already is not trained again.
+A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between, or two with a slash, the
+second for images without colour. It is added at 8 and 2 of 255. Of a binary data set's training split (no test split
+is looked at) the images from 300 to 599 train a victim and those from 660 to 760, clean, test it, unless --train and
+--test say others. Everything is in memory: the audit, which walks over files, is for generators. What `--output` has
+already is not trained again.
 """
 
 import argparse
@@ -23,10 +24,14 @@ SIZE, BATCH = 96, 8
 PLACES = ("locked", "random sign", "random phase", "random phase and angle", "padded frame")
 
 
-def pattern_noise(number: int, labelled, codes: list[str], count: int, place: str) -> np.ndarray:
+def pattern_noise(number: int, labelled, pattern: str, count: int, place: str) -> np.ndarray:
     """Noise `(height, width, 3)`, 1 and -1, of one image, with so many waves down it and across it."""
     from unseg_hf.noise_codes import code_noise, waves
+    from unseg_hf.protection import without_colour
 
+    in_colour, _, in_grey = pattern.partition("/")
+    grey = in_grey and without_colour(np.asarray(labelled.image))
+    codes = (in_grey if grey else in_colour).split(",")
     random = np.random.default_rng(number)
     height, width = labelled.labels.shape
     rows, columns = (np.arange(side).reshape(shape) / side for side, shape in ((height, (-1, 1)), (width, (1, -1))))
@@ -80,9 +85,7 @@ def main() -> None:
     found = json.loads(options.output.read_text()) if options.output.is_file() else {}
     named: dict[str, Callable | None] = {"clean": None}
     named |= {
-        f"{count} waves, {pattern}, {place}": partial(
-            pattern_noise, codes=pattern.split(","), count=count, place=place
-        )
+        f"{count} waves, {pattern}, {place}": partial(pattern_noise, pattern=pattern, count=count, place=place)
         for count in options.waves
         for pattern in options.patterns
         for place in options.places

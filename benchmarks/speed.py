@@ -160,7 +160,7 @@ def large_generator(options: argparse.Namespace, folder: Path) -> None:
     generator, picture = folder / "generator", folder / "photo.png"
     photo(picture, (1200, 800), 0)
     run(tree, program, "make", generator)
-    print("\n## SAM ViT-B at 1024 px, random weights: one image, loading left out\n")
+    print("\n## SAM ViT-B at 1024 px, random weights: one image, the second of a process\n")
     print("| | s | CPU s, loading too | MB | pixels that differ from the first row's | largest difference |")
     print("|---" * 6 + "|")
     found: dict[str, list] = {}

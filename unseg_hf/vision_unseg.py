@@ -94,12 +94,15 @@ def _with_bias(
     `down` and `across`, `(height, height, channels)` and `(width, width, channels)`, are what a query is multiplied
     with for its bias towards a key so many rows and columns away.
     """
-    attended = []
+    attended, room = [], None
     grid = query.unflatten(1, (len(down), len(across)))
     for some, own in zip(grid.split(rows, 1), down.split(rows), strict=True):
         vertical = torch.einsum("nrwc,rkc->nrwk", some, own)
         horizontal = torch.einsum("nrwc,wkc->nrwk", some, across)
-        bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).flatten(3).flatten(1, 2)
+        shape = (*vertical.shape, len(across))
+        if not torch.is_grad_enabled() and (room is None or room.shape != shape):
+            room = query.new_empty(shape)  # fresh memory for every strip takes longer than what is written into it
+        bias = torch.add(vertical.unsqueeze(-1), horizontal.unsqueeze(-2), out=room).flatten(3).flatten(1, 2)
         some = some.flatten(1, 2)
         attended.append(F.scaled_dot_product_attention(some[None], key[None], value[None], attn_mask=bias[None])[0])
     return torch.cat(attended, 1)
