@@ -68,44 +68,45 @@ class UnSegVisionLayer(SamVisionLayer):
         """`(images or windows, height, width, 3 * channels)` to `(images or windows, height, width, channels)`."""
         attn, (batch, height, width, _) = self.attn, projected.shape
         heads, tokens = attn.num_attention_heads, height * width
-        projected = projected.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = projected.reshape(3, batch * heads, tokens, -1).unbind(0)
+        # Views, not copies: (images or windows, heads, tokens, channels of a head).
+        query, key, value = projected.view(batch, tokens, 3, heads, -1).transpose(1, 3).unbind(2)
         if attn.use_rel_pos:
             down = attn.get_rel_pos(height, height, attn.rel_pos_h)
             across = attn.get_rel_pos(width, width, attn.rel_pos_w)
             limit = _CPU_BIAS if query.device.type == "cpu" else _GPU_BIAS
             count = max(limit // tokens**2, 1)
-            attended = torch.cat(
-                [
-                    _with_bias(*some, down, across, max(limit // (width * tokens), 1))
-                    for some in zip(query.split(count), key.split(count), value.split(count), strict=True)
-                ]
-            )
+            rows = max(limit // (width * tokens), 1)
+
+            def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
+                parts = zip(*(tensor.split(min(count, heads), 1) for tensor in some), strict=True)
+                return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
+
+            images = (tensor.split(max(count // heads, 1)) for tensor in (query, key, value))
+            attended = torch.cat([attend(some) for some in zip(*images, strict=True)])
         else:
-            attended = F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
-        return attended.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4).flatten(3)
+            attended = F.scaled_dot_product_attention(query, key, value)
+        return attended.transpose(1, 2).reshape(batch, height, width, -1)
 
 
 def _with_bias(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, down: torch.Tensor, across: torch.Tensor, rows: int
 ) -> torch.Tensor:
-    """Attention of some heads `(heads, tokens, channels)`, with the bias of so many rows of queries at a time.
+    """Attention of some heads `(images, heads, tokens, channels)`, with the bias of so many rows of queries at a time.
 
     `down` and `across`, `(height, height, channels)` and `(width, width, channels)`, are what a query is multiplied
     with for its bias towards a key so many rows and columns away.
     """
     attended, room = [], None
-    grid = query.unflatten(1, (len(down), len(across)))
-    for some, own in zip(grid.split(rows, 1), down.split(rows), strict=True):
-        vertical = torch.einsum("nrwc,rkc->nrwk", some, own)
-        horizontal = torch.einsum("nrwc,wkc->nrwk", some, across)
+    grid = query.unflatten(2, (len(down), len(across)))
+    for some, own in zip(grid.split(rows, 2), down.split(rows), strict=True):
+        vertical = torch.einsum("nhrwc,rkc->nhrwk", some, own)
+        horizontal = torch.einsum("nhrwc,wkc->nhrwk", some, across)
         shape = (*vertical.shape, len(across))
         if not torch.is_grad_enabled() and (room is None or room.shape != shape):
             room = query.new_empty(shape)  # fresh memory for every strip takes longer than what is written into it
-        bias = torch.add(vertical.unsqueeze(-1), horizontal.unsqueeze(-2), out=room).flatten(3).flatten(1, 2)
-        some = some.flatten(1, 2)
-        attended.append(F.scaled_dot_product_attention(some[None], key[None], value[None], attn_mask=bias[None])[0])
-    return torch.cat(attended, 1)
+        bias = torch.add(vertical.unsqueeze(-1), horizontal.unsqueeze(-2), out=room).flatten(4).flatten(2, 3)
+        attended.append(F.scaled_dot_product_attention(some.flatten(2, 3), key, value, attn_mask=bias))
+    return torch.cat(attended, 2)
 
 
 __all__ = ["UnSegVisionLayer"]
