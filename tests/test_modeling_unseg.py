@@ -357,6 +357,7 @@ def test_default_configuration_is_the_papers():
         ({"fusion_layer": 0}, "fusion_layer=0: the vision encoder has layers 1 to 2"),
         ({"fusion_layer": 3}, "fusion_layer=3: the vision encoder has layers 1 to 2"),
         ({"noise_codes": 0}, "noise_codes=0: must be at least 1"),
+        ({"noise_codes": 2, "grey_code": 2}, "grey_code=2: must be above 0 and below noise_codes=2"),
         ({"noise_token_offset": 1}, "noise_token_offset=1: must be from -5 to 0"),
         ({"noise_token_offset": -6}, "noise_token_offset=-6: must be from -5 to 0"),
     ],

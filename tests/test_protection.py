@@ -11,7 +11,7 @@ from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import apply_noise, compare
+from unseg_hf.protection import apply_noise, compare, without_colour
 
 RNG = np.random.default_rng(0)
 
@@ -291,6 +291,43 @@ def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
     # Together they are one object, as in the paper.
     union = coded_protector.protect(grey, masks=[mask], classes=[2])
     np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_masks)
+
+
+def as_jpeg(pixels: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=50)
+    return np.asarray(Image.open(file))
+
+
+def test_a_code_for_images_without_colour_is_theirs_alone_and_no_class_gets_it(coded_protector, protector_of):
+    # The same weights: codes 0, 1 and 3 are as they were.
+    with_grey = protector_of(noise_codes=4, grey_code=2)
+    with_grey.model.load_state_dict(coded_protector.model.state_dict())
+    mask = box_mask()
+
+    def noise(protector, image, **prompt):
+        result = protector.protect(image, **(prompt or {"mask": mask}))
+        return result.picture.pixels.astype(int) - result.original.pixels
+
+    one_channel = np.full((60, 80), 128, np.uint8)
+    grey = np.repeat(one_channel[..., None], 3, axis=2)
+    yellow = grey - np.uint8([0, 0, 9])
+    for image in (yellow, one_channel):
+        np.testing.assert_array_equal(noise(with_grey, image), noise(coded_protector, image))
+    of_class = [noise(coded_protector, grey, masks=[mask], classes=[i], mode="per_segment")[mask] for i in range(3)]
+    np.testing.assert_array_equal(noise(with_grey, grey)[mask], of_class[1])
+    for class_id, code in ((0, 0), (1, 2), (2, 0)):
+        own = noise(with_grey, grey, masks=[mask], classes=[class_id], mode="per_segment")[mask]
+        np.testing.assert_array_equal(own, of_class[code])
+
+
+def test_what_was_grey_is_grey_after_jpeg_and_a_faint_tint_is_a_colour():
+    random = np.random.default_rng(0)
+    texture = random.integers(0, 256, (1100, 700, 1), dtype=np.uint8).repeat(3, axis=2)
+    assert without_colour(as_jpeg(texture))
+    assert without_colour(texture.astype(np.uint16) * 257)
+    assert not without_colour(np.maximum(texture, 8) - np.uint8([0, 4, 0]))
+    assert not without_colour(texture[..., :1])
 
 
 def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud_protector):
