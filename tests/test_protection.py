@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
+from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
 from unseg_hf.protection import apply_noise, compare, without_colour
 
@@ -293,12 +294,6 @@ def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
     np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_masks)
 
 
-def as_jpeg(pixels: np.ndarray) -> np.ndarray:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=50)
-    return np.asarray(Image.open(file))
-
-
 def test_a_code_for_images_without_colour_is_theirs_alone_and_no_class_gets_it(coded_protector, protector_of):
     # The same weights: codes 0, 1 and 3 are as they were.
     with_grey = protector_of(noise_codes=4, grey_code=2)
@@ -324,7 +319,7 @@ def test_a_code_for_images_without_colour_is_theirs_alone_and_no_class_gets_it(c
 def test_what_was_grey_is_grey_after_jpeg_and_a_faint_tint_is_a_colour():
     random = np.random.default_rng(0)
     texture = random.integers(0, 256, (1100, 700, 1), dtype=np.uint8).repeat(3, axis=2)
-    assert without_colour(as_jpeg(texture))
+    assert without_colour(np.asarray(jpeg(Image.fromarray(texture), 50)))
     assert without_colour(texture.astype(np.uint16) * 257)
     assert not without_colour(np.maximum(texture, 8) - np.uint8([0, 4, 0]))
     assert not without_colour(texture[..., :1])

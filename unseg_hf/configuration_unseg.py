@@ -28,8 +28,8 @@ class UnSegConfig(PreTrainedConfig):
             Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
             masks; the others, of which the paper's generator has none, are for classes.
         grey_code (`int`, *optional*):
-            Which of those sets is not for a class but for masks in colour images without colour, whose three channels
-            are alike. `None`: they get the first one, too.
+            Which of those sets is not for a class but for masks in grey images that have three channels. `None`: they
+            get the first one, too.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):

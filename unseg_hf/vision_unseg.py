@@ -78,7 +78,7 @@ class UnSegVisionLayer(SamVisionLayer):
             rows = max(limit // (width * tokens), 1)
 
             def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
-                parts = zip(*(tensor.split(min(count, heads), 1) for tensor in some), strict=True)
+                parts = zip(*(tensor.split(count, 1) for tensor in some), strict=True)
                 return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
 
             images = (tensor.split(max(count // heads, 1)) for tensor in (query, key, value))

@@ -135,7 +135,7 @@ CONTROLS: dict[str, Callable[..., np.ndarray]] = {
     "patches": partial(_by_class, pattern=_class_patches),
     "whole": partial(_random_cells, cell=1),
 }
-"""Name of each control noise -> function of (labels, seed)."""
+"""Name of each control noise -> function of (labels, seed); of `bands` also of grey."""
 
 
 def control_noise(name: str, labels: np.ndarray, seed: int, grey: bool = False) -> np.ndarray:
