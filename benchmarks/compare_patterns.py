@@ -26,7 +26,7 @@ PLACES = ("locked", "random sign", "random phase", "random phase and angle", "pa
 
 def pattern_noise(number: int, labelled, pattern: str, count: int, place: str) -> np.ndarray:
     """Noise `(height, width, 3)`, 1 and -1, of one image, with so many waves down it and across it."""
-    from unseg_hf.noise_codes import code_noise, waves
+    from unseg_hf.noise_codes import code_noise
     from unseg_hf.protection import without_colour
 
     in_colour, _, in_grey = pattern.partition("/")
@@ -43,8 +43,8 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str) -
         phase = random.uniform()
     # Where images are padded to a square, a side that is shorter has fewer waves.
     shares = [side / max(height, width) if place == "padded frame" else 1.0 for side in (height, width)]
-    down = waves((rows * np.cos(angle) + columns * np.sin(angle)) * count * shares[0] + phase)
-    across = waves((columns * np.cos(angle) - rows * np.sin(angle)) * count * shares[1] + phase)
+    down = (rows * np.cos(angle) + columns * np.sin(angle)) * count * shares[0] + phase
+    across = (columns * np.cos(angle) - rows * np.sin(angle)) * count * shares[1] + phase
     noises = [code_noise(code, down, across) for code in codes]
     if len(codes) == 1:
         return np.broadcast_to(noises[0], (height, width, 3))

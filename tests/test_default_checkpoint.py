@@ -9,7 +9,7 @@ from PIL import Image
 from unseg_hf import Protector, default_checkpoint
 from unseg_hf.image_files import read, read_mask
 from unseg_hf.inspection import noise_left
-from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise
 
 EXAMPLES = Path(__file__).parent.parent / "spaces_demo" / "examples"
 
@@ -70,14 +70,14 @@ def test_a_grey_photo_gets_waves_of_the_whole_budget():
 def test_each_of_its_codes_is_the_noise_it_was_taught():
     protector = Protector.from_pretrained()
     grey, masks = np.full((192, 192, 3), 128, np.uint8), [np.ones((192, 192), bool)]
-    wave = waves((np.arange(192) + 0.5) / 16)
+    places = (np.arange(192) + 0.5) / 16
     assert protector.model.config.grey_code == 1 + len(CLASSES)
 
     def likeness(code, image, **prompt):
         result = protector.protect(image, **prompt)
         noise = (result.picture.pixels.astype(float) - result.original.pixels) / 8
         # Square waves come through the cells between them as trapezes.
-        return (noise * code_noise(code, wave[:, None], wave)).mean()
+        return (noise * code_noise(code, places[:, None], places)).mean()
 
     for number, code in enumerate(CLASSES):
         assert likeness(code, grey, masks=masks, classes=[number], mode="per_segment") > 0.7, code

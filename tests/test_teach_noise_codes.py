@@ -8,21 +8,23 @@ import torch
 from labelled_discs import write_discs
 
 from unseg_hf import UnSegModel, UnSegProcessor
-from unseg_hf.noise_codes import CLASSES, code_noise, waves
+from unseg_hf.noise_codes import CLASSES, code_noise
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "teach_noise_codes.py"
 
 
 def test_a_code_says_what_each_channel_carries():
-    down, across = waves((np.arange(8) / 4)[:, None]), waves(np.arange(4) / 2)
-    noise = code_noise("+Da", down, across)
+    rows, columns = (np.arange(8) / 4)[:, None], np.arange(4) / 2
+    noise = code_noise("+Da", rows, columns)
     assert noise.shape == (8, 4, 3)
     assert (noise[..., 0] == 1).all()
+    np.testing.assert_array_equal(code_noise("-eE", rows, columns)[:, 1, 1], [1, -1, -1, 1, 1, -1, -1, 1])
+    np.testing.assert_array_equal(code_noise("-eE", rows, columns)[:, 1, 2], [-1, 1, 1, -1, -1, 1, 1, -1])
     np.testing.assert_array_equal(noise[:, 2, 1], [-1, -1, 1, 1, -1, -1, 1, 1])
     np.testing.assert_array_equal(noise[5, :, 2], [1, -1, 1, -1])
     for code in ("dd", "ddx", "++++"):
         with pytest.raises(ValueError, match="three of"):
-            code_noise(code, down, across)
+            code_noise(code, rows, columns)
 
 
 def test_no_two_codes_of_the_default_are_the_same():

@@ -54,7 +54,7 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise, waves
+    from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.publishing import save_generator
     from unseg_hf.training.surrogates import normalise
@@ -72,8 +72,9 @@ def main() -> None:
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
     # The noise has four cells for each patch.
-    wave = waves((np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4)
-    targets = torch.from_numpy(np.stack([code_noise(code, wave[:, None], wave) for code in codes])).permute(0, 3, 1, 2)
+    places = (np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4
+    targets = np.stack([code_noise(code, places[:, None], places) for code in codes])
+    targets = torch.from_numpy(targets).permute(0, 3, 1, 2)
     optimizer = torch.optim.Adam(model.noise_head.parameters(), options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     random = torch.Generator().manual_seed(options.seed)

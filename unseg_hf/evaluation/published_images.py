@@ -21,6 +21,7 @@ from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 from unseg_hf.model_identity import model_identity
+from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK
 
 NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
@@ -99,6 +100,8 @@ def noise_settings(
         settings |= zip(("epsilon", "epsilon_background"), bounds, strict=True)
     if noise.startswith("generator"):
         settings["model"] = model_identity(model)[0]
+    if noise == "bands":
+        settings["codes"] = " ".join([MASK, GREY_MASK, *CLASSES])
     return settings
 
 
