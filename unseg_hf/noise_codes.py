@@ -4,14 +4,14 @@ import re
 
 import numpy as np
 
-MASK, GREY_MASK = "ded", "+--"
-"""The noise of masks without a class: waves of green a quarter of a wave before those of red and blue, which are plain
-in colour and leave something in grey; and in images without colour, where any tint is plain, a red one."""
+MASK, GREY_MASK = "dDd", "+--"
+"""The noise of masks without a class: magenta and green waves, of which photographs have least; and in images without
+colour, where any tint is plain, a red one."""
 
 _CLASSES = "dDd aAa +-+ -+- dDD aAA ddD aaA +-- -++ ++- --+ ddd aaa +++ --- DdD AaA Ddd Aaa DDd AAa DDD AAA"
 CLASSES = tuple(_CLASSES.split())
-"""The noises of classes, in their order: waves down, waves across and flat colours, first in magenta and green, of which
-photographs have least; at the end the opposites of the waves before, which nothing but their place tells apart."""
+"""The noises of classes, in their order: waves down, waves across and flat colours, first those that victims learn most
+readily; at the end the opposites of the waves before, which nothing but their place tells apart."""
 
 
 def code_noise(code: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

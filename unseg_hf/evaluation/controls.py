@@ -152,8 +152,8 @@ def control_noise(name: str, labels: np.ndarray, seed: int, grey: bool = False) 
     - `stripes`: luminance stripes, a square wave. For a mask horizontal with a period of 16 pixels, the same inside
       and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
     - `bands`: what the embedded generator was taught, sharp and without a network: 12 waves in every image, whatever
-      its size, so that they lie alike in all images that somebody resizes to one size. For a mask waves of
-      colour down the image, or where the image is grey a red tint; for class ids one of the 24 codes of
+      its size, so that they lie alike in all images that somebody resizes to one size. For a mask magenta and
+      green, down the image, or where the image is grey a red tint; for class ids one of the 24 codes of
       [`unseg_hf.noise_codes`].
     - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
       signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
