@@ -50,12 +50,10 @@ def test_its_noise_lives_through_jpeg_and_reduction(protected):
     assert rms[1] > 0.6 * rms[0]
 
 
-def test_without_its_tint_and_in_grey_there_are_waves_left(protected):
-    """The noise is no flat colour alone, which white balance or greyscale would take off."""
+def test_without_its_tint_there_are_waves_left(protected):
+    """The noise is no flat colour alone, which white balance would take off."""
     noise = (protected.picture.pixels.astype(float) - protected.original.pixels)[protected.region]
-    grey = noise @ [0.299, 0.587, 0.114]
     assert (noise - noise.mean(axis=0)).std() > 3
-    assert grey.std() > 3
 
 
 def test_a_grey_photo_gets_waves_of_the_whole_budget():

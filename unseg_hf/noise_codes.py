@@ -10,7 +10,7 @@ colour, where any tint is plain, a red one."""
 
 _CLASSES = "dDd aAa +-+ -+- dDD aAA ddD aaA +-- -++ ++- --+ ddd aaa +++ --- DdD AaA Ddd Aaa DDd AAa DDD AAA"
 CLASSES = tuple(_CLASSES.split())
-"""The noises of classes, in their order: waves down, waves across and flat colours, first those that victims learn most
+"""The noises of classes, in their order: waves down, waves across and flat colours, first those that victims learn
 readily; at the end the opposites of the waves before, which nothing but their place tells apart."""
 
 
