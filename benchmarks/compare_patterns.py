@@ -5,10 +5,12 @@
         --ignore_labels 11 --epochs 10 --output runs/camvid.json --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
 
 A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between, or two with a slash, the
-second for images without colour. It is added at 8 and 2 of 255. Of a binary data set's training split (no test split
-is looked at) the images from 300 to 599 train a victim and those from 660 to 760, clean, test it, unless --train and
---test say others. Everything is in memory: the audit, which walks over files, is for generators. What `--output` has
-already is not trained again.
+second for images without colour. Waves are square, or with --cells as soft as those of a generator whose noise has so
+many cells down the image and across it (the default's has 48). It is added at 8 and 2 of 255. Of a binary data set's
+training split (no test split is looked at) the images from 300 to 599 train a victim and those from 660 to 760, clean,
+test it, unless --train and --test say others. Printed are the victim's scores on those and on what it was trained on:
+one that has found the noise knows its training images better than one that has not. Everything is in memory: the
+audit, which walks over files, is for generators. What --output has already is not trained again.
 """
 
 import argparse
@@ -20,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-SIZE, BATCH = 96, 8
+BATCH = 8
 PLACES = ("locked", "random sign", "random phase", "random phase and angle", "padded frame")
 
 
-def pattern_noise(number: int, labelled, pattern: str, count: int, place: str) -> np.ndarray:
-    """Noise `(height, width, 3)`, 1 and -1, of one image, with so many waves down it and across it."""
+def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, cells: int) -> np.ndarray:
+    """Noise `(height, width, 3)` in [-1, 1] of one image, with so many waves down it and across it."""
+    import torch
+
     from unseg_hf.noise_codes import code_noise
     from unseg_hf.protection import without_colour
 
@@ -34,7 +38,9 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str) -
     codes = (in_grey if grey else in_colour).split(",")
     random = np.random.default_rng(number)
     height, width = labelled.labels.shape
-    rows, columns = (np.arange(side).reshape(shape) / side for side, shape in ((height, (-1, 1)), (width, (1, -1))))
+    grid = (cells, cells) if cells else (height, width)
+    rows, columns = ((np.arange(side) + 0.5) / side for side in grid)
+    rows = rows[:, None]
     angle = random.uniform(0, np.pi) if place == "random phase and angle" else 0.0
     phase = 0.0
     if place == "random sign":
@@ -46,8 +52,13 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str) -
     down = (rows * np.cos(angle) + columns * np.sin(angle)) * count * shares[0] + phase
     across = (columns * np.cos(angle) - rows * np.sin(angle)) * count * shares[1] + phase
     noises = [code_noise(code, down, across) for code in codes]
+    if cells:
+        enlarged = torch.nn.functional.interpolate(
+            torch.from_numpy(np.stack(noises)).permute(0, 3, 1, 2), (height, width), mode="bilinear"
+        )
+        noises = list(enlarged.permute(0, 2, 3, 1).numpy())
     if len(codes) == 1:
-        return np.broadcast_to(noises[0], (height, width, 3))
+        return noises[0]
     classes = np.where(labelled.labels == 255, 0, labelled.labels) % len(codes)
     return np.choose(classes[..., None], noises[: classes.max() + 1])
 
@@ -64,9 +75,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--patterns", nargs="+", required=True)
     parser.add_argument("--waves", nargs="+", type=int, default=[12])
+    parser.add_argument("--cells", type=int, default=0, help="of the noise, down and across; 0: none, sharp waves")
     parser.add_argument("--places", nargs="+", choices=PLACES, default=["locked"])
     parser.add_argument("--victims", nargs="+", default=["unet", "segformer"])
     parser.add_argument("--treatments", nargs="+", default=["none"], help="of the audit's")
+    parser.add_argument("--size", type=int, default=96, help="side of the squares that victims see, in pixels")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
@@ -85,28 +98,38 @@ def main() -> None:
     found = json.loads(options.output.read_text()) if options.output.is_file() else {}
     named: dict[str, Callable | None] = {"clean": None}
     named |= {
-        f"{count} waves, {pattern}, {place}": partial(pattern_noise, pattern=pattern, count=count, place=place)
+        ", ".join([f"{count} waves", pattern, place, *([f"{options.cells} cells"] if options.cells else [])]): partial(
+            pattern_noise, pattern=pattern, count=count, place=place, cells=options.cells
+        )
         for count in options.waves
         for pattern in options.patterns
         for place in options.places
     }
-    build = partial(train_and_score, train, test, len(images.classes), options.epochs)
+    build = partial(train_and_score, train, test, len(images.classes), options.size, options.epochs)
     for name, pattern in named.items():
         for treatment in options.treatments:
             for victim in options.victims:
                 for seed in options.seeds:
-                    key = f"{name} | {treatment} | {victim} | {seed}"
+                    key = f"{name} | {treatment} | {victim} of {options.size} | {seed}"
                     if key not in found:
                         found[key] = build(pattern, treatment, victim, seed)
                         options.output.parent.mkdir(parents=True, exist_ok=True)
                         options.output.write_text(json.dumps(found, indent=1) + "\n")
-                    print(f"{found[key]:.3f}  {key}", flush=True)
+                    print("{:.3f} {:.3f}".format(*found[key]), key, flush=True)
 
 
 def train_and_score(
-    train, test, num_classes: int, epochs: int, pattern: Callable | None, treatment: str, victim: str, seed: int
-) -> float:
-    """Foreground IoU, of several classes their mean IoU, on clean images of a victim trained on a pattern."""
+    train,
+    test,
+    num_classes: int,
+    size: int,
+    epochs: int,
+    pattern: Callable | None,
+    treatment: str,
+    victim: str,
+    seed: int,
+) -> list[float]:
+    """Foreground IoU, of several classes their mean IoU, of a victim on clean images and on its training images."""
     from PIL import Image
 
     from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
@@ -123,12 +146,17 @@ def train_and_score(
             pixels = apply_noise(np.asarray(image), pattern(number, labelled), labelled.region, 8 / 255, 2 / 255)
             image = Image.fromarray(pixels)
         published.append(replace(labelled, image=POST_PROCESSINGS[treatment](image).convert("RGB")))
-    data = TrainingData(clean_squares(published, SIZE), annotation_squares(train, SIZE)[0])
-    build = partial(build_victim, victim, "semantic", num_classes, image_size=SIZE)
+    data = TrainingData(clean_squares(published, size), annotation_squares(train, size)[0])
+    build = partial(build_victim, victim, "semantic", num_classes, image_size=size)
     trained = train_victim(build, data, epochs=epochs, batch_size=BATCH, seed=seed)
-    labels = annotation_squares(test, SIZE)[0]
-    scores = evaluate_victim(trained, clean_squares(test, SIZE), labels, None, num_classes, (), batch_size=BATCH)
-    return scores[score_name("semantic", num_classes)]
+    scores = [
+        evaluate_victim(trained, images, labels, None, num_classes, (), batch_size=BATCH)
+        for images, labels in (
+            (clean_squares(test, size), annotation_squares(test, size)[0]),
+            (data.images, data.labels),
+        )
+    ]
+    return [score[score_name("semantic", num_classes)] for score in scores]
 
 
 if __name__ == "__main__":
