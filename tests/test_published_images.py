@@ -10,6 +10,7 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import unseg_hf
+from unseg_hf.evaluation import controls, published_images
 from unseg_hf.evaluation.controls import CONTROLS
 from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
 from unseg_hf.evaluation.published_images import (
@@ -155,6 +156,16 @@ def test_settings_follow_the_generators_weights(images: LabelledImages, tmp_path
         if text == "a":
             first = settings
     assert settings != first
+
+
+def test_other_noise_codes_make_other_bands(images: LabelledImages, tmp_path: Path, monkeypatch):
+    publish(images, "bands", tmp_path / "out", **BUDGET)
+    before = pixels_of(tmp_path / "out", images)
+    for module in (controls, published_images):
+        monkeypatch.setattr(module, "MASK", "aaa")
+    publish(images, "bands", tmp_path / "out", **BUDGET)
+    after = pixels_of(tmp_path / "out", images)
+    assert all((one != other).any() for one, other in zip(before, after, strict=True))
 
 
 def test_victims_see_the_treated_files(images: LabelledImages, tmp_path: Path):
