@@ -14,6 +14,7 @@ audit, which walks over files, is for generators. What --output has already is n
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,6 +88,8 @@ def main() -> None:
     import torch
 
     from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
+    from unseg_hf.evaluation.published_images import annotation_squares, clean_squares
+    from unseg_hf.evaluation.victims.training import TrainingData
 
     torch.set_num_threads(1)  # small victims are faster, and the same everywhere, on one thread
     images = LabelledImages(DatasetRows(options.data), ignore=options.ignore_labels)
@@ -105,56 +108,51 @@ def main() -> None:
         for pattern in options.patterns
         for place in options.places
     }
-    build = partial(train_and_score, train, test, len(images.classes), options.size, options.epochs)
+    size = options.size
+    labels = annotation_squares(train, size)[0]
+    clean = TrainingData(clean_squares(test, size), annotation_squares(test, size)[0])
     for name, pattern in named.items():
         for treatment in options.treatments:
-            for victim in options.victims:
-                for seed in options.seeds:
-                    key = f"{name} | {treatment} | {victim} of {options.size} | {seed}"
-                    if key not in found:
-                        found[key] = build(pattern, treatment, victim, seed)
-                        options.output.parent.mkdir(parents=True, exist_ok=True)
-                        options.output.write_text(json.dumps(found, indent=1) + "\n")
-                    print("{:.3f} {:.3f}".format(*found[key]), key, flush=True)
+            learned = None  # the same for all victims and seeds
+            for victim, seed in itertools.product(options.victims, options.seeds):
+                key = f"{name} | {treatment} | {victim} of {size} | {seed}"
+                if key not in found:
+                    learned = learned or TrainingData(published_squares(train, pattern, treatment, size), labels)
+                    found[key] = train_and_score(learned, clean, len(images.classes), victim, options.epochs, seed)
+                    options.output.parent.mkdir(parents=True, exist_ok=True)
+                    options.output.write_text(json.dumps(found, indent=1) + "\n")
+                print("{:.3f} {:.3f}".format(*found[key]), key, flush=True)
 
 
-def train_and_score(
-    train,
-    test,
-    num_classes: int,
-    size: int,
-    epochs: int,
-    pattern: Callable | None,
-    treatment: str,
-    victim: str,
-    seed: int,
-) -> list[float]:
-    """Foreground IoU, of several classes their mean IoU, of a victim on clean images and on its training images."""
+def published_squares(images, pattern: Callable | None, treatment: str, size: int) -> np.ndarray:
+    """Images with a pattern's noise, treated, as a victim sees them: `(count, 3, size, size)` uint8."""
     from PIL import Image
 
     from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
-    from unseg_hf.evaluation.published_images import annotation_squares, clean_squares
-    from unseg_hf.evaluation.tasks import evaluate_victim, score_name
-    from unseg_hf.evaluation.victims import build_victim
-    from unseg_hf.evaluation.victims.training import TrainingData, train_victim
+    from unseg_hf.evaluation.published_images import clean_squares
     from unseg_hf.protection import apply_noise
 
     published = []
-    for number, labelled in enumerate(train):
+    for number, labelled in enumerate(images):
         image = labelled.image
         if pattern:
             pixels = apply_noise(np.asarray(image), pattern(number, labelled), labelled.region, 8 / 255, 2 / 255)
             image = Image.fromarray(pixels)
         published.append(replace(labelled, image=POST_PROCESSINGS[treatment](image).convert("RGB")))
-    data = TrainingData(clean_squares(published, size), annotation_squares(train, size)[0])
-    build = partial(build_victim, victim, "semantic", num_classes, image_size=size)
-    trained = train_victim(build, data, epochs=epochs, batch_size=BATCH, seed=seed)
+    return clean_squares(published, size)
+
+
+def train_and_score(learned, clean, num_classes: int, victim: str, epochs: int, seed: int) -> list[float]:
+    """Foreground IoU, of several classes their mean IoU, of a victim on clean images and on those it learned from."""
+    from unseg_hf.evaluation.tasks import evaluate_victim, score_name
+    from unseg_hf.evaluation.victims import build_victim
+    from unseg_hf.evaluation.victims.training import train_victim
+
+    build = partial(build_victim, victim, "semantic", num_classes, image_size=clean.images.shape[-1])
+    trained = train_victim(build, learned, epochs=epochs, batch_size=BATCH, seed=seed)
     scores = [
-        evaluate_victim(trained, images, labels, None, num_classes, (), batch_size=BATCH)
-        for images, labels in (
-            (clean_squares(test, size), annotation_squares(test, size)[0]),
-            (data.images, data.labels),
-        )
+        evaluate_victim(trained, data.images, data.labels, None, num_classes, (), batch_size=BATCH)
+        for data in (clean, learned)
     ]
     return [score[score_name("semantic", num_classes)] for score in scores]
 
