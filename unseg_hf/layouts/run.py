@@ -5,7 +5,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ import torch
 import unseg_hf
 from unseg_hf import image_files
 from unseg_hf.protection import Prompt, Protector, max_noise
+from unseg_hf.worker_processes import end_with_parent
 
 from .annotations import Annotation
 from .bounded_jpeg import encode_within_bound
@@ -324,15 +324,9 @@ def _protected(tasks: list[ImageTask], load, place: tuple, processes: int) -> It
 def _start(load: Callable[[], Protector], place: tuple, threads: int) -> None:
     """Begin as a worker process."""
     global _worker
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _worker = Worker(load(), *place)
-
-
-def _leave_with_parent() -> None:
-    # Else the workers of a killed run would wait for work for ever, or write beside the next run.
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _work(task: ImageTask) -> dict[str, Any]:
