@@ -5,12 +5,13 @@
         --ignore_labels 11 --epochs 10 --output runs/camvid.json --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
 
 A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between, or two with a slash, the
-second for images without colour. Waves are square, or with --cells as soft as those of a generator whose noise has so
-many cells down the image and across it (the default's has 48). It is added at 8 and 2 of 255. Of a binary data set's
-training split (no test split is looked at) the images from 300 to 599 train a victim and those from 660 to 760, clean,
-test it, unless --train and --test say others. Printed are the victim's scores on those and on what it was trained on:
-one that has found the noise knows its training images better than one that has not. Everything is in memory: the
-audit, which walks over files, is for generators. What --output has already is not trained again.
+second for images without colour and thin masks. Waves are square, or with --cells as soft as those of a generator
+whose noise has so many cells down the image and across it (the default's has 48, and --gain 3). It is added at 8 of
+255 in the mask and 0 outside, unless --epsilon and --background say otherwise. Of a binary data set's training split
+(no test split is looked at) the images from 300 to 599 train a victim and those from 660 to 760, clean, test it,
+unless --train and --test say others. Printed are the victim's scores on those and on what it was trained on: one that
+has found the noise knows its training images better than one that has not. Everything is in memory: the audit, which
+walks over files, is for generators. What --output has already is not trained again.
 """
 
 import argparse
@@ -27,18 +28,18 @@ BATCH = 8
 PLACES = ("locked", "random sign", "random phase", "random phase and angle", "padded frame")
 
 
-def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, cells: int) -> np.ndarray:
+def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, cells: int, gain: float) -> np.ndarray:
     """Noise `(height, width, 3)` in [-1, 1] of one image, with so many waves down it and across it."""
     import torch
 
     from unseg_hf.noise_codes import code_noise
-    from unseg_hf.protection import without_colour
+    from unseg_hf.protection import needs_tint
 
-    in_colour, _, in_grey = pattern.partition("/")
-    grey = in_grey and without_colour(np.asarray(labelled.image))
-    codes = (in_grey if grey else in_colour).split(",")
+    waves, _, tint = pattern.partition("/")
     random = np.random.default_rng(number)
     height, width = labelled.labels.shape
+    tinted = tint and needs_tint(np.asarray(labelled.image), labelled.region, height / count)
+    codes = (tint if tinted else waves).split(",")
     grid = (cells, cells) if cells else (height, width)
     rows, columns = ((np.arange(side) + 0.5) / side for side in grid)
     rows = rows[:, None]
@@ -57,7 +58,7 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, c
         enlarged = torch.nn.functional.interpolate(
             torch.from_numpy(np.stack(noises)).permute(0, 3, 1, 2), (height, width), mode="bilinear"
         )
-        noises = list(enlarged.permute(0, 2, 3, 1).numpy())
+        noises = list((gain * enlarged).clamp(-1, 1).permute(0, 2, 3, 1).numpy())
     if len(codes) == 1:
         return noises[0]
     classes = np.where(labelled.labels == 255, 0, labelled.labels) % len(codes)
@@ -77,9 +78,13 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", required=True)
     parser.add_argument("--waves", nargs="+", type=int, default=[12])
     parser.add_argument("--cells", type=int, default=0, help="of the noise, down and across; 0: none, sharp waves")
+    parser.add_argument("--gain", type=float, default=1, help="of the noise of cells, before it is clipped")
+    parser.add_argument("--epsilon", type=float, default=8, help="noise inside the mask, in grey levels of 255")
+    parser.add_argument("--background", type=float, default=0, help="noise outside the mask, in grey levels of 255")
     parser.add_argument("--places", nargs="+", choices=PLACES, default=["locked"])
     parser.add_argument("--victims", nargs="+", default=["unet", "segformer"])
     parser.add_argument("--treatments", nargs="+", default=["none"], help="of the audit's")
+    parser.add_argument("--training", default="plain", help="plain, strong or adversarial")
     parser.add_argument("--size", type=int, default=96, help="side of the squares that victims see, in pixels")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -99,10 +104,13 @@ def main() -> None:
     train = [images[index] for index in range(*options.train)[: len(images)]]
     test = [others[index] for index in range(*options.test)]
     found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    budget = (options.epsilon / 255, options.background / 255)
     named: dict[str, Callable | None] = {"clean": None}
+    settings = [f"{options.cells} cells, gain {options.gain:g}"] if options.cells else []
+    settings += [f"{options.epsilon:g} inside, {options.background:g} outside"]
     named |= {
-        ", ".join([f"{count} waves", pattern, place, *([f"{options.cells} cells"] if options.cells else [])]): partial(
-            pattern_noise, pattern=pattern, count=count, place=place, cells=options.cells
+        ", ".join([f"{count} waves", pattern, place, *settings]): partial(
+            pattern_noise, pattern=pattern, count=count, place=place, cells=options.cells, gain=options.gain
         )
         for count in options.waves
         for pattern in options.patterns
@@ -115,16 +123,18 @@ def main() -> None:
         for treatment in options.treatments:
             learned = None  # the same for all victims and seeds
             for victim, seed in itertools.product(options.victims, options.seeds):
-                key = f"{name} | {treatment} | {victim} of {size} | {seed}"
+                key = f"{name} | {treatment} | {options.training} {victim} of {size}, {options.epochs} epochs | {seed}"
                 if key not in found:
-                    learned = learned or TrainingData(published_squares(train, pattern, treatment, size), labels)
-                    found[key] = train_and_score(learned, clean, len(images.classes), victim, options.epochs, seed)
+                    learned = learned or TrainingData(
+                        published_squares(train, pattern, budget, treatment, size), labels
+                    )
+                    found[key] = train_and_score(learned, clean, len(images.classes), victim, options, seed)
                     options.output.parent.mkdir(parents=True, exist_ok=True)
                     options.output.write_text(json.dumps(found, indent=1) + "\n")
                 print("{:.3f} {:.3f}".format(*found[key]), key, flush=True)
 
 
-def published_squares(images, pattern: Callable | None, treatment: str, size: int) -> np.ndarray:
+def published_squares(images, pattern: Callable | None, budget: tuple, treatment: str, size: int) -> np.ndarray:
     """Images with a pattern's noise, treated, as a victim sees them: `(count, 3, size, size)` uint8."""
     from PIL import Image
 
@@ -136,20 +146,23 @@ def published_squares(images, pattern: Callable | None, treatment: str, size: in
     for number, labelled in enumerate(images):
         image = labelled.image
         if pattern:
-            pixels = apply_noise(np.asarray(image), pattern(number, labelled), labelled.region, 8 / 255, 2 / 255)
+            noise = pattern(number, labelled)
+            pixels = apply_noise(np.asarray(image), noise, labelled.region, *budget)
             image = Image.fromarray(pixels)
         published.append(replace(labelled, image=POST_PROCESSINGS[treatment](image).convert("RGB")))
     return clean_squares(published, size)
 
 
-def train_and_score(learned, clean, num_classes: int, victim: str, epochs: int, seed: int) -> list[float]:
+def train_and_score(learned, clean, num_classes: int, victim: str, options, seed: int) -> list[float]:
     """Foreground IoU, of several classes their mean IoU, of a victim on clean images and on those it learned from."""
     from unseg_hf.evaluation.tasks import evaluate_victim, score_name
     from unseg_hf.evaluation.victims import build_victim
     from unseg_hf.evaluation.victims.training import train_victim
 
     build = partial(build_victim, victim, "semantic", num_classes, image_size=clean.images.shape[-1])
-    trained = train_victim(build, learned, epochs=epochs, batch_size=BATCH, seed=seed)
+    trained = train_victim(
+        build, learned, epochs=options.epochs, batch_size=BATCH, seed=seed, training=options.training
+    )
     scores = [
         evaluate_victim(trained, data.images, data.labels, None, num_classes, (), batch_size=BATCH)
         for data in (clean, learned)

@@ -220,7 +220,7 @@ def test_a_test_image_among_the_training_images_is_refused(files: dict[str, str]
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; give at least one, and each only once"),
         ({"clean_shares": [0.5]}, r"clean_shares is \[0.5\]; give 0 and then shares below 1"),
         ({"epochs": 0}, "epochs is 0; give a number above 0"),
-        ({"epsilon": 300.0}, "epsilon is 300.0 and epsilon_background 2.0; give grey levels"),
+        ({"epsilon": 300.0}, "epsilon is 300.0 and epsilon_background None; give grey levels"),
     ],
 )
 def test_bad_settings_are_refused_with_the_fix(changes: dict, message: str):
@@ -238,11 +238,11 @@ def test_the_command_prints_the_table_and_the_plain_words(files: dict[str, str],
     arguments = ["audit", files["train"], "--test", files["test"], "-o", str(tmp_path / "out"), "--processes", "1"]
     assert main([*arguments, *as_arguments(SMALL), "--epsilon", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "published random: 10 files, largest change 4/255 in the region, 1/255 elsewhere" in printed
+    assert "published random: 10 files, largest change 4/255 in the region, 0/255 elsewhere" in printed
     assert "to go" in printed
     assert f"wrote {tmp_path / 'out' / 'report.md'}" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["settings"]["epsilon_background"] == 1
+    assert results["settings"]["epsilon_background"] == 0
     assert results["command"].startswith("unseg audit ")
     assert files["test"] in results["command"]
 

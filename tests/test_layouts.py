@@ -88,7 +88,8 @@ def test_the_training_images_are_protected_in_the_same_tree(tree, tmp_path, prot
     assert protect(name) == 0
     before, after = files(tmp_path / "in"), data_files(tmp_path / "out")
     assert after.keys() == before.keys()
-    budget = DATA_SETS[name].budget or (8, 2)
+    epsilon = DATA_SETS[name].epsilon or 8
+    budget = (epsilon, epsilon / 4)
     for path, data in before.items():
         if path in expected:
             assert_protected(data, after[path], expected[path].region, *budget)
@@ -109,7 +110,8 @@ def test_segments_are_prompted_one_by_one(tree, tmp_path, protect):
     expected = write(tmp_path / "in")
     assert protect(name, "--per-segment") == 0
     entries = record(tmp_path / "out")
-    budget = DATA_SETS[name].budget or (8, 2)
+    epsilon = DATA_SETS[name].epsilon or 8
+    budget = (epsilon, epsilon / 4)
     for path, one in expected.items():
         assert entries[path]["masks"] == one.segments
         assert_protected(tmp_path / "in" / path, tmp_path / "out" / path, one.region, *budget)

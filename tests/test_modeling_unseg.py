@@ -357,7 +357,7 @@ def test_default_configuration_is_the_papers():
         ({"fusion_layer": 0}, "fusion_layer=0: the vision encoder has layers 1 to 2"),
         ({"fusion_layer": 3}, "fusion_layer=3: the vision encoder has layers 1 to 2"),
         ({"noise_codes": 0}, "noise_codes=0: must be at least 1"),
-        ({"noise_codes": 2, "grey_code": 2}, "grey_code=2: must be above 0 and below noise_codes=2"),
+        ({"noise_codes": 2, "tint_code": 2}, "tint_code=2: must be above 0 and below noise_codes=2"),
         ({"noise_token_offset": 1}, "noise_token_offset=1: must be from -5 to 0"),
         ({"noise_token_offset": -6}, "noise_token_offset=-6: must be from -5 to 0"),
     ],
@@ -365,6 +365,20 @@ def test_default_configuration_is_the_papers():
 def test_configuration_errors_name_the_value_and_the_rule(tiny_sam_config, values, message):
     with pytest.raises(Exception, match=message):
         UnSegConfig(sam_config=tiny_sam_config(), **values)
+
+
+def test_a_budget_that_is_asked_for_in_part_has_the_models_share_for_the_background(tiny_sam_config):
+    config = UnSegConfig(sam_config=tiny_sam_config(), epsilon=8 / 255, epsilon_background=2 / 255)
+    assert config.budget() == (8 / 255, 2 / 255)
+    assert config.budget(0.04) == (0.04, 0.01)
+    assert config.budget(0.04, 0.03) == (0.04, 0.03)
+    assert config.budget(None, 0) == (8 / 255, 0)
+    config.epsilon_background = 0
+    assert config.budget(0.04) == (0.04, 0)
+    config.epsilon = 0
+    assert config.budget(0.04) == (0.04, 0)
+    with pytest.raises(ValueError, match=r"epsilon_background=0\.03: needs"):
+        config.budget(0.02, 0.03)
 
 
 def test_forward_wants_either_pixels_or_embeddings(generator, pixels):

@@ -148,6 +148,24 @@ def test_a_part_of_the_noise_is_that_part_of_all_of_it(processor, size):
     np.testing.assert_array_equal(full[rows, columns], whole[rows, columns])
 
 
+@pytest.mark.parametrize("size", [(31, 47), (64, 48), (150, 301)])
+def test_sharper_noise_is_multiplied_and_clipped_at_the_images_size(size, tmp_path):
+    UnSegProcessor.for_image_size(64, sharpness=2.5).save_pretrained(tmp_path)
+    soft, sharp = UnSegProcessor.for_image_size(64), UnSegProcessor.from_pretrained(tmp_path)
+    reshaped = soft(picture(*size))["reshaped_input_sizes"][0].tolist()
+    noise = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    made = sharp.full_size_noise(noise, size, reshaped)
+    expected = (2.5 * soft.full_size_noise(noise, size, reshaped)[:]).clip(-1, 1)
+    np.testing.assert_allclose(made[:], expected, atol=2e-6)
+    np.testing.assert_array_equal(made[3:9], made[:][3:9])
+    assert 0.1 < (np.abs(expected) == 1).mean() < 0.9
+
+
+def test_noise_cannot_be_made_softer():
+    with pytest.raises(ValueError, match=r"sharpness=0.5: must be at least 1"):
+        UnSegProcessor.for_image_size(64, sharpness=0.5)
+
+
 @pytest.mark.parametrize("size", [(7, 9), (31, 47), (64, 64), (150, 301), (1, 500)])
 def test_what_a_mask_gets_comes_from_the_cells_of_its_box(processor, size):
     reshaped = processor(picture(*size))["reshaped_input_sizes"][0].tolist()

@@ -12,7 +12,7 @@ from PIL import Image
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import apply_noise, compare, without_colour
+from unseg_hf.protection import apply_noise, compare, mean_width, without_colour
 
 RNG = np.random.default_rng(0)
 
@@ -294,10 +294,10 @@ def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
     np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_masks)
 
 
-def test_a_code_for_images_without_colour_is_theirs_alone_and_no_class_gets_it(coded_protector, protector_of):
+def test_the_code_for_tints_is_for_grey_images_and_thin_masks_alone(coded_protector, protector_of):
     # The same weights: codes 0, 1 and 3 are as they were.
-    with_grey = protector_of(noise_codes=4, grey_code=2)
-    with_grey.model.load_state_dict(coded_protector.model.state_dict())
+    with_tint = protector_of(noise_codes=4, tint_code=2)
+    with_tint.model.load_state_dict(coded_protector.model.state_dict())
     mask = box_mask()
 
     def noise(protector, image, **prompt):
@@ -307,13 +307,28 @@ def test_a_code_for_images_without_colour_is_theirs_alone_and_no_class_gets_it(c
     one_channel = np.full((60, 80), 128, np.uint8)
     grey = np.repeat(one_channel[..., None], 3, axis=2)
     yellow = grey - np.uint8([0, 0, 9])
-    for image in (yellow, one_channel):
-        np.testing.assert_array_equal(noise(with_grey, image), noise(coded_protector, image))
+    thin = np.zeros((60, 80), bool)
+    thin[20:24, 10:70] = True
+    for image, mask_of_it in ((yellow, mask), (one_channel, mask), (one_channel, thin)):
+        made = (noise(protector, image, mask=mask_of_it) for protector in (with_tint, coded_protector))
+        np.testing.assert_array_equal(*made)
+    # Lines that are thinner than half a patch of the encoder, which is a wave.
+    of_lines = coded_protector.protect(yellow, masks=[thin], classes=[1], mode="per_segment")
+    lines = of_lines.picture.pixels.astype(int) - yellow
+    np.testing.assert_array_equal(noise(with_tint, yellow, mask=thin)[thin], lines[thin])
+    assert difference(noise(coded_protector, yellow, mask=thin)[thin], lines[thin]).mean() > 1
     of_class = [noise(coded_protector, grey, masks=[mask], classes=[i], mode="per_segment")[mask] for i in range(3)]
-    np.testing.assert_array_equal(noise(with_grey, grey)[mask], of_class[1])
+    np.testing.assert_array_equal(noise(with_tint, grey)[mask], of_class[1])
     for class_id, code in ((0, 0), (1, 2), (2, 0)):
-        own = noise(with_grey, grey, masks=[mask], classes=[class_id], mode="per_segment")[mask]
+        own = noise(with_tint, grey, masks=[mask], classes=[class_id], mode="per_segment")[mask]
         np.testing.assert_array_equal(own, of_class[code])
+
+
+def test_the_width_of_a_region_is_that_of_a_stripe_and_the_radius_of_a_disc():
+    rows, columns = np.mgrid[:200, :300]
+    assert mean_width((rows // 5) % 2 == 0) == pytest.approx(5, rel=0.05)
+    assert mean_width((rows - 100) ** 2 + (columns - 150) ** 2 < 60**2) == pytest.approx(60, rel=0.25)
+    assert mean_width(np.ones((9, 9), bool)) == float("inf")
 
 
 def test_what_was_grey_is_grey_after_jpeg_and_a_faint_tint_is_a_colour():

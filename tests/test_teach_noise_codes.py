@@ -40,11 +40,11 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
         command = [sys.executable, SCRIPT, saved_generator, "--train_data", data, "--output", taught, *options]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
-    codes = ("--mask_code", "ddd", "--class_codes", "DDD", "--grey_code", "+++")
+    codes = ("--mask_code", "ddd", "--class_codes", "DDD", "--tint_code", "+++")
     done = run(*codes, "--steps", 100, "--learning_rate", 0.01)
     assert done.returncode == 0, done.stderr
     model, before = UnSegModel.from_pretrained(taught).eval(), UnSegModel.from_pretrained(saved_generator)
-    assert (model.config.noise_codes, model.config.grey_code) == (3, 2)
+    assert (model.config.noise_codes, model.config.tint_code) == (3, 2)
     assert UnSegProcessor.from_pretrained(taught).target_size == 64
     sam = before.sam.state_dict()
     assert all(torch.equal(value, sam[name]) for name, value in model.sam.state_dict().items())

@@ -47,7 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--whole_image", action="store_true", help="Everything, at full strength.")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
-    add("--epsilon_background", type=float, help="Elsewhere (default: a quarter of --epsilon, which it needs).")
+    add(
+        "--epsilon_background",
+        type=float,
+        help="Elsewhere, with --epsilon (default: as much smaller as the model's is).",
+    )
     add("--split", default="train", help="Of a data set on disk or on the Hub.")
     add("--name", help="Configuration of a data set of the Hub.")
     add("--revision", help="Of a data set of the Hub.")

@@ -2,13 +2,14 @@
 
 The embedded default, from what `train_generator.py` left:
 
-    python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 \\
-        --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions --no-save_code --output runs/unseg-tiny
+    python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 --sharpness 3 \\
+        --epsilon_background 0 --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions \\
+        --no-save_code --output runs/unseg-tiny
 
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
 of. The noise head gets a set of noise tokens for each code, and all of it, SAM apart, is trained to make them from any
 image and mask: one wave for each patch of the encoder, down the image or across it, or none. Masks without a class
-have a code too, and another in images without colour. Which codes keep victims from learning objects and classes is
+have a code too, and a tint where waves say little. Which codes keep victims from learning objects and classes is
 measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
 
 With images stretched to the input, not padded, waves lie alike in images of all shapes, see `UnSegProcessor`; and at
@@ -30,8 +31,12 @@ def main() -> None:
     parser.add_argument("generator", help="folder or Hub id")
     parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as they were)")
     parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
+    parser.add_argument("--sharpness", type=float, help="of the enlarged noise (default: as it was)")
+    parser.add_argument(
+        "--epsilon_background", type=float, help="outside the mask, in grey levels of 255 (default: as it was)"
+    )
     parser.add_argument("--mask_code", help="noise of masks, see unseg_hf/noise_codes.py (default: its MASK)")
-    parser.add_argument("--grey_code", help="of masks in images without colour (default: its GREY_MASK)")
+    parser.add_argument("--tint_code", help="of masks that waves say little in (default: its TINT)")
     parser.add_argument("--class_codes", nargs="+", help="noises of classes (default: its CLASSES)")
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
@@ -54,20 +59,22 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK, code_noise
+    from unseg_hf.noise_codes import CLASSES, MASK, TINT, code_noise
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.publishing import save_generator
     from unseg_hf.training.surrogates import normalise
 
     torch.manual_seed(options.seed)
-    codes = [options.mask_code or MASK, *(options.class_codes or CLASSES), options.grey_code or GREY_MASK]
+    codes = [options.mask_code or MASK, *(options.class_codes or CLASSES), options.tint_code or TINT]
     processor = UnSegProcessor.from_pretrained(options.generator)
-    stretch = processor.stretch or options.stretch
+    stretch, sharpness = processor.stretch or options.stretch, processor.sharpness
     size = options.image_size or processor.target_size
     if size != processor.target_size:
         processor = UnSegProcessor.for_image_size(size)
-    processor.stretch = stretch
+    processor.stretch, processor.sharpness = stretch, options.sharpness or sharpness
     model = with_codes(UnSegModel.from_pretrained(options.generator), len(codes), size)
+    if options.epsilon_background is not None:
+        model.config.epsilon_background = options.epsilon_background / 255
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
@@ -98,14 +105,14 @@ def main() -> None:
 
 
 def with_codes(model, count: int, image_size: int):
-    """The same SAM at an input size, with a noise head for so many codes, the last for grey images, to be trained."""
+    """The same SAM at an input size, with a noise head for so many codes, the last for tints, to be trained."""
     import torch
 
     from unseg_hf import UnSegModel
     from unseg_hf.training.surrogates import load_resized, sam_config_at
 
     config = copy.deepcopy(model.config)
-    config.noise_codes, config.grey_code = count, count - 1
+    config.noise_codes, config.tint_code = count, count - 1
     config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():

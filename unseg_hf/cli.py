@@ -21,7 +21,7 @@ from .demo.serving import add_demo
 from .evaluation.audit_command import add_audit
 from .layouts.command import add_protect_dataset
 
-STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels; the background gets a quarter
+STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
 MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
 SMALL_MODEL = 512  # pixels of its input's side
@@ -155,7 +155,7 @@ def _add_strength_options(parser: argparse.ArgumentParser) -> None:
         "--epsilon-background",
         type=float,
         metavar="N",
-        help="largest change elsewhere (default: a quarter of epsilon)",
+        help="largest change elsewhere (default: as much smaller as the model's is)",
     )
 
 

@@ -27,9 +27,9 @@ class UnSegConfig(PreTrainedConfig):
         noise_codes (`int`, defaults to 1):
             Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
             masks; the others, of which the paper's generator has none, are for classes.
-        grey_code (`int`, *optional*):
-            Which of those sets is not for a class but for masks in grey images that have three channels. `None`: they
-            get the first one, too.
+        tint_code (`int`, *optional*):
+            Which of those sets is not for a class but for masks in images of three channels that waves say little in:
+            grey ones, and masks thinner than a wave. `None`: they get the first one, too.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
@@ -42,7 +42,7 @@ class UnSegConfig(PreTrainedConfig):
             Standard deviation of the normal distribution that new noise tokens are drawn from.
 
     Raises:
-        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, a grey code that is
+        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, a tint code that is
             none of them, or a fusion layer or token offset that the SAM inside does not have.
 
     Example:
@@ -65,7 +65,7 @@ class UnSegConfig(PreTrainedConfig):
     fusion_layer: int | None = None
     noise_token_offset: int = 0
     noise_codes: int = 1
-    grey_code: int | None = None
+    tint_code: int | None = None
     mask_prompt_scale: float | int = 255.0
     freeze_sam: bool = True
     proposal_iou: float | int = 0.88
@@ -90,14 +90,33 @@ class UnSegConfig(PreTrainedConfig):
             raise ValueError(f"fusion_layer={self.fusion_layer}: the vision encoder has layers 1 to {layers}")
         if self.noise_codes < 1:
             raise ValueError(f"noise_codes={self.noise_codes}: must be at least 1")
-        if self.grey_code is not None and not 0 < self.grey_code < self.noise_codes:
-            raise ValueError(f"grey_code={self.grey_code}: must be above 0 and below noise_codes={self.noise_codes}")
+        if self.tint_code is not None and not 0 < self.tint_code < self.noise_codes:
+            raise ValueError(f"tint_code={self.tint_code}: must be above 0 and below noise_codes={self.noise_codes}")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2
         if not -first_noise_token <= self.noise_token_offset <= 0:
             raise ValueError(
                 f"noise_token_offset={self.noise_token_offset}: must be from {-first_noise_token} to 0 (0 reads the "
                 "noise tokens, -1 is right for converted weights of the authors)"
             )
+
+    def budget(self, epsilon: float | None = None, epsilon_background: float | None = None) -> tuple[float, float]:
+        """What of the budget was asked for, and for the rest the model's own: with another `epsilon`, its share of it.
+
+        Args:
+            epsilon: largest change inside the mask, as a share of the pixel range; `None`: the model's.
+            epsilon_background: largest change outside; `None`: as much smaller than `epsilon` as the model's own is.
+
+        Returns:
+            (epsilon, epsilon_background).
+
+        Raises:
+            ValueError: not `0 <= epsilon_background <= epsilon <= 1`.
+        """
+        share = self.epsilon_background / self.epsilon if self.epsilon else 0.0
+        epsilon = self.epsilon if epsilon is None else epsilon
+        epsilon_background = epsilon * share if epsilon_background is None else epsilon_background
+        check_epsilon(epsilon, epsilon_background)
+        return epsilon, epsilon_background
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -104,8 +104,7 @@ class ProtectImages:
         if unknown := sorted(set(self.report_columns) - set(REPORT_COLUMNS)):
             raise ValueError(f"report_columns has {', '.join(unknown)}: there is {', '.join(REPORT_COLUMNS)}")
         if self.epsilon is not None:
-            background = self.epsilon / 4 if self.epsilon_background is None else self.epsilon_background
-            check_epsilon(self.epsilon, background)
+            check_epsilon(self.epsilon, self.epsilon_background or 0)
         elif self.epsilon_background is not None:
             raise ValueError(f"epsilon_background={self.epsilon_background:g} needs epsilon: pass both")
         if self.batch_size < 1:

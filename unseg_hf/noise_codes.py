@@ -4,9 +4,10 @@ import re
 
 import numpy as np
 
-MASK, GREY_MASK = "dDd", "+--"
-"""The noise of masks without a class: magenta and green waves, of which photographs have least; and in images without
-colour, where any tint is plain, a red one."""
+MASK, TINT = "ded", "+--"
+"""The noise of masks without a class: waves, half of them in colour, of which photographs have least between magenta
+and green, and half in luminance, which greyscale leaves; and a red tint where waves say little: in images without
+colour, and in masks thinner than a wave."""
 
 _CLASSES = "dDd aAa +-+ -+- dDD aAA ddD aaA +-- -++ ++- --+ ddd aaa +++ --- DdD AaA Ddd Aaa DDd AAa DDD AAA"
 CLASSES = tuple(_CLASSES.split())

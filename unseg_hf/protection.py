@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .configuration_unseg import check_epsilon
 from .image_files import Picture, from_array, from_pil, read, read_mask
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 from .processing_unseg import FullSizeNoise, UnSegProcessor
@@ -21,6 +20,7 @@ from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
 GREY = 3 / 255  # of an image's range, between its channels
+THIN = 0.5  # of a wave
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
@@ -232,8 +232,8 @@ class Protector:
                 tensor `(channels, height, width)` of the same kinds; path, bytes or open file.
             prompt: what to protect; its fields may be passed by name instead (`mask=...`).
             epsilon: budget inside the masks, 0 to 1; the model's by default.
-            epsilon_background: budget outside, 0 to `epsilon`; a quarter of an `epsilon` that was passed, else the
-                model's.
+            epsilon_background: budget outside, 0 to `epsilon`; by default as much smaller as the model's is
+                ([`UnSegConfig.budget`]): nothing, for the embedded default.
 
         Returns:
             [`Protected`]; the bound has been checked on its pixels.
@@ -254,13 +254,7 @@ class Protector:
     ) -> "Job":
         """The first step of `protect`: reads the image and checks what was asked for; nothing runs on the model."""
         start = time.perf_counter()
-        if epsilon is None:
-            epsilon = self.model.config.epsilon
-            if epsilon_background is None:
-                epsilon_background = self.model.config.epsilon_background
-        elif epsilon_background is None:
-            epsilon_background = epsilon / 4
-        check_epsilon(epsilon, epsilon_background)
+        epsilon, epsilon_background = self.model.config.budget(epsilon, epsilon_background)
         picture = read_any(image)
         prompt.check_inside(picture.height, picture.width)
         masks, classes = given_masks(prompt, (picture.height, picture.width))
@@ -293,7 +287,8 @@ class Protector:
         for mask in masks[1:]:
             region |= mask
         if not region.any():
-            notes.append("the mask is empty: the background budget applies everywhere")
+            what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
+            notes.append(f"the mask is empty: {what}")
         noise = self._noise(job, embeddings, masks, region)
         protected = apply_noise(job.picture.pixels, noise, region, job.epsilon, job.epsilon_background)
         _check_bound(job.picture.pixels, protected, region, job.epsilon, job.epsilon_background)
@@ -360,12 +355,12 @@ class Protector:
         apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
-        without_class = self._code_of_masks(job.picture.pixels)
-        codes = [without_class]
-        codes += [without_class if job.classes is None else self._code_of_class(job.classes[i]) for i in inside]
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
         drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
+        without_class = self._code_of_masks(job.picture.pixels, region, cell * sizes[0][0] / sizes[1][0])
+        codes = [without_class]
+        codes += [without_class if job.classes is None else self._code_of_class(job.classes[i]) for i in inside]
         boxes = [self.processor.noise_box(extent, *sizes, cell) for _, extent in segments]
         noise = [self._decoded(embeddings, drawn[:1], codes[:1], None)]
         for start in range(0, len(boxes), PROMPT_CHUNK):
@@ -382,14 +377,14 @@ class Protector:
             return everywhere
         return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
 
-    def _code_of_masks(self, pixels: np.ndarray) -> int:
-        """That of masks without a class, and of what lies around all masks."""
-        grey = self.model.config.grey_code
-        return 0 if grey is None or not without_colour(pixels) else grey
+    def _code_of_masks(self, pixels: np.ndarray, region: np.ndarray, patch: float) -> int:
+        """That of masks without a class, and of what lies around all masks; a patch has so many pixels of height."""
+        tint = self.model.config.tint_code
+        return 0 if tint is None or not needs_tint(pixels, region, patch) else tint
 
     def _code_of_class(self, class_id: int) -> int:
         config = self.model.config
-        of_classes = [code for code in range(1, config.noise_codes) if code != config.grey_code]
+        of_classes = [code for code in range(1, config.noise_codes) if code != config.tint_code]
         return of_classes[class_id % len(of_classes)] if of_classes else 0
 
     def _decoded(
@@ -448,6 +443,23 @@ class Job:
     classes: list[int] | None
     features: Any
     seconds: float
+
+
+def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
+    """Whether a tint says more than waves: in an image without colour, and in a region too thin for waves.
+
+    Args:
+        pixels: `(height, width, channels)` uint8 or uint16. In an image of one channel there is no tint.
+        region: `(height, width)` bool.
+        wave: height of a wave in pixels.
+    """
+    return pixels.shape[2] > 1 and (without_colour(pixels) or mean_width(region) < THIN * wave)
+
+
+def mean_width(region: np.ndarray) -> float:
+    """Twice the area of a `(height, width)` bool region by its perimeter: a stripe's width, about a disc's radius."""
+    perimeter = sum(np.count_nonzero(np.diff(region, axis=axis)) for axis in (0, 1))
+    return 2 * np.count_nonzero(region) / perimeter if perimeter else float("inf")
 
 
 def without_colour(pixels: np.ndarray) -> bool:

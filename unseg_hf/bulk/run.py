@@ -28,13 +28,9 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
     from ..configuration_unseg import UnSegConfig
     from ..protection import default_checkpoint
 
-    epsilon, background = protect.epsilon, protect.epsilon_background
-    if epsilon is None:
-        where = default_checkpoint() if protect.model is None else protect.model
-        config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
-        epsilon, background = config.epsilon, config.epsilon_background
-    elif background is None:
-        background = epsilon / 4
+    where = default_checkpoint() if protect.model is None else protect.model
+    config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
+    epsilon, background = config.budget(protect.epsilon, protect.epsilon_background)
     return {
         "source": {**source.description, "image_column": source.image_column, "listing": source.listing},
         "output": {"kind": kind, "shards": len(source.shards), "on_error": on_error},

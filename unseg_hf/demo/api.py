@@ -86,7 +86,9 @@ def add_api(
         epsilon = gr.Number(
             None, label=f"epsilon: largest change in the mask, of 255; null is the model's, {bench.epsilon:g}"
         )
-        background = gr.Number(None, label="epsilon_background: largest change elsewhere; null is a quarter")
+        background = gr.Number(
+            None, label="epsilon_background: largest change elsewhere; null is as much smaller as the model's"
+        )
         keep_exif = gr.Checkbox(False, label="keep_exif: leave camera, date and place in the file")
         outputs = [
             gr.File(label="protected PNG"),

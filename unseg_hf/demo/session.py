@@ -220,7 +220,7 @@ class Workbench:
             photo: from `open`.
             prompt: what to protect.
             epsilon: budget inside the masks, in grey levels of 255; the model's by default.
-            epsilon_background: budget outside; a quarter of an `epsilon` that was passed, else the model's.
+            epsilon_background: budget outside; by default as much smaller as the model's is.
             keep_exif: leave camera, date and place in the file.
 
         Raises:

@@ -17,8 +17,8 @@ Adds noise of a few grey levels that spoils segmentation models which are traine
 ABOUT = """## What this is
 The noise generator of UnSeg ([arXiv 2410.09909](https://arxiv.org/abs/2410.09909), NeurIPS 2024) in the package
 `unseg-hf`. You publish a photo, somebody scrapes it, labels it correctly and trains a segmentation model on it: the
-model should learn the noise instead of the object. No pixel changes by more than epsilon where you protect, nor by
-more than a quarter of it elsewhere; that is checked before you get the file.
+model should learn the noise instead of the object. No pixel changes by more than epsilon where you protect, nor, with
+the generator of the package, at all elsewhere; that is checked before you get the file.
 
 ## What it does not do
 - It does not stop anybody from segmenting **this** photo, by hand or with a model that exists already.
@@ -57,7 +57,7 @@ NOTHING_MARKED = {
     "brush": "nothing is brushed yet: brush over the object, or upload a mask",
 }
 UPLOAD = "Drop a photo, click, or paste one\nat most {mb} MB and {megapixels} megapixels"
-EPSILON = "largest change of a pixel, of 255; a quarter of it outside the mask"
+EPSILON = "largest change of a pixel in the mask, of 255"
 EXIF = "camera, date and place (GPS) are removed from the download unless you tick this"
 TYPED = "for clicks: x,y   for boxes: left,top,right,bottom"
 WEB = (

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import unseg_hf
+from unseg_hf.configuration_unseg import UnSegConfig
 from unseg_hf.evaluation.controls import CONTROLS
 from unseg_hf.evaluation.labelled_images import LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
@@ -41,6 +42,7 @@ from unseg_hf.evaluation.report import RESULTS, write_report
 from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, train_victim
 from unseg_hf.image_files import put_in_place
+from unseg_hf.protection import default_checkpoint
 
 GRID = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds")
 """Options whose values span the grid; the others hold for all of its cells."""
@@ -78,8 +80,8 @@ class AuditConfig:
         batch_size: images in a step.
         lr: highest learning rate; None: each victim's own.
         preset: of the victims, "small" or "full".
-        epsilon: bound of the noise in the region, in grey levels of 255.
-        epsilon_background: bound elsewhere.
+        epsilon: bound of the noise in the region, in grey levels of 255; None: the generator's.
+        epsilon_background: bound elsewhere; None: as much smaller as the generator's is. Controls get the same.
         model: checkpoint of the generator: a folder or Hub id; None: the embedded one.
         device: where generator and victims run.
         bf16: train victims in bfloat16 autocast.
@@ -102,8 +104,8 @@ class AuditConfig:
     batch_size: int = 16
     lr: float | None = None
     preset: str = "small"
-    epsilon: float = 8.0
-    epsilon_background: float = 2.0
+    epsilon: float | None = None
+    epsilon_background: float | None = None
     model: str | None = None
     device: str = "cpu"
     bf16: bool = False
@@ -138,11 +140,16 @@ class AuditConfig:
                 raise ValueError(f"{option} is {getattr(self, option)}; give a number above 0")
         if self.examples < 0:
             raise ValueError(f"examples is {self.examples}; give 0 or more")
-        if not 0 <= self.epsilon_background <= self.epsilon <= 255:
+        generator = UnSegConfig.from_pretrained(default_checkpoint() if self.model is None else self.model)
+        levels = (self.epsilon, self.epsilon_background)
+        try:
+            budget = generator.budget(*(None if level is None else level / 255 for level in levels))
+        except ValueError as error:
             raise ValueError(
                 f"epsilon is {self.epsilon} and epsilon_background {self.epsilon_background}; "
                 "give grey levels with 0 <= epsilon_background <= epsilon <= 255, such as 8 and 2"
-            )
+            ) from error
+        self.epsilon, self.epsilon_background = (round(share * 255, 6) for share in budget)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,12 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
         "--report-only", action="store_true", help="report what OUT holds of the grid, train nothing"
     )
     noise = parser.add_argument_group("noise")
-    noise.add_argument("--epsilon", type=float, metavar="N", help="bound in the region, of 255 (default: 8)")
-    noise.add_argument("--epsilon-background", type=float, metavar="N", help="bound elsewhere (default: a quarter)")
+    noise.add_argument(
+        "--epsilon", type=float, metavar="N", help="bound in the region, of 255 (default: the generator's)"
+    )
+    noise.add_argument(
+        "--epsilon-background", type=float, metavar="N", help="bound elsewhere (default: as much smaller as its is)"
+    )
     return parser
 
 
@@ -142,12 +146,8 @@ def _audit(options: argparse.Namespace):
     if options.full:
         chosen |= FULL | {"treatments": TREATMENTS}
     names = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds", "epochs", "size", "batch_size")
-    names += ("lr", "preset", "epsilon", "task", "model", "device", "bf16", "examples")
+    names += ("lr", "preset", "epsilon", "epsilon_background", "task", "model", "device", "bf16", "examples")
     chosen |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.epsilon_background is not None:
-        chosen["epsilon_background"] = options.epsilon_background
-    elif options.epsilon is not None:
-        chosen["epsilon_background"] = options.epsilon / 4
     config = AuditConfig(output=options.output, **chosen)
 
     from unseg_hf.evaluation.labelled_images import LabelledImages, ProposedSegments
@@ -229,7 +229,10 @@ def _process(rank: int, options: argparse.Namespace, processes: int, port: int) 
     import torch
 
     from unseg_hf.cli import run
+    from unseg_hf.worker_processes import end_with_parent
 
+    # Torch interrupts a process whose parent dies, which one that was started in the background takes no notice of.
+    end_with_parent()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

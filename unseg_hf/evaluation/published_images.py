@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 import unseg_hf
-from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED, control_noise
+from unseg_hf.evaluation.controls import BANDS, CONTROLS, UNWEIGHTED, control_noise
 from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 from unseg_hf.model_identity import model_identity
-from unseg_hf.noise_codes import CLASSES, GREY_MASK, MASK
+from unseg_hf.noise_codes import CLASSES, MASK, TINT
 
 NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
@@ -101,7 +101,7 @@ def noise_settings(
     if noise.startswith("generator"):
         settings["model"] = model_identity(model)[0]
     if noise == "bands":
-        settings["codes"] = " ".join([MASK, GREY_MASK, *CLASSES])
+        settings["codes"] = " ".join([MASK, TINT, *CLASSES])
     return settings
 
 
@@ -194,14 +194,14 @@ def _protection(
 
         return protect_with_generator
 
-    from unseg_hf.protection import apply_noise, without_colour
+    from unseg_hf.protection import apply_noise, needs_tint
 
     def protect_with_control(labelled: LabelledImage) -> Image.Image:
         # The seed comes from the name, so that a file does not depend on which other images are published.
         seed = int.from_bytes(hashlib.sha256(labelled.name.encode()).digest()[:8])
         pixels = np.asarray(labelled.image)
         labels = labelled.region if images.binary else labelled.labels
-        control = control_noise(noise, labels, seed, without_colour(pixels))
+        control = control_noise(noise, labels, seed, needs_tint(pixels, labelled.region, len(pixels) / BANDS))
         pixels = apply_noise(pixels, control, labelled.region, epsilon, epsilon_background)
         return Image.fromarray(pixels)
 

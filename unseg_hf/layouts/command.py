@@ -64,7 +64,7 @@ class _Show(argparse.Action):
         if self.dest == "list":
             width = max(map(len, DATA_SETS))
             for name, data_set in DATA_SETS.items():
-                budget = f"; {data_set.budget[0]:g}/255 by default" if data_set.budget else ""
+                budget = f"; {data_set.epsilon:g}/255 by default" if data_set.epsilon else ""
                 print(f"{name:<{width}}  {data_set.title}: {data_set.protects}{budget}")
         elif values not in DATA_SETS:
             parser.error(f"--layout {values}: there is {', '.join(DATA_SETS)}")
@@ -105,11 +105,9 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.root}: no images of {', '.join(splits)} to protect")
     load = partial(load_protector, options.model, options.device)
     protector = load()
-    if epsilon is None:
-        config = protector.model.config
-        levels = found.data_set.budget or (config.epsilon * 255, config.epsilon_background * 255)
-    else:
-        levels = (epsilon * 255, (epsilon / 4 if background is None else background) * 255)
+    if epsilon is None and found.data_set.epsilon:
+        epsilon = found.data_set.epsilon / 255
+    levels = [share * 255 for share in protector.model.config.budget(epsilon, background)]
     settings = Settings(
         data_set=options.name,
         input=folder_identity(options.root),

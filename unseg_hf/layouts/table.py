@@ -10,8 +10,8 @@ from unseg_hf.data.hqseg import PARTS, TRAINING_PARTS
 from .annotations import BinaryMasks, CityscapesImages, Kind, LabelImages
 from .coco import CocoInstances, CocoPanoptic
 
-MEDICAL = (4.0, 1.0)
-"""Grey levels inside and outside the masks: structures in medical images are faint."""
+MEDICAL = 4.0
+"""Grey levels inside the masks: structures in medical images are faint."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DataSet:
         title: its name in the literature.
         layouts: in which it is found; the first that fits a root counts.
         protects: what gets the full budget.
-        budget: grey levels of 255 inside and outside the masks by default; None is the generator's.
+        epsilon: grey levels of 255 inside the masks by default; None is the generator's.
         unlabelled: images without masks belong to it, and are copied as they are.
         note: what a user should know.
     """
@@ -68,7 +68,7 @@ class DataSet:
     title: str
     layouts: tuple[Layout, ...]
     protects: str
-    budget: tuple[float, float] | None = None
+    epsilon: float | None = None
     unlabelled: bool = False
     note: str = ""
 
