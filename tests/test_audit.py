@@ -104,15 +104,21 @@ def test_results_alone_are_enough_to_go_on_from(make_audit, trained: Mock, tmp_p
     results = make_audit(seeds=[1, 2]).run()
     assert {call.kwargs["seed"] for call in trained.call_args_list} == {2}
     assert [cell for cell in results["cells"] if cell["seed"] == 1] == [c for c in before["cells"] if c["seed"] == 1]
+    # What the second grid had no use for is not lost.
+    trained.reset_mock()
+    assert make_audit().run()["cells"] == before["cells"]
+    trained.assert_not_called()
     # The picture is not made, nor shown where it is there from before.
     make_audit(examples=0).report()
     assert "examples.png" not in (tmp_path / "out" / "report.md").read_text()
     # Cells of other images are not taken for these.
-    shutil.rmtree(tmp_path / "out" / "cells")
     assert not make_audit(size=48).report()["cells"]
 
 
-@pytest.mark.parametrize("text", ["[]", "no json", '{"cells": [{"noise": "clean"}]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "no json", '{"cells": [{"noise": "clean"}]}', '{"cells": [{"key": "../a", "scores": {}, "seconds": 1}]}'],
+)
 def test_a_foreign_results_file_is_refused_and_left(text: str, make_audit, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text(text)

@@ -249,7 +249,7 @@ class Audit:
             config.device = str(state.device)
         cells = plan(config)
         if rank == 0:
-            self._restore(cells)
+            self._restore()
         for noise in config.noises[rank::world]:
             measured = self._publish(noise, self.train)
             self.say(
@@ -275,7 +275,7 @@ class Audit:
 
     def report(self) -> dict[str, Any]:
         """Write results and report of the cells that are done; nothing is trained, noises may be published."""
-        self._restore(plan(self.config))
+        self._restore()
         results = self.results()
         write_report(self.config.output, results)
         return results
@@ -318,25 +318,25 @@ class Audit:
             "notes": [*self.notes, *_left_out(self.train), *_left_out(self.test)],
         }
 
-    def _restore(self, cells: list[Cell]) -> None:
-        """Take up the cells of the results that stand in the output folder, where nothing else was kept of them.
+    def _restore(self) -> None:
+        """Keep all cells of the results that stand in the output folder, where nothing else was kept of them.
 
-        So results can be moved, or committed, without the work that made them, and a later run goes on from them.
+        So results can be moved, or committed, without the work that made them, and later runs go on from them, also
+        those of another grid, which writes other results in their place.
         """
         file = self.config.output / RESULTS
         if not file.is_file():
             return
         try:
             found = json.loads(file.read_text())["cells"]
-            figures = {cell["key"]: {name: cell[name] for name in FIGURES} for cell in found}
+            figures = {self._place(cell["key"]): {name: cell[name] for name in FIGURES} for cell in found}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is no results of this command ({error!r}); choose another output folder, or remove it"
             ) from error
-        for cell in cells:
-            place = self._file(cell)
-            if place.stem in figures and not place.is_file():
-                put_in_place(json.dumps(figures[place.stem]).encode(), place, str(place))
+        for place, kept in figures.items():
+            if not place.is_file():
+                put_in_place(json.dumps(kept).encode(), place, str(place))
 
     def _run_cells(self, cells: list[Cell], pending: list[Cell], rank: int, world: int) -> None:
         seconds: list[float] = []
@@ -464,7 +464,12 @@ class Audit:
         config = self.config
         settings = asdict(cell) | self._data | {key: getattr(config, key) for key in VICTIM_SETTINGS}
         settings["parts"] = [self._treated_settings(*part) for part in self._parts(cell)]
-        return config.output / "cells" / f"{_key(settings)}.json"
+        return self._place(_key(settings))
+
+    def _place(self, key: str) -> Path:
+        if not key.isalnum():
+            raise ValueError(f"key {key!r}")
+        return self.config.output / "cells" / f"{key}.json"
 
     def _write_examples(self) -> None:
         """The same part of some training images with every noise, at 100 %, and the noises amplified."""
