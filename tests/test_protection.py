@@ -246,7 +246,10 @@ def test_label_map_leaves_ignored_labels_out(loud_protector):
 def test_an_image_without_objects_is_protected_at_the_background_budget(loud_protector):
     result = loud_protector.protect(photo(), mask=np.zeros((60, 80), bool))
     assert result.report["max_noise_background"] <= 2
-    assert "mask is empty" in result.report["notes"][0]
+    assert result.report["notes"] == ["the mask is empty: the background budget applies everywhere"]
+    none = loud_protector.protect(photo(), mask=np.zeros((60, 80), bool), epsilon=8 / 255, epsilon_background=0)
+    assert (none.picture.pixels == none.original.pixels).all()
+    assert none.report["notes"] == ["the mask is empty: nothing is protected"]
 
 
 def test_per_segment_prompts_each_mask_by_itself(loud_protector):
