@@ -67,14 +67,15 @@ def main() -> None:
     torch.manual_seed(options.seed)
     codes = [options.mask_code or MASK, *(options.class_codes or CLASSES), options.tint_code or TINT]
     processor = UnSegProcessor.from_pretrained(options.generator)
-    stretch, sharpness = processor.stretch or options.stretch, processor.sharpness
+    stretch = processor.stretch or options.stretch
+    sharpness = processor.sharpness if options.sharpness is None else options.sharpness
     size = options.image_size or processor.target_size
     if size != processor.target_size:
         processor = UnSegProcessor.for_image_size(size)
-    processor.stretch, processor.sharpness = stretch, options.sharpness or sharpness
+    processor = UnSegProcessor(processor.image_processor, stretch, sharpness)
     model = with_codes(UnSegModel.from_pretrained(options.generator), len(codes), size)
     if options.epsilon_background is not None:
-        model.config.epsilon_background = options.epsilon_background / 255
+        _, model.config.epsilon_background = model.config.budget(None, options.epsilon_background / 255)
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)

@@ -201,7 +201,8 @@ def _protection(
         seed = int.from_bytes(hashlib.sha256(labelled.name.encode()).digest()[:8])
         pixels = np.asarray(labelled.image)
         labels = labelled.region if images.binary else labelled.labels
-        control = control_noise(noise, labels, seed, needs_tint(pixels, labelled.region, len(pixels) / BANDS))
+        tint = noise == "bands" and needs_tint(pixels, labelled.region, len(pixels) / BANDS)
+        control = control_noise(noise, labels, seed, tint)
         pixels = apply_noise(pixels, control, labelled.region, epsilon, epsilon_background)
         return Image.fromarray(pixels)
 
