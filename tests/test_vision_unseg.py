@@ -77,6 +77,20 @@ def test_nothing_grows_with_the_image_beyond_its_limit(layers, window_size, hidd
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parts", ["few", "many"])
+def test_layers_in_bfloat16_give_the_stock_layers_results_but_for_rounding(layers, hidden_states, monkeypatch, parts):
+    if parts == "many":
+        monkeypatch.setattr(vision_unseg, "_CPU_TOKENS", 1)
+        monkeypatch.setattr(vision_unseg, "_CPU_BIAS", 3 * GRID**3)
+    stock, layer = layers
+    expected = stock(hidden_states)
+    layer.attn.to(torch.bfloat16)
+    layer.mlp.to(torch.bfloat16)
+    difference = (layer(hidden_states) - expected).abs().mean() / expected.abs().mean()
+    assert 0 < difference < 0.01
+
+
+@torch.no_grad()
 def test_generator_with_position_biases_gives_the_noise_of_eager_attention(build_generator, tiny_sam_config, tmp_path):
     generator = build_generator(tiny_sam_config(use_rel_pos=True, window_size=3))
     random = torch.Generator().manual_seed(0)
@@ -104,5 +118,13 @@ def test_bfloat16_is_in_the_products_and_not_between_the_layers(generator):
     noise = generator(pixels).noise
     assert seen == {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)}
     assert noise.dtype is torch.float32
+    convolutions = [
+        module
+        for part in (generator.sam.vision_encoder.neck, generator.noise_head.encoder_fusion)
+        for module in part.modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))
+    ]
+    assert len(convolutions) == 5
+    assert {convolution.weight.dtype for convolution in convolutions} == {torch.bfloat16}
     assert not torch.equal(noise, expected)
     assert (noise - expected).abs().mean() < 0.02 * expected.abs().mean()

@@ -64,6 +64,14 @@ def _in_planes(features: torch.Tensor) -> torch.Tensor:
     return features.contiguous() if trained and features.shape[-2:].numel() >= 64 * 64 else features
 
 
+def _to_bf16(_: nn.Module, features: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (features[0].to(torch.bfloat16),)
+
+
+def _to_float32(_: nn.Module, __: tuple[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+    return features.float()
+
+
 def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
     """From the embedding grid to four times the grid."""
     return nn.Sequential(
@@ -182,9 +190,9 @@ class UnSegModel(UnSegPreTrainedModel):
         self.sam.shared_image_embedding.requires_grad_(False)
 
     def encode_in_bf16(self) -> None:
-        """From now on the vision layers' matrix products, nearly all of the work, are in bfloat16.
+        """From now on images are encoded with matrix products and convolutions in bfloat16: nearly all of the work.
 
-        Their weights take half the memory. What goes from layer to layer, and all that comes after them, stays as it
+        Their weights take half the memory. What goes from layer to layer, and all that follows prompts, stays as it
         is: in bfloat16 too, it would change several times as many pixels. Slow on a processor without bfloat16 units.
 
         Raises:
@@ -195,6 +203,13 @@ class UnSegModel(UnSegPreTrainedModel):
                 raise ValueError('bfloat16 needs attn_implementation="sdpa"')
             layer.attn.to(torch.bfloat16)
             layer.mlp.to(torch.bfloat16)
+        head = self.noise_head
+        for part in (self.sam.vision_encoder.neck, head.embedding_fusion, head.encoder_fusion):
+            for module in part.modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    module.to(torch.bfloat16)
+                    module.register_forward_pre_hook(_to_bf16)
+                    module.register_forward_hook(_to_float32)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.sam.get_input_embeddings()
