@@ -172,10 +172,12 @@ def test_victims_learn_from_the_treated_files_and_are_tested_on_clean_images(mak
 
 
 def test_clean_shares_mix_clean_images_in_and_stand_beside_them_alone(make_audit, trained: Mock):
-    make_audit(treatments=["none"], clean_shares=[0.0, 0.3, 0.6], seeds=[0]).run()
+    make_audit(treatments=["none"], clean_shares=[0.0, 0.3, 0.6], seeds=[0], epochs=6).run()
     data = [call.args[1] for call in trained.call_args_list]
     clean, random, alone_30, mixed_30, alone_60, mixed_60 = data
     assert [len(one.images) for one in data] == [10, 10, 3, 10, 6, 10]
+    epochs = [call.kwargs["epochs"] for call in trained.call_args_list]
+    assert epochs == [6, 6, 20, 6, 10, 6], "clean images alone get as many steps as the mixture"
     for alone, mixed in ((alone_30, mixed_30), (alone_60, mixed_60)):
         is_clean = (mixed.images == clean.images).all(axis=(1, 2, 3))
         np.testing.assert_array_equal(mixed.images[is_clean], alone.images)

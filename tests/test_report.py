@@ -164,7 +164,7 @@ def test_clean_shares_stand_beside_those_clean_images_alone_and_classes_are_list
     for cell in [dict(cell) for cell in found["cells"]]:
         found["cells"].append(cell | {"clean_share": 0.5, "scores": {"foreground_iou": 0.4}})
     text = report_markdown(found)
-    assert "| unet | those clean images alone | 0.400 (0.400 to 0.400) |" in text
+    assert "| unet | those clean images alone, as many steps | 0.400 (0.400 to 0.400) |" in text
     assert "| unet | **generator** | 0.400 (0.400 to 0.400) |" in text
 
     found = results()

@@ -73,7 +73,7 @@ class AuditConfig:
         victims: names of `victims.build_victim`, each alone or as `name@checkpoint`.
         trainings: of `victims.training.TRAININGS`.
         clean_shares: in [0, 1); the share of the training images that stays clean. With noise "clean": the share that
-            there is at all, so that a mixture stands beside its clean images alone.
+            there is at all, trained on for as many steps, so that a mixture stands beside its clean images alone.
         seeds: of the victims; a claim needs three at least.
         epochs: passes over the training images.
         size: side of the square that images are resized to, in pixels.
@@ -370,7 +370,7 @@ class Audit:
         victim = train_victim(
             lambda: self._victim(cell.victim),
             TrainingData(images, labels, instances),
-            epochs=config.epochs,
+            epochs=self._epochs(cell),
             batch_size=config.batch_size,
             lr=config.lr,
             seed=cell.seed,
@@ -400,6 +400,14 @@ class Audit:
             image_size=self.config.size,
             things=self.train.things,
         )
+
+    def _epochs(self, cell: Cell) -> int:
+        """Passes over the images: clean images alone are trained on for as many steps as a mixture with them.
+
+        Fewer steps would make them look worse than they are, and protection in a mixture too.
+        """
+        alone = cell.noise == "clean" and cell.clean_share > 0
+        return round(self.config.epochs / cell.clean_share) if alone else self.config.epochs
 
     def _parts(self, cell: Cell) -> list[tuple[str, str]]:
         """The noises and treatments of the images that a cell learns from."""
@@ -463,6 +471,7 @@ class Audit:
         """Where the figures of a cell are kept, under everything that decides them."""
         config = self.config
         settings = asdict(cell) | self._data | {key: getattr(config, key) for key in VICTIM_SETTINGS}
+        settings["epochs"] = self._epochs(cell)
         settings["parts"] = [self._treated_settings(*part) for part in self._parts(cell)]
         return self._place(_key(settings))
 

@@ -259,7 +259,7 @@ def _clean_share_table(results: Results) -> str:
     base, training = grid["treatments"][0], grid["trainings"][0]
     rows = []
     for victim, noise in product(grid["victims"], grid["noises"]):
-        label = "those clean images alone" if noise == "clean" else _label(noise)
+        label = "those clean images alone, as many steps" if noise == "clean" else _label(noise)
         cells = [_cell(results, noise, base, victim, training, share) for share in grid["clean_shares"][1:]]
         rows.append([victim, label, *cells])
     return _table(["victim", "the rest", *(f"{share:.0%} clean" for share in grid["clean_shares"][1:])], rows)
