@@ -102,6 +102,17 @@ def test_nothing_is_concluded_from_a_victim_that_learned_nothing():
     assert "%" not in text
 
 
+def test_each_way_of_protecting_has_its_own_finding():
+    figures = {("clean", "none"): 0.5, ("generator", "none"): 0.45, ("generator-per-segment", "none"): 0.1}
+    text = summary(results(figures))
+    assert "a model trained on the protected images reached 0.450, 90%" in text
+    assert "a model trained on images protected segment by segment reached 0.100, 20%" in text
+    del figures["generator", "none"]
+    assert "trained on images protected segment by segment reached 0.100" in summary(results(figures))
+    figures["clean", "none"] = 0.1
+    assert summary(results(figures)).count("Nothing can be concluded") == 1
+
+
 def test_scores_near_zero_are_not_compared():
     figures = {("clean", "none"): 0.004, ("generator", "none"): 0.001}
     found = results(figures, spread=0.0, trivial_score=0.0, score="ap")

@@ -59,42 +59,49 @@ def retained_utility(
 
 
 def summary(results: Results) -> str:
-    """What the audit found, in plain words: a paragraph for each victim, then what limits the findings."""
-    paragraphs = [_finding(results, victim) for victim in results["grid"]["victims"]]
+    """What the audit found, in plain words: for each victim and way of protecting, then what limits the findings."""
+    pairs = product(results["grid"]["victims"], _generators(results) or ["generator"])
+    # Of a victim that learned nothing from clean images the same is said whatever the protection.
+    paragraphs = dict.fromkeys(_finding(results, *pair) for pair in pairs)
     return "\n\n".join([*paragraphs, "\n".join(f"- {caveat}" for caveat in _caveats(results))]).strip()
 
 
-def _finding(results: Results, victim: str) -> str:
+def _generators(results: Results) -> list[str]:
+    return [noise for noise in results["grid"]["noises"] if noise != "clean" and noise not in CONTROLS]
+
+
+def _finding(results: Results, victim: str, generator: str) -> str:
     treatments, trainings = results["grid"]["treatments"], results["grid"]["trainings"]
     base, training = treatments[0], trainings[0]
     clean = scores(results, "clean", base, victim, training)
-    protected = scores(results, "generator", base, victim, training)
+    protected = scores(results, generator, base, victim, training)
     start = f"**{victim}**: "
-    if not clean or not protected:
-        return f"{start}its victims on clean and on protected images are not both trained yet."
-    if not _has_learned(results, mean(clean)):
+    if clean and not _has_learned(results, mean(clean)):
         return (
             f"{start}trained on clean images it reached {mean(clean):.3f}, hardly more than the "
             f"{results['trivial_score']:.3f} of a model that has learned nothing from the images. Nothing can be "
             "concluded from it about any noise; train it for longer, or on more images."
         )
+    if not clean or not protected:
+        return f"{start}its victims on clean and on protected images are not both trained yet."
+    way = "images protected segment by segment" if generator == "generator-per-segment" else "the protected images"
     lines = [
-        f"{start}a model trained on the protected images reached {mean(protected):.3f}, "
+        f"{start}a model trained on {way} reached {mean(protected):.3f}, "
         f"{_percent(mean(protected) / mean(clean))} of the {mean(clean):.3f} that it reached on clean ones"
     ]
     if (random := retained_utility(results, "random", base, victim, training)) is not None:
         lines[0] += f"; random noise of the same strength: {_percent(random)}"
     lines[0] += "."
-    lines.append(_beside_controls(results, base, victim, training))
-    worst = _worst_treatment(results, victim, training)
+    lines.append(_beside_controls(results, generator, base, victim, training))
+    worst = _worst_treatment(results, generator, victim, training)
     if worst is not None:
         lines.append(worst)
     return " ".join(line for line in lines if line)
 
 
-def _beside_controls(results: Results, treatment: str, victim: str, training: str) -> str:
-    """How the generator does beside the strongest control; what is within the spread of seeds counts as the same."""
-    protected = scores(results, "generator", treatment, victim, training)
+def _beside_controls(results: Results, generator: str, treatment: str, victim: str, training: str) -> str:
+    """How a generator does beside the strongest control; what is within the spread of seeds counts as the same."""
+    protected = scores(results, generator, treatment, victim, training)
     clean = scores(results, "clean", treatment, victim, training)
     does = (
         "It protects nothing: that is within the spread of the seeds, or above."
@@ -120,18 +127,18 @@ def _beside_controls(results: Results, treatment: str, victim: str, training: st
     return f"{does} The strongest control, `{best}`, left {retained}."
 
 
-def _worst_treatment(results: Results, victim: str, training: str) -> str | None:
+def _worst_treatment(results: Results, generator: str, victim: str, training: str) -> str | None:
     """What takes most of the protection, of the treatments that were tried."""
     left = {
         treatment: retained
         for treatment in results["grid"]["treatments"][1:]
-        if (retained := retained_utility(results, "generator", treatment, victim, training)) is not None
+        if (retained := retained_utility(results, generator, treatment, victim, training)) is not None
         and _has_learned(results, mean(scores(results, "clean", treatment, victim, training)))
     }
     if not left:
         return None
     worst = max(left, key=left.__getitem__)
-    protected, clean = (scores(results, noise, worst, victim, training) for noise in ("generator", "clean"))
+    protected, clean = (scores(results, noise, worst, victim, training) for noise in (generator, "clean"))
     nothing = ", where it protects nothing" if _no_better(protected, clean) else ""
     return f"Of {len(left)} treatments, {worst} costs it most: {_percent(left[worst])}{nothing}."
 
@@ -268,7 +275,7 @@ def _clean_share_table(results: Results) -> str:
 def _class_table(results: Results) -> str:
     grid = results["grid"]
     rows = []
-    for victim, noise in product(grid["victims"], ("clean", "generator")):
+    for victim, noise in product(grid["victims"], ("clean", *_generators(results))):
         wanted = (noise, grid["treatments"][0], victim, grid["trainings"][0], 0.0)
         keys = ("noise", "treatment", "victim", "training", "clean_share")
         found = [c["scores"]["per_class_iou"] for c in results["cells"] if tuple(c[key] for key in keys) == wanted]
