@@ -100,7 +100,7 @@ def _with_bias(
     grid = query.unflatten(2, (len(down), len(across)))
     # A product with ones and zeros adds up the same two numbers. Matrix units do that as fast as they can be written,
     # and four times as fast as an addition whose inner loops are as short as a window is wide.
-    ones = _ones(*grid.shape[2:4]).to(query) if query.dtype == torch.bfloat16 else None
+    ones = _ones(query, *grid.shape[2:4]) if query.dtype == torch.bfloat16 else None
     for some, own in zip(grid.split(rows, 2), down.split(rows), strict=True):
         vertical = torch.einsum("nhrwc,rkc->nhrwk", some, own)
         horizontal = torch.einsum("nhrwc,wkc->nhrwk", some, across)
@@ -115,9 +115,10 @@ def _with_bias(
     return torch.cat(attended, 2)
 
 
-def _ones(height: int, width: int) -> torch.Tensor:
+def _ones(like: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """`(height + width, height * width)`: 1 where a key is in this row, and below where it is in this column."""
-    return torch.cat([torch.eye(height).repeat_interleave(width, 1), torch.eye(width).repeat(1, height)])
+    row, column = (torch.eye(side, dtype=like.dtype, device=like.device) for side in (height, width))
+    return torch.cat([row.repeat_interleave(width, 1), column.repeat(1, height)])
 
 
 __all__ = ["UnSegVisionLayer"]
