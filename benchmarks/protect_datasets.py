@@ -102,7 +102,7 @@ def shares(folder: Path, model: str | None, count: int) -> dict[str, float]:
         times = [time.process_time()]
         job = protector.prepare(path.read_bytes(), Prompt(mask=mask))
         times.append(time.process_time())
-        protected = protector.finish(job, protector.encode([job])[0])
+        protected = protector.apply(job, protector.decode(job, protector.encode([job])[0]))
         times.append(time.process_time())
         encode_verified(protected.picture, "png")
         times.append(time.process_time())

@@ -42,7 +42,7 @@ def main() -> None:
             times.append(time.perf_counter())
             embeddings = protector.encode([job])[0]
             times.append(time.perf_counter())
-            protected = protector.finish(job, embeddings)
+            protected = protector.apply(job, protector.decode(job, embeddings))
             times.append(time.perf_counter())
             image_files.write(protected.picture, output)
             times.append(time.perf_counter())

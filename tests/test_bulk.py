@@ -351,8 +351,8 @@ def test_finished_shards_are_not_made_again_unless_they_were_damaged(place, save
     source = write_images(place)
     run(source, saved_generator)
     expected, made = files("out"), []
-    finish = Protector.finish
-    monkeypatch.setattr(Protector, "finish", lambda self, *a: made.append(1) or finish(self, *a))
+    apply = Protector.apply
+    monkeypatch.setattr(Protector, "apply", lambda self, *a: made.append(1) or apply(self, *a))
     run(source, saved_generator)
     assert not made
     second = Path("out/data/train-00001-of-00003.parquet")

@@ -115,8 +115,8 @@ def test_a_second_map_comes_from_the_cache_and_other_settings_or_weights_do_not(
 ):
     model = shutil.copytree(saved_generator, tmp_path / "model")
     calls = []
-    finish = Protector.finish
-    monkeypatch.setattr(Protector, "finish", lambda self, *a: calls.append(1) or finish(self, *a))
+    apply = Protector.apply
+    monkeypatch.setattr(Protector, "apply", lambda self, *a: calls.append(1) or apply(self, *a))
 
     def mapped(**settings):
         calls.clear()

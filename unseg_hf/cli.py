@@ -440,7 +440,8 @@ def _protect_one(protector, model_turn, task: Task, options, epsilon, background
     )
     job = protector.prepare(task.source, prompt, epsilon, background)
     with model_turn:
-        protected = protector.finish(job, protector.encode([job])[0])
+        decoded = protector.decode(job, protector.encode([job])[0])
+    protected = protector.apply(job, decoded)
     with ThreadPoolExecutor(1) as aside:
         writing = aside.submit(image_files.write, protected.picture, task.target, options.format, options.quality)
         # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.

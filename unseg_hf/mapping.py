@@ -219,7 +219,7 @@ class ProtectImages:
             if isinstance(job, Outcome):
                 yield job
                 continue
-            protected = protector.finish(job, next(embeddings))
+            protected = protector.apply(job, protector.decode(job, next(embeddings)))
             try:
                 yield Outcome(encode_verified(protected.picture, "png"), protected)
             except ValueError as error:  # metadata that PNG cannot hold

@@ -5,7 +5,7 @@ from typing import Any
 from PIL import Image
 from transformers import Pipeline
 
-from .protection import Job, Prompt, Protected, Protector
+from .protection import Job, Prompt, Protector
 
 
 class ImageProtectionPipeline(Pipeline):
@@ -72,12 +72,12 @@ class ImageProtectionPipeline(Pipeline):
     def _forward(self, model_inputs: dict) -> dict[str, Any]:
         jobs = model_inputs["job"]
         if isinstance(jobs, Job):
-            return {"protected": self.protector.finish(jobs, self.protector.encode([jobs])[0])}
+            return {"job": jobs, "decoded": self.protector.decode(jobs, self.protector.encode([jobs])[0])}
         embeddings = self.protector.encode(jobs)
-        return {"protected": [self.protector.finish(job, e) for job, e in zip(jobs, embeddings, strict=True)]}
+        return {"job": jobs, "decoded": [self.protector.decode(*both) for both in zip(jobs, embeddings, strict=True)]}
 
     def postprocess(self, model_outputs: dict) -> dict[str, Any]:
-        protected: Protected = model_outputs["protected"]
+        protected = self.protector.apply(model_outputs["job"], model_outputs["decoded"])
         return {
             "image": protected.image,
             "mask": Image.fromarray(protected.region).convert("L"),

@@ -247,7 +247,7 @@ class Protector:
         if prompt is not None and prompt_fields:
             raise ValueError(f"prompt and {', '.join(prompt_fields)} were given: pass one or the other")
         job = self.prepare(image, prompt or Prompt(**prompt_fields), epsilon, epsilon_background)
-        return self.finish(job, self.encode([job])[0])
+        return self.apply(job, self.decode(job, self.encode([job])[0]))
 
     def prepare(
         self, image: ImageInput, prompt: Prompt, epsilon: float | None = None, epsilon_background: float | None = None
@@ -278,34 +278,40 @@ class Protector:
         return [embeddings.of_image(i) for i in range(len(jobs))]
 
     @torch.inference_mode()
-    def finish(self, job: "Job", embeddings: UnSegImageEmbeddings) -> Protected:
-        """The last step: finds the masks if none were given, makes the noise, adds it and checks the bound."""
+    def decode(self, job: "Job", embeddings: UnSegImageEmbeddings) -> "Decoded":
+        """The third step: finds the masks if none were given, and makes the noise. The last that runs on the model."""
         start = time.perf_counter()
         masks, found = self.find_masks(job, embeddings)
-        notes = [*job.picture.notes, *found]
         region = masks[0].copy()
         for mask in masks[1:]:
             region |= mask
         if not region.any():
             what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
-            notes.append(f"the mask is empty: {what}")
+            found.append(f"the mask is empty: {what}")
         noise = self._noise(job, embeddings, masks, region)
-        protected = apply_noise(job.picture.pixels, noise, region, job.epsilon, job.epsilon_background)
-        _check_bound(job.picture.pixels, protected, region, job.epsilon, job.epsilon_background)
+        job.seconds += time.perf_counter() - start
+        return Decoded(noise, region, len(masks), (*job.picture.notes, *found))
+
+    def apply(self, job: "Job", decoded: "Decoded") -> Protected:
+        """The last step: adds the noise at the image's size and checks the bound."""
+        start = time.perf_counter()
+        budget = (job.epsilon, job.epsilon_background)
+        protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget)
+        _check_bound(job.picture.pixels, protected, decoded.region, *budget)
         return Protected(
             original=job.picture,
             picture=job.picture.with_pixels(protected),
-            region=region,
+            region=decoded.region,
             epsilon=job.epsilon,
             epsilon_background=job.epsilon_background,
-            masks=len(masks),
+            masks=decoded.masks,
             seconds=job.seconds + time.perf_counter() - start,
-            notes=tuple(notes),
+            notes=decoded.notes,
         )
 
     @torch.inference_mode()
     def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
-        """What `finish` will protect: `(height, width)` bool masks, and what a user should know of them."""
+        """What `decode` will make noise for: `(height, width)` bool masks, and what a user should know of them."""
         notes: list[str] = []
         return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
 
@@ -443,6 +449,17 @@ class Job:
     classes: list[int] | None
     features: Any
     seconds: float
+
+
+@dataclass(eq=False)
+class Decoded:
+    """What the model said of a [`Job`]: noise in [-1, 1], whose rows at the image's size are made when they are asked
+    for, the union `(height, width)` bool of its masks and their number, and notes for the user."""
+
+    noise: "FullSizeNoise | NoiseOfSegments"
+    region: np.ndarray
+    masks: int
+    notes: tuple[str, ...]
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:

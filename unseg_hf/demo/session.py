@@ -16,7 +16,7 @@ from PIL import Image
 
 from unseg_hf.image_files import ImageFileError, Picture, read, read_mask
 from unseg_hf.modeling_unseg import UnSegImageEmbeddings
-from unseg_hf.protection import Job, Prompt, Protected, Protector, default_checkpoint, whole_levels
+from unseg_hf.protection import Decoded, Job, Prompt, Protected, Protector, default_checkpoint, whole_levels
 
 VIEW_SIDE = 1024
 """Longest side of the picture that is clicked on, in pixels: a click must not send a whole photo back."""
@@ -151,7 +151,7 @@ class Workbench:
     """Opens, marks and protects photos with one generator, within limits.
 
     Args:
-        protector: the generator; its `encode`, `find_masks` and `finish` do everything.
+        protector: the generator; its `encode`, `find_masks`, `decode` and `apply` do everything.
         limits: of the server.
         checkpoint: the folder or Hub id that the generator was loaded from, None for the embedded one.
         on_accelerator: wraps each function that runs the model, as `spaces.GPU` does.
@@ -167,7 +167,7 @@ class Workbench:
         self.protector, self.limits, self.checkpoint = protector, limits, checkpoint
         self._encode = on_accelerator(self._encode)
         self._find_masks = on_accelerator(self._find_masks)
-        self._finish = on_accelerator(self._finish)
+        self._decode = on_accelerator(self._decode)
 
     def open(self, path: str | Path, name: str, original: str | None = None) -> Photo:
         """Read and encode a photo; `original` is its name where `name` had to be made harmless.
@@ -235,7 +235,8 @@ class Workbench:
             raise ValueError(f"epsilon_background {epsilon_background:g} is above epsilon {epsilon:g}")
         picture = photo.picture if keep_exif else replace(photo.picture, exif=None)
         shares = [None if value is None else value / 255 for value in (epsilon, epsilon_background)]
-        return self._finish(self.protector.prepare(picture, prompt, *shares), photo.embeddings)
+        job = self.protector.prepare(picture, prompt, *shares)
+        return self.protector.apply(job, self._decode(job, photo.embeddings))
 
     def command(self, photo: Photo, marks: Marks, epsilon: float) -> str:
         """What gives the same pixels on the command line."""
@@ -274,8 +275,8 @@ class Workbench:
     def _find_masks(self, job: Job, embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
         return self.protector.find_masks(job, _moved(embeddings, self.protector.model.device))
 
-    def _finish(self, job: Job, embeddings: UnSegImageEmbeddings) -> Protected:
-        return self.protector.finish(job, _moved(embeddings, self.protector.model.device))
+    def _decode(self, job: Job, embeddings: UnSegImageEmbeddings) -> Decoded:
+        return self.protector.decode(job, _moved(embeddings, self.protector.model.device))
 
 
 def _moved(embeddings: UnSegImageEmbeddings, device: torch.device) -> UnSegImageEmbeddings:
