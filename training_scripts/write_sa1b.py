@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="Folder of the tars; must hold none yet.")
     parser.add_argument("--images_per_shard", type=int, default=1000, help="Images in a tar.")
     parser.add_argument("--quality", type=int, default=95, help="Of the JPEG images, 1 to 100.")
+    parser.add_argument("--longest_side", type=int, help="Larger images are made smaller (default: none).")
     options = parser.parse_args(arguments)
 
     import numpy as np
@@ -41,7 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         sources = [parse_source(spec) for spec in options.data]
-        written = write_sa1b(records(), options.output, options.images_per_shard, options.quality)
+        written = write_sa1b(
+            records(), options.output, options.images_per_shard, options.quality, options.longest_side
+        )
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     if not written:

@@ -34,6 +34,9 @@ class UnSegConfig(PreTrainedConfig):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
             Train the noise head alone. `False` trains the SAM too, for a SAM without pretrained weights.
+        draw_prompts (`bool`, defaults to `False`):
+            Draw the boxes and points that SAM is asked about as a mask prompt, too; for a small SAM that
+            `train_sam.py` has trained to find objects with them.
         proposal_iou (`float`, defaults to 0.88):
             Predicted IoU above which SAM's mask for a grid point becomes a proposed segment.
         proposal_stability (`float`, defaults to 0.95):
@@ -68,6 +71,7 @@ class UnSegConfig(PreTrainedConfig):
     tint_code: int | None = None
     mask_prompt_scale: float | int = 255.0
     freeze_sam: bool = True
+    draw_prompts: bool = False
     proposal_iou: float | int = 0.88
     proposal_stability: float | int = 0.95
     initializer_range: float | int = 0.02

@@ -26,7 +26,7 @@ def uncertain_points(
     Args:
         logits: `(n, height, width)`.
         count: points a mask.
-        generator: the source of randomness, on the CPU.
+        generator: the source of randomness; on the CPU it gives the same numbers everywhere.
         oversample: `oversample * count` candidates are drawn uniformly.
         importance: the share of `count` taken from the candidates with the smallest |logit|; the rest is uniform.
 
@@ -34,11 +34,13 @@ def uncertain_points(
         `(n, count, 2)` as (x, y) in [0, 1].
     """
     n, important = len(logits), int(importance * count)
-    candidates = torch.rand(n, int(oversample * count), 2, generator=generator).to(logits.device)
+    candidates = torch.rand(n, int(oversample * count), 2, generator=generator, device=generator.device).to(
+        logits.device
+    )
     doubt = -sample_at(logits, candidates).abs()
     best = doubt.topk(important, dim=1).indices
     chosen = candidates.gather(1, best.unsqueeze(-1).expand(-1, -1, 2))
-    uniform = torch.rand(n, count - important, 2, generator=generator).to(logits.device)
+    uniform = torch.rand(n, count - important, 2, generator=generator, device=generator.device).to(logits.device)
     return torch.cat([chosen, uniform], dim=1)
 
 
@@ -50,7 +52,7 @@ def point_loss(
     Args:
         logits: `(n, h, w)`, any resolution.
         targets: `(n, height, width)`, 0 or 1, over the same extent.
-        generator: the source of randomness, on the CPU.
+        generator: the source of randomness; on the CPU it gives the same numbers everywhere.
         count: points a mask.
 
     Returns:
@@ -79,7 +81,7 @@ def interactive_loss(
         logits: `(n, masks, h, w)`.
         ious: `(n, masks)`, the predicted IoU of each mask.
         targets: `(n, height, width)`, 0 or 1.
-        generator: the source of randomness, on the CPU.
+        generator: the source of randomness; on the CPU it gives the same numbers everywhere.
         count: points a mask.
 
     Returns:

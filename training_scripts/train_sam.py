@@ -1,0 +1,284 @@
+"""Train the SAM inside a generator to find what a box or a click means, and with that to propose objects.
+
+The embedded default's, from what `train_generator.py` left, on a GPU:
+
+    python training_scripts/train_sam.py runs/trained --stretch --image_size 192 \\
+        --train_data "sa1b:tars/*.tar,min_area=0.01" --anew --output runs/sam
+
+As SAM was trained (Segment Anything, section 3 and appendix A), made short: a loose box or a few points of an object
+first, then a click where the answer is wrong; of three masks the best one learns, and each learns to say how good it
+is. The noise head knows the old SAM's features only: `teach_noise_codes.py` comes after this.
+
+Masks of everything in a photo, which no data set at hand has, come from `teacher_masks.py`.
+"""
+
+import argparse
+import copy
+import itertools
+import math
+import sys
+from pathlib import Path
+
+MOST_POINTS = 4
+"""Points of an object that are given at once."""
+
+BOX_SHARE = 0.4
+"""Of the steps whose first prompt is a box, not points."""
+
+LOOSE = 0.1
+"""Largest shift of a box's sides, as a share of its width or height."""
+
+WARM_UP = 100
+"""Steps in which the learning rate grows to its height."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("generator", help="folder or Hub id")
+    parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as it was)")
+    parser.add_argument("--anew", action="store_true", help="begin with random weights (default: with SAM's own)")
+    parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
+    parser.add_argument(
+        "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
+    )
+    parser.add_argument("--validation_data", nargs="+", default=[], help="images that say how good it has become")
+    parser.add_argument("--validate_every", type=int, default=1000, help="steps")
+    parser.add_argument("--max_scale", type=float, default=2.0, help="images are enlarged by 1 to this, and cropped")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch_size", type=int, default=64, help="images a step, a mask of each")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.05)
+    parser.add_argument("--points", type=int, default=1024, help="of a mask that the loss looks at")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="(default: as the launcher says)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save_code", action=argparse.BooleanOptionalAction, default=True, help="beside the weights")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    options = parser.parse_args()
+    if options.output.exists():
+        raise FileExistsError(f"{options.output} is there: choose a new folder")
+
+    import torch
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    from unseg_hf import UnSegModel, UnSegProcessor
+    from unseg_hf.data.interactive import InteractiveSegmentation
+    from unseg_hf.data.sources import parse_source
+    from unseg_hf.training.publishing import save_generator
+    from unseg_hf.training.surrogates import load_resized, sam_config_at
+
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"{accelerator.num_processes} processes: a SAM small enough for this script needs one")
+    torch.manual_seed(options.seed)
+    processor = UnSegProcessor.from_pretrained(options.generator)
+    stretch, size = processor.stretch or options.stretch, options.image_size or processor.target_size
+    model = UnSegModel.from_pretrained(options.generator)
+    if size != processor.target_size:
+        config, smaller = copy.deepcopy(model.config), model
+        config.sam_config = sam_config_at(config.sam_config, size)
+        model = UnSegModel(config)
+        load_resized(model, smaller)
+        processor = UnSegProcessor.for_image_size(size)
+    processor = UnSegProcessor(processor.image_processor, stretch, processor.sharpness)
+    model.config.draw_prompts = True
+    if options.anew:
+        begin_anew(model.sam)
+    model.sam.requires_grad_(True)
+    model.sam.shared_image_embedding.requires_grad_(False)
+
+    def data_of(texts: list[str], scale: float) -> InteractiveSegmentation:
+        sources = [parse_source(text) for text in texts]
+        return InteractiveSegmentation(sources, size, (1, scale), seed=options.seed, stretch=stretch)
+
+    data = data_of(options.train_data, options.max_scale)
+    epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
+    batches = list(itertools.islice(itertools.chain.from_iterable(epochs), options.steps))
+    loader = DataLoader(
+        prompted(data, options.seed),
+        batch_sampler=batches,
+        num_workers=options.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    held_out = data_of(options.validation_data, 1) if options.validation_data else None
+    optimizer = torch.optim.AdamW(
+        (parameter for parameter in model.sam.parameters() if parameter.requires_grad),
+        options.learning_rate,
+        weight_decay=options.weight_decay,
+    )
+    sam, optimizer = accelerator.prepare(model.sam, optimizer)
+    random = torch.Generator(accelerator.device).manual_seed(options.seed)
+    running = []
+    for step, batch in enumerate(loader):
+        share = step / options.steps
+        rate = min(1, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
+        optimizer.param_groups[0]["lr"] = options.learning_rate * rate
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        with accelerator.autocast():
+            loss = sam_loss(sam, batch, step, options.points, random)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}: start anew with a lower learning rate"
+            )
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(sam.parameters(), 1.0)
+        optimizer.step()
+        running.append(loss.detach())
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} of {options.steps}: loss {torch.stack(running).mean():.4f}", flush=True)
+            running.clear()
+        last = step + 1 == options.steps
+        if held_out and (last or (step + 1) % options.validate_every == 0):
+            found = validate(sam, prompted(held_out, options.seed), held_out, options.batch_size, accelerator)
+            print(f"step {step + 1} of {options.steps}: held out, {found}", flush=True)
+    save_generator(model.cpu(), processor, options.output, with_code=options.save_code)
+    print(
+        f"generator saved to {options.output}; its noise is not its own any more: teach it with teach_noise_codes.py"
+    )
+
+
+def begin_anew(sam) -> None:
+    """Random weights as torch has them. SAM's own, with a deviation of 0.02, leave so little of a narrow decoder's
+    tokens that hundreds of steps pass before anything is learned."""
+    from torch import nn
+
+    for module in sam.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+
+def prompted(data, seed: int):
+    """The samples of `data` with what a user might say of them, drawn where they are loaded.
+
+    `box` `(4,)` as (x0, y0, x1, y1) in pixels of the input and `points` `(MOST_POINTS, 2)` of the object.
+    """
+    import numpy as np
+    import torch
+
+    class Prompted(torch.utils.data.Dataset):
+        def __getitems__(self, draws):
+            samples = data.__getitems__(draws)
+            for draw, sample in zip(draws, samples, strict=True):
+                random = np.random.default_rng((seed, draw.epoch, draw.number, 1))
+                rows, columns = np.nonzero(sample["mask"].numpy())
+                corners = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
+                width, height = corners[2:] - corners[:2]
+                shift = random.uniform(-LOOSE, LOOSE, 4) * [width, height, width, height]
+                chosen = random.integers(len(rows), size=MOST_POINTS)
+                sample["box"] = torch.from_numpy((corners + shift).clip(0, sample["mask"].shape[-1])).float()
+                sample["points"] = torch.from_numpy(np.stack([columns[chosen], rows[chosen]], -1) + 0.5).float()
+                del sample["name"], sample["inside"]
+            return samples
+
+    return Prompted()
+
+
+def recoloured(images, random):
+    """`(n, 3, h, w)` in [0, 1] with other brightness, contrast and colours; a tenth of them grey."""
+    import torch
+
+    def uniform(low: float, high: float, channels: int) -> torch.Tensor:
+        values = torch.rand(len(images), channels, 1, 1, generator=random, device=images.device)
+        return low + (high - low) * values
+
+    images = images * uniform(0.7, 1.3, 1) * uniform(0.85, 1.15, 3)
+    middle = images.mean((1, 2, 3), keepdim=True)
+    images = middle + (images - middle) * uniform(0.7, 1.3, 1)
+    grey = uniform(0, 1, 1) < 0.1
+    return torch.where(grey, images.mean(1, keepdim=True), images).clamp(0, 1)
+
+
+def sam_loss(sam, batch: dict, step: int, points: int, random):
+    """That of a first prompt, and of the click that corrects the answer to it."""
+    import torch
+
+    from unseg_hf.proposals import draw_prompts
+    from unseg_hf.training.losses import interactive_loss
+    from unseg_hf.training.surrogates import normalise
+
+    side = batch["image"].shape[-1]
+    choice = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
+    if choice[0] < BOX_SHARE:
+        prompts = {"input_boxes": batch["box"][:, None]}
+    else:
+        # One point more often than several: it is what most people give, and what proposals are made from.
+        count = max(1, math.ceil(MOST_POINTS * (2 * choice[1] - 1)))
+        given = batch["points"][:, None, :count]
+        prompts = {"input_points": given, "input_labels": torch.ones_like(given[..., 0], dtype=torch.int64)}
+    embeddings = sam.get_image_embeddings(normalise(recoloured(batch["image"], random)))
+
+    def answer():
+        drawn = draw_prompts(side, **prompts)
+        found = sam(image_embeddings=embeddings, input_masks=drawn, multimask_output=True, **prompts)
+        logits, ious = found.pred_masks[:, 0].float(), found.iou_scores[:, 0].float()
+        return interactive_loss(logits, ious, batch["mask"], random, points), logits, ious
+
+    first, logits, ious = answer()
+    for name, value in correcting_click(logits, ious, batch["mask"], random).items():
+        prompts[name] = torch.cat([prompts[name], value], 2) if name in prompts else value
+    second, *_ = answer()
+    return (first + second) / 2
+
+
+def correcting_click(logits, ious, masks, random):
+    """A point where the mask that SAM trusts most is wrong, or of the object where it is right everywhere.
+
+    Returns:
+        `input_points` `(n, 1, 1, 2)` in pixels of the input, and `input_labels` `(n, 1, 1)`: 1 in the object, 0
+        outside.
+    """
+    import torch
+
+    best = logits.detach()[torch.arange(len(logits)), ious.detach().argmax(1)] > 0
+    true = torch.nn.functional.interpolate(masks[:, None], best.shape[-2:], mode="area")[:, 0] > 0.5
+    wrong = (best != true).flatten(1).float()
+    # A cell in a thousand stands in for masks without a wrong cell, or without any.
+    weights = wrong + 1e-3 * true.flatten(1) + 1e-9
+    cell = torch.multinomial(weights, 1, generator=random)
+    width = best.shape[-1]
+    place = torch.cat([cell % width, cell // width], 1)
+    points = (place + 0.5) * (masks.shape[-1] / width)
+    labels = true.flatten(1).gather(1, cell).long()
+    return {"input_points": points[:, None, None], "input_labels": labels[:, None]}
+
+
+def validate(sam, loaded, data, batch_size: int, accelerator) -> str:
+    """Mean IoU, at SAM's own resolution, of the masks that it trusts most for a loose box and for one point."""
+    import torch
+
+    from unseg_hf.proposals import draw_prompts
+    from unseg_hf.training.surrogates import normalise
+
+    ious = {"box": [], "point": []}
+    sam.eval()
+    with torch.no_grad():
+        for draws in data.batches(0, min(batch_size, len(data))):
+            samples = loaded.__getitems__(draws)
+            batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            embeddings = sam.get_image_embeddings(normalise(batch["image"]))
+            point = batch["points"][:, None, :1]
+            for name, prompts in (
+                ("box", {"input_boxes": batch["box"][:, None]}),
+                ("point", {"input_points": point, "input_labels": torch.ones_like(point[..., 0]).long()}),
+            ):
+                drawn = draw_prompts(batch["image"].shape[-1], **prompts)
+                found = sam(image_embeddings=embeddings, input_masks=drawn, multimask_output=True, **prompts)
+                masks = found.pred_masks[:, 0][torch.arange(len(point)), found.iou_scores[:, 0].argmax(1)] > 0
+                true = torch.nn.functional.interpolate(batch["mask"][:, None], masks.shape[-2:], mode="area")[:, 0]
+                true = true > 0.5
+                union = (masks | true).sum((1, 2)).clamp(min=1)
+                ious[name].append((masks & true).sum((1, 2)) / union)
+    sam.train()
+    return ", ".join(f"IoU for a {name} {torch.cat(values).mean():.3f}" for name, values in ious.items())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_sam: {error}")
