@@ -175,6 +175,16 @@ class TestPhases:
         *_, apart = small_run(tmp_path / "apart", correlation_weight=5.0, **settings)
         assert apart[-1]["correlation"] < 0.5 * alike[-1]["correlation"]
 
+    def test_what_is_not_published_does_not_make_noises_differ(self):
+        random = torch.Generator().manual_seed(0)
+        noise = torch.randn(2, 3, 8, 8, generator=random)
+        noise[1, :, :4] = noise[0, :, :4]  # the upper halves are alike, and the masks lie there
+        masks = torch.zeros(2, 32, 32)
+        masks[:, :16] = 1
+        assert bilevel._correlation(noise, masks / 255) == pytest.approx(1, abs=1e-4)
+        assert bilevel._correlation(noise, torch.ones(2, 32, 32)) < 0.7
+        assert bilevel._correlation(noise, torch.zeros(2, 32, 32)) == 0  # without a budget there is no noise
+
     def test_augmented_masks_follow_their_images(self):
         random = torch.Generator().manual_seed(0)
         masks = torch.zeros(2, 64, 64)

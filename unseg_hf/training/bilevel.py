@@ -209,7 +209,9 @@ def train(
                                 losses["cast"] = _colour_cast(noise)
                                 loss = loss + config.cast_weight * losses["cast"]
                             if config.correlation_weight:
-                                losses["correlation"] = _correlation(noise)
+                                losses["correlation"] = _correlation(
+                                    noise, budget_of(images, config.epsilon, config.epsilon_background)
+                                )
                                 loss = loss + config.correlation_weight * losses["correlation"]
                             if sam_loss is not None:
                                 losses["sam"] = sam_loss
@@ -276,8 +278,7 @@ def _protect(wrapped, generator, batch, config, share, random):
 def apply_budget(batch: dict, noise: torch.Tensor, epsilon: float, background: float) -> torch.Tensor:
     """Noise `(batch, 3, h, w)` in [-1, 1] on a batch's images; padding, which no published image has, stays black."""
     noise = F.interpolate(noise.float(), batch["image"].shape[-2:], mode="bilinear", align_corners=False)
-    budget = (epsilon * batch["mask"] + background * (1 - batch["mask"])) * batch["inside"]
-    return (batch["image"] + noise * budget.unsqueeze(1)).clamp(0, 1)
+    return (batch["image"] + noise * budget_of(batch, epsilon, background).unsqueeze(1)).clamp(0, 1)
 
 
 def _segmentation_loss(surrogates, protected, masks, all_ones, config, random):
@@ -303,10 +304,20 @@ def _augmented(images, masks, probability, random):
     return batch.images, (batch.labels == 1).to(masks.dtype)
 
 
-def _correlation(noise):
-    """Mean squared correlation between the noises `(batch, 3, h, w)` of two images."""
-    flat = noise.float().flatten(1)
-    flat = F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+def budget_of(batch: dict, epsilon: float, background: float) -> torch.Tensor:
+    """How far noise may go at each pixel of a batch's images, `(batch, height, width)`; nowhere in their padding."""
+    return (epsilon * batch["mask"] + background * (1 - batch["mask"])) * batch["inside"]
+
+
+def _correlation(noise: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """Mean squared correlation between the noises `(batch, 3, h, w)` of two images, weighted by their budgets.
+
+    Of all noise, a generator would vary what lies outside the masks, and leave what is published as it is.
+    """
+    weights = F.interpolate(budget.unsqueeze(1), noise.shape[-2:], mode="area").expand_as(noise)
+    noise, total = noise.float(), weights.sum((1, 2, 3), keepdim=True).clamp(min=1e-9)
+    mean = (noise * weights).sum((1, 2, 3), keepdim=True) / total
+    flat = F.normalize(((noise - mean) * weights).flatten(1), dim=1)
     others = (flat @ flat.T)[~torch.eye(len(flat), dtype=torch.bool, device=flat.device)]
     return others.square().mean()
 
