@@ -97,6 +97,14 @@ def test_the_sam_alone_is_trained_and_its_prompts_are_drawn(trained, saved_gener
     assert "choose a new folder" in run("train_sam.py", folder, "--train_data", "x", "--output", folder).stderr
 
 
+def test_fewer_images_than_a_batch_are_refused(saved_generator, tmp_path):
+    data = write_discs(tmp_path / "train.parquet", 3, seed=0)
+    for script in ("train_sam.py", "teach_noise_codes.py"):
+        options = ("--train_data", data, "--batch_size", 4, "--output", tmp_path / "out")
+        assert "3 images are less than a batch of 4" in run(script, saved_generator, *options).stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_drawn_prompts_lie_where_the_prompts_lie():
     boxes = torch.tensor([[[8.0, 16, 40, 32]], [[0.0, 0, 64, 64]]])
     drawn = draw_prompts(64, input_boxes=boxes)

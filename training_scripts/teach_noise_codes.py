@@ -79,6 +79,8 @@ def main() -> None:
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
+    if len(data) < options.batch_size:
+        raise ValueError(f"{len(data)} images are less than a batch of {options.batch_size}: lower --batch_size")
     # The noise has four cells for each patch.
     places = (np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4
     targets = np.stack([code_noise(code, places[:, None], places) for code in codes])

@@ -12,6 +12,7 @@ On a GPU an image takes a tenth of a second, on two cores minutes. No teacher's 
 
 import argparse
 import sys
+import warnings
 
 POINTS_A_SIDE = 12
 LEAST_IOU, LEAST_STABILITY = 0.8, 0.9
@@ -45,8 +46,12 @@ def main() -> None:
         for text in options.data:
             source = parse_source(text)
             for handle in source.order(np.random.default_rng(0), *options.part):
-                record = source.load(handle)
-                image = record.image.convert("RGB")
+                try:
+                    record = source.load(handle)
+                    image = record.image.convert("RGB")
+                except OSError as error:
+                    warnings.warn(f"{source.name}: left out, {error}", stacklevel=2)
+                    continue
                 masks = [*record.masks, *masks_of(teacher, np.asarray(image))]
                 yield Record(record.name, image, masks)
 

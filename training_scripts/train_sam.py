@@ -93,11 +93,12 @@ def main() -> None:
         return InteractiveSegmentation(sources, size, (1, scale), seed=options.seed, stretch=stretch)
 
     data = data_of(options.train_data, options.max_scale)
+    if len(data) < options.batch_size:
+        raise ValueError(f"{len(data)} images are less than a batch of {options.batch_size}: lower --batch_size")
     epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
-    batches = list(itertools.islice(itertools.chain.from_iterable(epochs), options.steps))
     loader = DataLoader(
-        prompted(data, options.seed),
-        batch_sampler=batches,
+        Prompted(data, options.seed),
+        batch_sampler=itertools.islice(itertools.chain.from_iterable(epochs), options.steps),
         num_workers=options.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -131,7 +132,7 @@ def main() -> None:
             running.clear()
         last = step + 1 == options.steps
         if held_out and (last or (step + 1) % options.validate_every == 0):
-            found = validate(sam, prompted(held_out, options.seed), held_out, options.batch_size, accelerator)
+            found = validate(sam, Prompted(held_out, options.seed), options.batch_size, accelerator)
             print(f"step {step + 1} of {options.steps}: held out, {found}", flush=True)
     save_generator(model.cpu(), processor, options.output, with_code=options.save_code)
     print(
@@ -151,30 +152,31 @@ def begin_anew(sam) -> None:
             nn.init.normal_(module.weight)
 
 
-def prompted(data, seed: int):
+class Prompted:
     """The samples of `data` with what a user might say of them, drawn where they are loaded.
 
     `box` `(4,)` as (x0, y0, x1, y1) in pixels of the input and `points` `(MOST_POINTS, 2)` of the object.
     """
-    import numpy as np
-    import torch
 
-    class Prompted(torch.utils.data.Dataset):
-        def __getitems__(self, draws):
-            samples = data.__getitems__(draws)
-            for draw, sample in zip(draws, samples, strict=True):
-                random = np.random.default_rng((seed, draw.epoch, draw.number, 1))
-                rows, columns = np.nonzero(sample["mask"].numpy())
-                corners = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
-                width, height = corners[2:] - corners[:2]
-                shift = random.uniform(-LOOSE, LOOSE, 4) * [width, height, width, height]
-                chosen = random.integers(len(rows), size=MOST_POINTS)
-                sample["box"] = torch.from_numpy((corners + shift).clip(0, sample["mask"].shape[-1])).float()
-                sample["points"] = torch.from_numpy(np.stack([columns[chosen], rows[chosen]], -1) + 0.5).float()
-                del sample["name"], sample["inside"]
-            return samples
+    def __init__(self, data, seed: int):
+        self.data, self.seed = data, seed
 
-    return Prompted()
+    def __getitems__(self, draws) -> list[dict]:
+        import numpy as np
+        import torch
+
+        samples = self.data.__getitems__(draws)
+        for draw, sample in zip(draws, samples, strict=True):
+            random = np.random.default_rng((self.seed, draw.epoch, draw.number, 1))
+            rows, columns = np.nonzero(sample["mask"].numpy())
+            corners = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
+            width, height = corners[2:] - corners[:2]
+            shift = random.uniform(-LOOSE, LOOSE, 4) * [width, height, width, height]
+            chosen = random.integers(len(rows), size=MOST_POINTS)
+            sample["box"] = torch.from_numpy((corners + shift).clip(0, sample["mask"].shape[-1])).float()
+            sample["points"] = torch.from_numpy(np.stack([columns[chosen], rows[chosen]], -1) + 0.5).float()
+            del sample["name"], sample["inside"]
+        return samples
 
 
 def recoloured(images, random):
@@ -246,7 +248,7 @@ def correcting_click(logits, ious, masks, random):
     return {"input_points": points[:, None, None], "input_labels": labels[:, None]}
 
 
-def validate(sam, loaded, data, batch_size: int, accelerator) -> str:
+def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
     """Mean IoU, at SAM's own resolution, of the masks that it trusts most for a loose box and for one point."""
     import torch
 
@@ -256,8 +258,8 @@ def validate(sam, loaded, data, batch_size: int, accelerator) -> str:
     ious = {"box": [], "point": []}
     sam.eval()
     with torch.no_grad():
-        for draws in data.batches(0, min(batch_size, len(data))):
-            samples = loaded.__getitems__(draws)
+        for draws in held_out.data.batches(0, min(batch_size, len(held_out.data))):
+            samples = held_out.__getitems__(draws)
             batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             embeddings = sam.get_image_embeddings(normalise(batch["image"]))
