@@ -58,7 +58,7 @@ def trained(saved_generator, tmp_path_factory):
     """The folder of a generator whose SAM has learned discs, and what the run said."""
     folder = tmp_path_factory.mktemp("sam")
     data = write_discs(folder / "train.parquet", 48, seed=0) + ",mask_column=instances,masks=instances"
-    options = ("--anew", "--stretch", "--steps", 400, "--batch_size", 12, "--learning_rate", 3e-3, "--max_scale", 1.5)
+    options = ("--anew", "--steps", 400, "--batch_size", 12, "--learning_rate", 3e-3, "--max_scale", 1.5)
     held_out = ("--validation_data", write_discs(folder / "held_out.parquet", 8, seed=1), "--validate_every", 400)
     done = run("train_sam.py", saved_generator, "--train_data", data, *options, *held_out, "--output", folder / "sam")
     assert done.returncode == 0, done.stderr

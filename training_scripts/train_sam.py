@@ -1,9 +1,9 @@
 """Train the SAM inside a generator to find what a box or a click means, and with that to propose objects.
 
-The embedded default's, from what `train_generator.py` left, on a GPU:
+A small one, at the input size of the generator whose it is, on a GPU:
 
-    python training_scripts/train_sam.py runs/trained --stretch --image_size 192 \\
-        --train_data "sa1b:tars/*.tar,min_area=0.01" --anew --output runs/sam
+    python training_scripts/train_sam.py unseg_hf/checkpoints/unseg-tiny --anew \\
+        --train_data "sa1b:tars/*.tar,min_area=0.01" --output runs/sam
 
 As SAM was trained (Segment Anything, section 3 and appendix A), made short: a loose box or a few points of an object
 first, then a click where the answer is wrong; of three masks the best one learns, and each learns to say how good it
@@ -13,7 +13,6 @@ Masks of everything in a photo, which no data set at hand has, come from `teache
 """
 
 import argparse
-import copy
 import itertools
 import math
 import sys
@@ -35,9 +34,7 @@ WARM_UP = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("generator", help="folder or Hub id")
-    parser.add_argument("--stretch", action="store_true", help="stretch images to the input (default: as it was)")
     parser.add_argument("--anew", action="store_true", help="begin with random weights (default: with SAM's own)")
-    parser.add_argument("--image_size", type=int, help="side of the input in pixels (default: as it was)")
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
     )
@@ -66,22 +63,13 @@ def main() -> None:
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
     from unseg_hf.training.publishing import save_generator
-    from unseg_hf.training.surrogates import load_resized, sam_config_at
 
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes: a SAM small enough for this script needs one")
     torch.manual_seed(options.seed)
     processor = UnSegProcessor.from_pretrained(options.generator)
-    stretch, size = processor.stretch or options.stretch, options.image_size or processor.target_size
     model = UnSegModel.from_pretrained(options.generator)
-    if size != processor.target_size:
-        config, smaller = copy.deepcopy(model.config), model
-        config.sam_config = sam_config_at(config.sam_config, size)
-        model = UnSegModel(config)
-        load_resized(model, smaller)
-        processor = UnSegProcessor.for_image_size(size)
-    processor = UnSegProcessor(processor.image_processor, stretch, processor.sharpness)
     model.config.draw_prompts = True
     if options.anew:
         begin_anew(model.sam)
@@ -90,7 +78,8 @@ def main() -> None:
 
     def data_of(texts: list[str], scale: float) -> InteractiveSegmentation:
         sources = [parse_source(text) for text in texts]
-        return InteractiveSegmentation(sources, size, (1, scale), seed=options.seed, stretch=stretch)
+        shape = {"seed": options.seed, "stretch": processor.stretch}
+        return InteractiveSegmentation(sources, processor.target_size, (1, scale), **shape)
 
     data = data_of(options.train_data, options.max_scale)
     if len(data) < options.batch_size:
