@@ -98,5 +98,7 @@ def masks_of(teacher, pixels) -> list:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except ImportError as error:
+        sys.exit(f"teacher_masks: {error}; the text at the top of {__file__} says what is needed, and from where")
+    except (ValueError, OSError) as error:
         sys.exit(f"teacher_masks: {error}")

@@ -135,10 +135,10 @@ def draw_prompts(side: int, input_boxes=None, input_points=None, input_labels=No
     """Boxes and points as a mask prompt, which tells a small SAM where it is asked about.
 
     SAM's decoder has to find the place of a prompt by attention. A small one from random weights does not learn that
-    in thousands of steps; that a mask prompt lies where it lies, it sees at once.
+    in hundreds of steps; that a mask prompt lies where it lies, it sees at once.
 
     Args:
-        side: of the model's input, in pixels.
+        side: of the model's input, in pixels; its patches have 16.
         input_boxes: `(n, 1, 4)`; 1 inside, -1 outside.
         input_points: `(n, 1, points, 2)`; blots of 3 where the label is 1, of -3 where it is 0.
         input_labels: `(n, 1, points)`.
