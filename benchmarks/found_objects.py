@@ -8,6 +8,7 @@ the box and of the image; and of the proposed segments that of the one that fits
 """
 
 import argparse
+import itertools
 from statistics import mean
 
 
@@ -34,7 +35,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for text in options.data:
         source = parse_source(text)
-        records = [source.load(handle) for handle in source.order(np.random.default_rng(0), 0, 1)][: options.images]
+        handles = itertools.islice(source.order(np.random.default_rng(0), 0, 1), options.images)
+        records = [source.load(handle) for handle in handles]
         for name in options.models:
             protector = Protector.from_pretrained(None if name == "default" else name)
             found: dict[str, list[float]] = {}

@@ -30,14 +30,19 @@ def make(folder: Path) -> None:
     UnSegProcessor.for_image_size(1024).save_pretrained(folder)
 
 
+def take_stock_sam(generator: UnSegModel) -> None:
+    """Transformers' own SAM, with the same weights, in place of the package's."""
+    with torch.device("meta"):
+        sam = SamModel._from_config(generator.config.sam_config)
+    sam.load_state_dict(generator.sam.state_dict(), assign=True)
+    generator.sam = sam.eval()
+
+
 def protect(way: str, folder: Path, photo: Path, output: Path) -> float:
     """Seconds for one image. `stock` has transformers' own SAM, `bf16` products in bfloat16."""
     protector = Protector.from_pretrained(folder, bf16=way == "bf16")
     if way == "stock":
-        with torch.device("meta"):
-            sam = SamModel._from_config(protector.model.config.sam_config)
-        sam.load_state_dict(protector.model.sam.state_dict(), assign=True)
-        protector.model.sam = sam.eval()
+        take_stock_sam(protector.model)
     protector.protect(photo, whole_image=True)
     start = time.perf_counter()
     protected = protector.protect(photo, whole_image=True)

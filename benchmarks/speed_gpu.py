@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from protect_large import make
+from protect_large import make, take_stock_sam
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,13 +91,9 @@ def attention(rounds: int, images: int = 4) -> None:
 
 
 def encoding(folder: Path, batches: list[int], rounds: int, rate: float) -> None:
-    from transformers import SamModel
-
     def stock() -> UnSegModel:
         model = UnSegModel.from_pretrained(folder)
-        sam = SamModel._from_config(model.config.sam_config)
-        sam.load_state_dict(model.sam.state_dict())
-        model.sam = sam
+        take_stock_sam(model)
         return model
 
     def bf16() -> UnSegModel:

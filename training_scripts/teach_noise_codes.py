@@ -18,7 +18,6 @@ another input size there are more or fewer of them: position embeddings are inte
 
 import argparse
 import copy
-import itertools
 import sys
 from pathlib import Path
 
@@ -79,8 +78,6 @@ def main() -> None:
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
     data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
-    if len(data) < options.batch_size:
-        raise ValueError(f"{len(data)} images are less than a batch of {options.batch_size}: lower --batch_size")
     # The noise has four cells for each patch.
     places = (np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4
     targets = np.stack([code_noise(code, places[:, None], places) for code in codes])
@@ -88,8 +85,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.noise_head.parameters(), options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     random = torch.Generator().manual_seed(options.seed)
-    epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
-    loader = DataLoader(data, batch_sampler=itertools.islice(itertools.chain.from_iterable(epochs), options.steps))
+    loader = DataLoader(data, batch_sampler=data.batches_of_steps(options.steps, options.batch_size))
     for step, batch in enumerate(loader, 1):
         orders = torch.stack([torch.randperm(len(codes) - 1, generator=random) for _ in batch["image"]])
         # The first, and some of the others.

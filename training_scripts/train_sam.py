@@ -13,7 +13,6 @@ Masks of everything in a photo, which no data set at hand has, come from `teache
 """
 
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -82,12 +81,9 @@ def main() -> None:
         return InteractiveSegmentation(sources, processor.target_size, (1, scale), **shape)
 
     data = data_of(options.train_data, options.max_scale)
-    if len(data) < options.batch_size:
-        raise ValueError(f"{len(data)} images are less than a batch of {options.batch_size}: lower --batch_size")
-    epochs = (data.batches(epoch, options.batch_size) for epoch in itertools.count())
     loader = DataLoader(
         Prompted(data, options.seed),
-        batch_sampler=itertools.islice(itertools.chain.from_iterable(epochs), options.steps),
+        batch_sampler=data.batches_of_steps(options.steps, options.batch_size),
         num_workers=options.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -187,11 +183,9 @@ def sam_loss(sam, batch: dict, step: int, points: int, random):
     """That of a first prompt, and of the click that corrects the answer to it."""
     import torch
 
-    from unseg_hf.proposals import draw_prompts
     from unseg_hf.training.losses import interactive_loss
     from unseg_hf.training.surrogates import normalise
 
-    side = batch["image"].shape[-1]
     choice = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
     if choice[0] < BOX_SHARE:
         prompts = {"input_boxes": batch["box"][:, None]}
@@ -203,9 +197,7 @@ def sam_loss(sam, batch: dict, step: int, points: int, random):
     embeddings = sam.get_image_embeddings(normalise(recoloured(batch["image"], random)))
 
     def answer():
-        drawn = draw_prompts(side, **prompts)
-        found = sam(image_embeddings=embeddings, input_masks=drawn, multimask_output=True, **prompts)
-        logits, ious = found.pred_masks[:, 0].float(), found.iou_scores[:, 0].float()
+        logits, ious = ask(sam, embeddings, batch["image"].shape[-1], prompts)
         return interactive_loss(logits, ious, batch["mask"], random, points), logits, ious
 
     first, logits, ious = answer()
@@ -213,6 +205,15 @@ def sam_loss(sam, batch: dict, step: int, points: int, random):
         prompts[name] = torch.cat([prompts[name], value], 2) if name in prompts else value
     second, *_ = answer()
     return (first + second) / 2
+
+
+def ask(sam, embeddings, side: int, prompts: dict):
+    """Logits `(n, masks, h, w)` and predicted IoUs `(n, masks)` for one prompt an image, which is drawn, too."""
+    from unseg_hf.proposals import draw_prompts
+
+    drawn = draw_prompts(side, **prompts)
+    found = sam(image_embeddings=embeddings, input_masks=drawn, multimask_output=True, **prompts)
+    return found.pred_masks[:, 0].float(), found.iou_scores[:, 0].float()
 
 
 def correcting_click(logits, ious, masks, random):
@@ -241,7 +242,6 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
     """Mean IoU, at SAM's own resolution, of the masks that it trusts most for a loose box and for one point."""
     import torch
 
-    from unseg_hf.proposals import draw_prompts
     from unseg_hf.training.surrogates import normalise
 
     ious = {"box": [], "point": []}
@@ -257,9 +257,8 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
                 ("box", {"input_boxes": batch["box"][:, None]}),
                 ("point", {"input_points": point, "input_labels": torch.ones_like(point[..., 0]).long()}),
             ):
-                drawn = draw_prompts(batch["image"].shape[-1], **prompts)
-                found = sam(image_embeddings=embeddings, input_masks=drawn, multimask_output=True, **prompts)
-                masks = found.pred_masks[:, 0][torch.arange(len(point)), found.iou_scores[:, 0].argmax(1)] > 0
+                logits, expected = ask(sam, embeddings, batch["image"].shape[-1], prompts)
+                masks = logits[torch.arange(len(point)), expected.argmax(1)] > 0
                 true = torch.nn.functional.interpolate(batch["mask"][:, None], masks.shape[-2:], mode="area")[:, 0]
                 true = true > 0.5
                 union = (masks | true).sum((1, 2)).clamp(min=1)

@@ -103,6 +103,17 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         for _ in range(skip, count):
             yield list(itertools.islice(draws, batch_size))
 
+    def batches_of_steps(self, steps: int, batch_size: int) -> Iterator[list[Draw]]:
+        """One process's batches of so many steps, over as many epochs as they take.
+
+        Raises:
+            ValueError: an epoch has no full batch.
+        """
+        if len(self) < batch_size:
+            raise ValueError(f"{len(self)} images are less than a batch of {batch_size}: lower the batch size")
+        epochs = (self.batches(epoch, batch_size) for epoch in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), steps)
+
     def _draws(self, epoch: int, rank: int, world: int) -> Iterator[Draw]:
         random = np.random.default_rng((self.seed, epoch, rank, world))
         parts = [rank] * len(self.sources)
