@@ -4,14 +4,15 @@
     python benchmarks/compare_patterns.py --data camvid/train.parquet --test_data camvid/val.parquet \\
         --ignore_labels 11 --epochs 10 --output runs/camvid.json --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
 
-A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between, or two with a slash, the
-second for images without colour and thin masks. Waves are square, or with --cells as soft as those of a generator
-whose noise has so many cells down the image and across it (the default's has 48, and --gain 3). It is added at 8 of
-255 in the mask and 0 outside, unless --epsilon and --background say otherwise. Of a binary data set's training split
-(no test split is looked at) the images from 300 to 599 train a victim and those from 660 to 760, clean, test it,
-unless --train and --test say others. Printed are the victim's scores on those and on what it was trained on: one that
-has found the noise knows its training images better than one that has not. Everything is in memory: the audit, which
-walks over files, is for generators. What --output has already is not trained again.
+A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between, or several with slashes:
+those behind the first are for images without colour and thin masks, which get the one that stands out most. Waves are
+square, or with --cells as soft as those of a generator whose noise has so many cells down the image and across it (the
+default's has 48, and --gain 3). It is added at 8 of 255 in the mask and 0 outside, unless --epsilon and --background
+say otherwise. Of a binary data set's training split (no test split is looked at) the images from 300 to 599 train a
+victim and those from 660 to 760, clean, test it, unless --train and --test say others. Printed are the victim's scores
+on those and on what it was trained on: one that has found the noise knows its training images better than one that has
+not. Everything is in memory: the audit, which walks over files, is for generators. What --output has already is not
+trained again.
 """
 
 import argparse
@@ -33,13 +34,15 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, c
     import torch
 
     from unseg_hf.noise_codes import code_noise
-    from unseg_hf.protection import needs_tint
+    from unseg_hf.protection import needs_tint, standing_out
 
-    waves, _, tint = pattern.partition("/")
+    waves, *tints = pattern.split("/")
     random = np.random.default_rng(number)
     height, width = labelled.labels.shape
-    tinted = tint and needs_tint(np.asarray(labelled.image), labelled.region, height / count)
-    codes = (tint if tinted else waves).split(",")
+    pixels = np.asarray(labelled.image)
+    if tints and needs_tint(pixels, labelled.region, height / count):
+        waves = tints[standing_out(pixels, np.stack([code_noise(tint, 0, 0) for tint in tints]))]
+    codes = waves.split(",")
     grid = (cells, cells) if cells else (height, width)
     rows, columns = ((np.arange(side) + 0.5) / side for side in grid)
     rows = rows[:, None]

@@ -57,9 +57,9 @@ def test_bands_of_a_mask_lie_alike_in_images_of_all_sizes(shape: tuple[int, int]
         places = (np.flatnonzero(np.diff(rows)) + 1) / shape[0]
         np.testing.assert_allclose(places, borders, atol=0.5 / shape[0] + 1e-9)
     np.testing.assert_array_equal(noise, control_noise("bands", np.ones(shape, bool), seed=1))
-    tint = control_noise("bands", np.zeros(shape, bool), seed=0, tint=True)
+    tint = control_noise("bands", np.zeros(shape, bool), seed=0, code="+--")
     assert (tint == [1, -1, -1]).all()
-    of_classes = [control_noise("bands", np.zeros(shape, np.uint8), seed=0, tint=tint) for tint in (True, False)]
+    of_classes = [control_noise("bands", np.zeros(shape, np.uint8), seed=0, code=code) for code in ("+--", "ded")]
     np.testing.assert_array_equal(*of_classes)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import apply_noise, compare, mean_width, without_colour
+from unseg_hf.protection import apply_noise, compare, mean_width, standing_out, without_colour
 
 RNG = np.random.default_rng(0)
 
@@ -298,8 +298,7 @@ def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
 
 
 def test_the_code_for_tints_is_for_grey_images_and_thin_masks_alone(coded_protector, protector_of):
-    # The same weights: codes 0, 1 and 3 are as they were.
-    with_tint = protector_of(noise_codes=4, tint_code=2)
+    with_tint = protector_of(noise_codes=4, tint_codes=[2])
     with_tint.model.load_state_dict(coded_protector.model.state_dict())
     mask = box_mask()
 
@@ -322,9 +321,57 @@ def test_the_code_for_tints_is_for_grey_images_and_thin_masks_alone(coded_protec
     assert difference(noise(coded_protector, yellow, mask=thin)[thin], lines[thin]).mean() > 1
     of_class = [noise(coded_protector, grey, masks=[mask], classes=[i], mode="per_segment")[mask] for i in range(3)]
     np.testing.assert_array_equal(noise(with_tint, grey)[mask], of_class[1])
-    for class_id, code in ((0, 0), (1, 2), (2, 0)):
+    for class_id in range(3):
         own = noise(with_tint, grey, masks=[mask], classes=[class_id], mode="per_segment")[mask]
-        np.testing.assert_array_equal(own, of_class[code])
+        np.testing.assert_array_equal(own, of_class[class_id])
+
+
+def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(coded_protector, protector_of):
+    protector = protector_of(noise_codes=4, faint_code=2, epsilon_smooth=2 / 255)
+    protector.model.load_state_dict(coded_protector.model.state_dict())
+    # A sky over a meadow.
+    pixels = np.full((240, 320, 3), 128, np.uint8)
+    pixels[120:] = np.random.default_rng(0).integers(60, 200, (120, 320, 3))
+    sky, meadow = np.s_[:70], np.s_[180:]
+
+    def noise(protector, picture=pixels, **options):
+        result = protector.protect(picture, **({"whole_image": True} | options))
+        return result.picture.pixels.astype(int) - result.original.pixels
+
+    softened, full = noise(protector), noise(coded_protector)
+    assert np.abs(full[sky]).max() == 8
+    assert np.abs(softened[sky]).max() == 2
+    assert np.abs(softened[sky]).mean() > 0.5
+    np.testing.assert_array_equal(softened[meadow], full[meadow])
+    in_16_bits = noise(protector, pixels.astype(np.uint16)[..., :1] * 257)
+    assert np.abs(in_16_bits[sky]).max() == 2 * 257
+    apart = noise(protector, whole_image=False, masks=[np.ones((240, 320), bool)] * 2, mode="per_segment")
+    assert np.abs(apart[sky]).max() == 2
+    everything = [np.ones((240, 320), bool)]
+    of_class = {"whole_image": False, "masks": everything, "classes": [1], "mode": "per_segment"}
+    np.testing.assert_array_equal(noise(protector, **of_class), noise(coded_protector, **of_class))
+    small = noise(protector, epsilon=4 / 255)
+    np.testing.assert_array_equal(small[meadow], noise(coded_protector, **of_class, epsilon=4 / 255)[meadow])
+    assert np.abs(small[sky]).max() == 2
+    assert np.abs(noise(protector, epsilon=1 / 255)).max() == 1
+    assert not noise(protector, epsilon=0).any()
+
+
+def test_of_several_tints_the_one_is_taken_that_stands_out_of_the_colours():
+    grey = np.random.default_rng(0).integers(0, 256, (600, 500, 1)).repeat(3, axis=2).astype(np.uint8)
+    red, magenta, white = (1, -1, -1), (1, -1, 1), (1, 1, 1)
+    for tints, wanted in (((red, magenta), red), ((magenta, red), magenta), ((white, red), red), ((red, white), red)):
+        tints = np.array(tints, np.float32)
+        assert tuple(tints[standing_out(grey, tints)]) == wanted
+    redder, yellower = (grey // 2 for _ in range(2))
+    redder[..., 0] = np.arange(500) // 4
+    yellower[..., :2] = (np.arange(500) // 4)[:, None]
+    for tint, pixels in ((magenta, redder), (red, yellower)):
+        for of_its_kind in (pixels, pixels.astype(np.uint16) * 257):
+            tints = 0.1 * np.array([red, magenta])
+            assert tuple(np.sign(tints[standing_out(of_its_kind, tints)])) == tint
+    # One pixel, or one colour, varies in nothing.
+    assert standing_out(np.full((1, 1, 3), 7, np.uint8), np.array([red, magenta])) == 0
 
 
 def test_the_width_of_a_region_is_that_of_a_stripe_and_the_radius_of_a_disc():

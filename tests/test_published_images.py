@@ -168,6 +168,17 @@ def test_other_noise_codes_make_other_bands(images: LabelledImages, tmp_path: Pa
     assert all((one != other).any() for one, other in zip(before, after, strict=True))
 
 
+def test_bands_are_those_that_the_generator_has_for_the_image_and_the_budget(images: LabelledImages, tmp_path: Path):
+    publish(images, "bands", tmp_path / "small", epsilon=4 / 255, epsilon_background=0.0)
+    publish(images, "bands", tmp_path / "usual", epsilon=8 / 255, epsilon_background=0.0)
+    for folder, wanted in (("small", {-1}), ("usual", {-1, 1})):
+        for labelled, published in zip(images, pixels_of(tmp_path / folder, images), strict=True):
+            signs = np.sign(published.astype(int) - np.asarray(labelled.image))[labelled.region]
+            red, green, _ = signs[(signs != 0).all(axis=1)].T
+            # Green is red's opposite, or a quarter of a wave before it.
+            assert set(red * green) == wanted
+
+
 def test_victims_see_the_treated_files(images: LabelledImages, tmp_path: Path):
     publish(images, "stripes", tmp_path / "stripes", **BUDGET)
     seen = {}

@@ -40,11 +40,11 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
         command = [sys.executable, SCRIPT, saved_generator, "--train_data", data, "--output", taught, *options]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
-    codes = ("--mask_code", "ddd", "--class_codes", "DDD", "--tint_code", "+++")
+    codes = ("--mask_code", "ddd", "--class_codes", "DDD", "+++", "--tint_codes", "+++")
     done = run(*codes, "--steps", 100, "--learning_rate", 0.01)
     assert done.returncode == 0, done.stderr
     model, before = UnSegModel.from_pretrained(taught).eval(), UnSegModel.from_pretrained(saved_generator)
-    assert (model.config.noise_codes, model.config.tint_code) == (3, 2)
+    assert (model.config.noise_codes, model.config.tint_codes, model.config.faint_code) == (3, [2], 0)
     assert UnSegProcessor.from_pretrained(taught).target_size == 64
     sam = before.sam.state_dict()
     assert all(torch.equal(value, sam[name]) for name, value in model.sam.state_dict().items())
@@ -58,6 +58,8 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
         assert (made * wanted).mean() > 0.3
     assert "choose a new folder" in run().stderr
     assert "code 'xyz'" in run("--class_codes", "xyz", "--output", tmp_path / "other").stderr
+    wrong = run("--class_codes", "ddd", "--tint_codes", "+++", "--output", tmp_path / "other")
+    assert "--tint_codes +++: must be among the codes ded ddd" in wrong.stderr
 
 
 def test_at_another_input_size_the_sam_keeps_all_weights_but_the_positions(saved_generator, tmp_path):

@@ -9,8 +9,8 @@ The embedded default, from what `train_generator.py` left:
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
 of. The noise head gets a set of noise tokens for each code, and all of it, SAM apart, is trained to make them from any
 image and mask: one wave for each patch of the encoder, down the image or across it, or none. Masks without a class
-have a code too, and a tint where waves say little. Which codes keep victims from learning objects and classes is
-measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
+have a code of their own, and at small budgets, or where waves say little, one of the classes'. Which codes keep
+victims from learning objects and classes is measured by `benchmarks/compare_patterns.py` (docs/experiments.md).
 
 With images stretched to the input, not padded, waves lie alike in images of all shapes, see `UnSegProcessor`; and at
 another input size there are more or fewer of them: position embeddings are interpolated.
@@ -35,8 +35,14 @@ def main() -> None:
         "--epsilon_background", type=float, help="outside the mask, in grey levels of 255 (default: as it was)"
     )
     parser.add_argument("--mask_code", help="noise of masks, see unseg_hf/noise_codes.py (default: its MASK)")
-    parser.add_argument("--tint_code", help="of masks that waves say little in (default: its TINT)")
     parser.add_argument("--class_codes", nargs="+", help="noises of classes (default: its CLASSES)")
+    parser.add_argument(
+        "--tint_codes", nargs="+", help="those of them for masks that waves say little in (default: its TINTS)"
+    )
+    parser.add_argument("--faint_code", help="that of them for masks at small budgets (default: its FAINT)")
+    parser.add_argument(
+        "--epsilon_smooth", type=float, help="where images are smooth, in grey levels of 255 (default: as it was)"
+    )
     parser.add_argument(
         "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
     )
@@ -58,13 +64,18 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.noise_codes import CLASSES, MASK, TINT, code_noise
+    from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS, code_noise
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.publishing import save_generator
     from unseg_hf.training.surrogates import normalise
 
     torch.manual_seed(options.seed)
-    codes = [options.mask_code or MASK, *(options.class_codes or CLASSES), options.tint_code or TINT]
+    codes = [options.mask_code or MASK, *(options.class_codes or CLASSES)]
+    tints = options.tint_codes or ([] if options.class_codes else TINTS)
+    faint = options.faint_code or (codes[0] if options.class_codes else FAINT)
+    for name, unknown in (("tint_codes", set(tints) - set(codes[1:])), ("faint_code", {faint} - set(codes))):
+        if unknown:
+            raise ValueError(f"--{name} {' '.join(sorted(unknown))}: must be among the codes {' '.join(codes)}")
     processor = UnSegProcessor.from_pretrained(options.generator)
     stretch = processor.stretch or options.stretch
     sharpness = processor.sharpness if options.sharpness is None else options.sharpness
@@ -73,6 +84,10 @@ def main() -> None:
         processor = UnSegProcessor.for_image_size(size)
     processor = UnSegProcessor(processor.image_processor, stretch, sharpness)
     model = with_codes(UnSegModel.from_pretrained(options.generator), len(codes), size)
+    model.config.tint_codes = [codes.index(tint, 1) for tint in tints]
+    model.config.faint_code = codes.index(faint)
+    if options.epsilon_smooth is not None:
+        model.config.epsilon_smooth = options.epsilon_smooth / 255
     if options.epsilon_background is not None:
         _, model.config.epsilon_background = model.config.budget(None, options.epsilon_background / 255)
     model.sam.requires_grad_(False)
@@ -104,14 +119,14 @@ def main() -> None:
 
 
 def with_codes(model, count: int, image_size: int):
-    """The same SAM at an input size, with a noise head for so many codes, the last for tints, to be trained."""
+    """The same SAM at an input size, with a noise head for so many codes, to be trained."""
     import torch
 
     from unseg_hf import UnSegModel
     from unseg_hf.training.surrogates import load_resized, sam_config_at
 
     config = copy.deepcopy(model.config)
-    config.noise_codes, config.tint_code = count, count - 1
+    config.noise_codes, config.tint_codes = count, None
     config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():

@@ -27,9 +27,17 @@ class UnSegConfig(PreTrainedConfig):
         noise_codes (`int`, defaults to 1):
             Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
             masks; the others, of which the paper's generator has none, are for classes.
-        tint_code (`int`, *optional*):
-            Which of those sets is not for a class but for masks in images of three channels that waves say little in:
-            grey ones, and masks thinner than a wave. `None`: they get the first one, too.
+        tint_codes (`list[int]`, *optional*):
+            Which of those sets are flat colours, for masks that waves say little in: in grey images of three channels,
+            and masks thinner than a wave. Such a mask gets the one that stands out most of its image's colours, the
+            first where all do alike. They may be classes' noises besides. `None`: such masks get the first set, too.
+        faint_code (`int`, *optional*):
+            Which of those sets masks get instead of the first where the budget is below 6/255: waves in colour alone,
+            which victims find at less. `None`: the first.
+        epsilon_smooth (`float`, *optional*):
+            Largest change inside the mask where the image is smooth and noise would show (skies, skin), as a share of
+            the pixel range; it holds for the first set and the faint one. `None`: `epsilon` everywhere, as in the
+            paper.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
@@ -45,8 +53,8 @@ class UnSegConfig(PreTrainedConfig):
             Standard deviation of the normal distribution that new noise tokens are drawn from.
 
     Raises:
-        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, a tint code that is
-            none of them, or a fusion layer or token offset that the SAM inside does not have.
+        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes that
+            are none of them, or a fusion layer or token offset that the SAM inside does not have.
 
     Example:
 
@@ -68,7 +76,9 @@ class UnSegConfig(PreTrainedConfig):
     fusion_layer: int | None = None
     noise_token_offset: int = 0
     noise_codes: int = 1
-    tint_code: int | None = None
+    tint_codes: list[int] | tuple[int, ...] | None = None
+    faint_code: int | None = None
+    epsilon_smooth: float | int | None = None
     mask_prompt_scale: float | int = 255.0
     freeze_sam: bool = True
     draw_prompts: bool = False
@@ -94,8 +104,14 @@ class UnSegConfig(PreTrainedConfig):
             raise ValueError(f"fusion_layer={self.fusion_layer}: the vision encoder has layers 1 to {layers}")
         if self.noise_codes < 1:
             raise ValueError(f"noise_codes={self.noise_codes}: must be at least 1")
-        if self.tint_code is not None and not 0 < self.tint_code < self.noise_codes:
-            raise ValueError(f"tint_code={self.tint_code}: must be above 0 and below noise_codes={self.noise_codes}")
+        if not all(0 < code < self.noise_codes for code in self.tint_codes or ()):
+            raise ValueError(
+                f"tint_codes={self.tint_codes}: all must be above 0 and below noise_codes={self.noise_codes}"
+            )
+        if self.faint_code is not None and not 0 <= self.faint_code < self.noise_codes:
+            raise ValueError(f"faint_code={self.faint_code}: must be below noise_codes={self.noise_codes}")
+        if self.epsilon_smooth is not None and not 0 <= self.epsilon_smooth <= 1:
+            raise ValueError(f"epsilon_smooth={self.epsilon_smooth:g}: must be from 0 to 1 (2 grey levels are 2/255)")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2
         if not -first_noise_token <= self.noise_token_offset <= 0:
             raise ValueError(

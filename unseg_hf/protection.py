@@ -21,6 +21,10 @@ from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 MODES = ("union", "per_segment")
 GREY = 3 / 255  # of an image's range, between its channels
 THIN = 0.5  # of a wave
+LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
+CLEARLY = 1.1  # times as far
+SMALL_BUDGET = 6 / 255
+SMOOTH, TEXTURED = 2 / 255, 16 / 255  # the same: deviations of grey in a cell
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
@@ -364,15 +368,20 @@ class Protector:
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
         drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
-        without_class = self._code_of_masks(job.picture.pixels, region, cell * sizes[0][0] / sizes[1][0])
-        codes = [without_class]
-        codes += [without_class if job.classes is None else self._code_of_class(job.classes[i]) for i in inside]
+        # Of masks without a class, and of what lies around all masks.
+        codes = self._codes_of_masks(job, region, cell * sizes[0][0] / sizes[1][0])
+        noise = self._decoded(embeddings, drawn[:1].expand(len(codes), -1, -1), codes, None)
+        chosen = standing_out(job.picture.pixels, noise.mean(dim=(2, 3)).numpy()) if len(codes) > 1 else 0
+        noise = [noise[chosen, None]]
+        own_codes = [codes[chosen] if job.classes is None else self._code_of_class(job.classes[i]) for i in inside]
         boxes = [self.processor.noise_box(extent, *sizes, cell) for _, extent in segments]
-        noise = [self._decoded(embeddings, drawn[:1], codes[:1], None)]
         for start in range(0, len(boxes), PROMPT_CHUNK):
             chunk = slice(start, start + PROMPT_CHUNK)
-            noise.append(self._decoded(embeddings, drawn[1:][chunk], codes[1:][chunk], boxes[chunk]))
+            noise.append(self._decoded(embeddings, drawn[1:][chunk], own_codes[chunk], boxes[chunk]))
         noise = torch.cat(noise)
+        if self.model.config.epsilon_smooth is not None and codes[0] not in (self.model.config.tint_codes or ()):
+            strength = self._strength(job, sizes[1], noise.shape[-2:])
+            noise[: 1 if job.classes is not None else None] *= strength
         if not torch.isfinite(noise).all():
             raise FloatingPointError(
                 "the generator's noise is not finite: its weights are damaged, or its dtype too small"
@@ -383,15 +392,27 @@ class Protector:
             return everywhere
         return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
 
-    def _code_of_masks(self, pixels: np.ndarray, region: np.ndarray, patch: float) -> int:
-        """That of masks without a class, and of what lies around all masks; a patch has so many pixels of height."""
-        tint = self.model.config.tint_code
-        return 0 if tint is None or not needs_tint(pixels, region, patch) else tint
+    def _strength(self, job: "Job", reshaped: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
+        """What noise over the square, in so many rows and columns, is multiplied with: less where the image in it,
+        of this (height, width), is smooth and noise would show."""
+        least = min(1.0, self.model.config.epsilon_smooth / max(job.epsilon, 1e-9)) / self.processor.sharpness
+        part = [-(-side * cells // self.processor.target_size) for side, cells in zip(reshaped, grid, strict=True)]
+        textured = (texture(job.picture.pixels, part) - SMOOTH) / (TEXTURED - SMOOTH)
+        strength = torch.ones(*grid)
+        # `lerp` has both ends exactly: full strength changes no bit.
+        strength[: part[0], : part[1]] = torch.tensor(least).lerp(torch.tensor(1.0), textured.clamp(0, 1))
+        return strength
+
+    def _codes_of_masks(self, job: "Job", region: np.ndarray, patch: float) -> list[int]:
+        """Those that are in question for masks without a class; a patch has so many pixels of height."""
+        config = self.model.config
+        if config.tint_codes and needs_tint(job.picture.pixels, region, patch):
+            return list(config.tint_codes)
+        return [config.faint_code if config.faint_code is not None and job.epsilon < SMALL_BUDGET else 0]
 
     def _code_of_class(self, class_id: int) -> int:
-        config = self.model.config
-        of_classes = [code for code in range(1, config.noise_codes) if code != config.tint_code]
-        return of_classes[class_id % len(of_classes)] if of_classes else 0
+        of_classes = self.model.config.noise_codes - 1
+        return 1 + class_id % of_classes if of_classes else 0
 
     def _decoded(
         self, embeddings, masks: torch.Tensor, codes: list[int], boxes: list[tuple[int, int, int, int]] | None
@@ -473,6 +494,42 @@ def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
     return pixels.shape[2] > 1 and (without_colour(pixels) or mean_width(region) < THIN * wave)
 
 
+def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
+    """Which tint stands out most of an image's colours: the first, unless another is clearly farther out.
+
+    How far is the tint's length in standard deviations of the pixels in its direction (Mahalanobis' distance). In a
+    retina, whose pixels differ in how red they are, red says little.
+
+    Args:
+        pixels: `(height, width, 3)` uint8 or uint16.
+        tints: `(tints, 3)`, changes of red, green and blue, all in one unit.
+    """
+    few = _thinned(pixels).reshape(-1, 3) / np.iinfo(pixels.dtype).max
+    spread = np.cov(few, rowvar=False, bias=True) + LEAST_SPREAD**2 * np.eye(3)
+    squares = np.einsum("tc,cd,td->t", tints, np.linalg.inv(spread), tints)
+    return 0 if squares.max() < CLEARLY**2 * squares[0] else int(squares.argmax())
+
+
+def texture(pixels: np.ndarray, cells: Sequence[int]) -> torch.Tensor:
+    """How rough an image is in so many cells down and across it: the standard deviation of its grey within each of
+    them and its neighbours (the root of their mean variance).
+
+    Args:
+        pixels: `(height, width, channels)` uint8 or uint16.
+        cells: rows and columns.
+
+    Returns:
+        `(rows, columns)` float32, as shares of the pixel range.
+    """
+    grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float32) / np.float32(np.iinfo(pixels.dtype).max))
+    # A cell of a few pixels has no texture to speak of.
+    few = [max(1, min(cell, side // 4)) for cell, side in zip(cells, grey.shape, strict=True)]
+    mean, squares = F.adaptive_avg_pool2d(torch.stack([grey, grey**2]), few)
+    variance = (squares - mean**2).clamp(min=0)[None, None]
+    rough = F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()
+    return F.interpolate(rough, tuple(cells), mode="bilinear")[0, 0]
+
+
 def mean_width(region: np.ndarray) -> float:
     """Twice the area of a `(height, width)` bool region by its perimeter: a stripe's width, about a disc's radius."""
     perimeter = sum(np.count_nonzero(np.diff(region, axis=axis)) for axis in (0, 1))
@@ -487,11 +544,16 @@ def without_colour(pixels: np.ndarray) -> bool:
     """
     if pixels.shape[2] < 3:
         return False
-    height, width = pixels.shape[:2]
     # numpy's own maximum over a last axis of three takes ten times as long.
-    few = [pixels[:: 1 + height // 512, :: 1 + width // 512, channel] for channel in range(3)]
+    few = np.moveaxis(_thinned(pixels), 2, 0)
     spread = functools.reduce(np.maximum, few) - functools.reduce(np.minimum, few)
     return float(spread.mean()) < GREY * np.iinfo(pixels.dtype).max
+
+
+def _thinned(pixels: np.ndarray) -> np.ndarray:
+    """At most 512 rows and columns of an image, which tell its colours as well as all do."""
+    height, width = pixels.shape[:2]
+    return pixels[:: 1 + height // 512, :: 1 + width // 512]
 
 
 def apply_noise(

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from unseg_hf.noise_codes import CLASSES, MASK, TINT, code_noise
+from unseg_hf.noise_codes import CLASSES, MASK, code_noise
 
 STRIPE_PERIOD = 16
 """Period of the horizontal stripes of the `stripes` control, in pixels of the published image."""
@@ -81,8 +81,8 @@ def _textures(labels: np.ndarray) -> np.ndarray:
     return np.zeros_like(labels) if labels.dtype == bool else labels
 
 
-def _bands(labels: np.ndarray, seed: int, tint: bool = False) -> np.ndarray:
-    codes = [TINT if tint else MASK] if labels.dtype == bool else CLASSES
+def _bands(labels: np.ndarray, seed: int, code: str = MASK) -> np.ndarray:
+    codes = [code] if labels.dtype == bool else CLASSES
 
     def pattern(label: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         places = ((rows + 0.5) / labels.shape[0], (columns + 0.5) / labels.shape[1])
@@ -135,10 +135,10 @@ CONTROLS: dict[str, Callable[..., np.ndarray]] = {
     "patches": partial(_by_class, pattern=_class_patches),
     "whole": partial(_random_cells, cell=1),
 }
-"""Name of each control noise -> function of (labels, seed); of `bands` also of tint."""
+"""Name of each control noise -> function of (labels, seed); of `bands` also of code."""
 
 
-def control_noise(name: str, labels: np.ndarray, seed: int, tint: bool = False) -> np.ndarray:
+def control_noise(name: str, labels: np.ndarray, seed: int, code: str = MASK) -> np.ndarray:
     """Make a noise with no learning in it, at full amplitude.
 
     The amplitude is set by the caller, with [`unseg_hf.protection.apply_noise`], the function that also applies the
@@ -153,7 +153,7 @@ def control_noise(name: str, labels: np.ndarray, seed: int, tint: bool = False) 
       and outside; for class ids with an angle and a period (10 to 25 pixels) of each class's own.
     - `bands`: what the embedded generator was taught, sharp and without a network: 12 waves in every image, whatever
       its size, so that they lie alike in all images that somebody resizes to one size. For a mask
-      those of `MASK`, or where they say little its `TINT`; for class ids one of the 24 `CLASSES` of
+      those of `code`; for class ids one of the 24 `CLASSES` of
       [`unseg_hf.noise_codes`].
     - `colour`: one colour a class; for a mask magenta inside and its opposite, green, outside. The colours are full
       signs here too, and the budget weights them as it does any other noise: a change of colour of `epsilon` inside
@@ -170,7 +170,7 @@ def control_noise(name: str, labels: np.ndarray, seed: int, tint: bool = False) 
             on, 255 = ignored. A mask of 0 and 255 goes in as `mask != 0`.
         seed: seed of the image, at least 0. `stripes`, `colour` and `patches` depend on the labels alone: they are the
             same in every image.
-        tint: waves say little here, see [`unseg_hf.protection.needs_tint`]; `bands` alone asks.
+        code: of a mask's `bands` (see [`unseg_hf.noise_codes`]).
 
     Returns:
         Noise, shape `(height, width, 3)`, float32 in [-1, 1]. Every value is -1 or 1, with two exceptions:
@@ -193,5 +193,5 @@ def control_noise(name: str, labels: np.ndarray, seed: int, tint: bool = False) 
         raise ValueError(f"labels are {labels.dtype}; pass a mask as bool, a label map as integers")
     if labels.min(initial=0) < 0:
         raise ValueError(f"labels go down to {labels.min()}; number classes from 0, with {IGNORED_CLASS} = ignored")
-    options = {"tint": tint} if name == "bands" else {}
+    options = {"code": code} if name == "bands" else {}
     return CONTROLS[name](labels, seed, **options).astype(np.float32, copy=False)

@@ -21,7 +21,7 @@ from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 from unseg_hf.model_identity import model_identity
-from unseg_hf.noise_codes import CLASSES, MASK, TINT
+from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS, code_noise
 
 NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
@@ -101,7 +101,7 @@ def noise_settings(
     if noise.startswith("generator"):
         settings["model"] = model_identity(model)[0]
     if noise == "bands":
-        settings["codes"] = " ".join([MASK, TINT, *CLASSES])
+        settings["codes"] = " ".join([MASK, FAINT, *TINTS, *CLASSES])
     return settings
 
 
@@ -194,19 +194,28 @@ def _protection(
 
         return protect_with_generator
 
-    from unseg_hf.protection import apply_noise, needs_tint
+    from unseg_hf.protection import apply_noise
 
     def protect_with_control(labelled: LabelledImage) -> Image.Image:
         # The seed comes from the name, so that a file does not depend on which other images are published.
         seed = int.from_bytes(hashlib.sha256(labelled.name.encode()).digest()[:8])
         pixels = np.asarray(labelled.image)
         labels = labelled.region if images.binary else labelled.labels
-        tint = noise == "bands" and needs_tint(pixels, labelled.region, len(pixels) / BANDS)
-        control = control_noise(noise, labels, seed, tint)
+        code = _code_of_bands(pixels, labelled.region, epsilon) if noise == "bands" else MASK
+        control = control_noise(noise, labels, seed, code)
         pixels = apply_noise(pixels, control, labelled.region, epsilon, epsilon_background)
         return Image.fromarray(pixels)
 
     return protect_with_control
+
+
+def _code_of_bands(pixels: np.ndarray, region: np.ndarray, epsilon: float) -> str:
+    """That which the generator has for a mask in such an image."""
+    from unseg_hf.protection import SMALL_BUDGET, needs_tint, standing_out
+
+    if needs_tint(pixels, region, len(pixels) / BANDS):
+        return TINTS[standing_out(pixels, np.stack([code_noise(code, 0, 0) for code in TINTS]))]
+    return FAINT if epsilon < SMALL_BUDGET else MASK
 
 
 def treat(
