@@ -41,7 +41,9 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, c
     height, width = labelled.labels.shape
     pixels = np.asarray(labelled.image)
     if tints and needs_tint(pixels, labelled.region, height / count):
-        waves = tints[standing_out(pixels, np.stack([code_noise(tint, 0, 0) for tint in tints]))]
+        # Of one there is no choice, and it may be a list of codes.
+        chosen = standing_out(pixels, np.stack([code_noise(tint, 0, 0) for tint in tints])) if len(tints) > 1 else 0
+        waves = tints[chosen]
     codes = waves.split(",")
     grid = (cells, cells) if cells else (height, width)
     rows, columns = ((np.arange(side) + 0.5) / side for side in grid)

@@ -358,7 +358,7 @@ def test_default_configuration_is_the_papers():
         ({"fusion_layer": 3}, "fusion_layer=3: the vision encoder has layers 1 to 2"),
         ({"noise_codes": 0}, "noise_codes=0: must be at least 1"),
         ({"noise_codes": 2, "tint_codes": [1, 2]}, r"tint_codes=\[1, 2\]: all must be above 0 and below noise_codes="),
-        ({"noise_codes": 2, "faint_code": 2}, "faint_code=2: must be below noise_codes=2"),
+        ({"noise_codes": 2, "faint_code": 2}, "faint_code=2: must be from 0 to below noise_codes=2"),
         ({"epsilon_smooth": 2}, r"epsilon_smooth=2: must be from 0 to 1 \(2 grey levels are 2/255\)"),
         ({"noise_token_offset": 1}, "noise_token_offset=1: must be from -5 to 0"),
         ({"noise_token_offset": -6}, "noise_token_offset=-6: must be from -5 to 0"),

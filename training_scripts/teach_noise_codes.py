@@ -3,8 +3,8 @@
 The embedded default, from what `train_generator.py` left:
 
     python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 --sharpness 3 \\
-        --epsilon_background 0 --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions \\
-        --no-save_code --output runs/unseg-tiny
+        --epsilon_background 0 --epsilon_smooth 2 --no-save_code --output runs/unseg-tiny \\
+        --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions
 
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
 of. The noise head gets a set of noise tokens for each code, and all of it, SAM apart, is trained to make them from any
@@ -88,6 +88,7 @@ def main() -> None:
     model.config.faint_code = codes.index(faint)
     if options.epsilon_smooth is not None:
         model.config.epsilon_smooth = options.epsilon_smooth / 255
+    model.config.validate()
     if options.epsilon_background is not None:
         _, model.config.epsilon_background = model.config.budget(None, options.epsilon_background / 255)
     model.sam.requires_grad_(False)
@@ -126,7 +127,7 @@ def with_codes(model, count: int, image_size: int):
     from unseg_hf.training.surrogates import load_resized, sam_config_at
 
     config = copy.deepcopy(model.config)
-    config.noise_codes, config.tint_codes = count, None
+    config.noise_codes, config.tint_codes, config.faint_code = count, None, None
     config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():

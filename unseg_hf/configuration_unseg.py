@@ -29,15 +29,16 @@ class UnSegConfig(PreTrainedConfig):
             masks; the others, of which the paper's generator has none, are for classes.
         tint_codes (`list[int]`, *optional*):
             Which of those sets are flat colours, for masks that waves say little in: in grey images of three channels,
-            and masks thinner than a wave. Such a mask gets the one that stands out most of its image's colours, the
-            first where all do alike. They may be classes' noises besides. `None`: such masks get the first set, too.
+            and masks thinner than a wave. Such a mask gets the one that stands out most of its image's colours, of
+            those that do about as much the first. They may be classes' noises besides. `None`: such masks get the
+            first set, too.
         faint_code (`int`, *optional*):
             Which of those sets masks get instead of the first where the budget is below 6/255: waves in colour alone,
             which victims find at less. `None`: the first.
         epsilon_smooth (`float`, *optional*):
-            Largest change inside the mask where the image is smooth and noise would show (skies, skin), as a share of
-            the pixel range; it holds for the first set and the faint one. `None`: `epsilon` everywhere, as in the
-            paper.
+            Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin.
+            It holds whatever budget is asked for, but not for tints and the noises of classes. `None`: `epsilon` and
+            `epsilon_background` hold everywhere, as in the paper.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
@@ -53,8 +54,8 @@ class UnSegConfig(PreTrainedConfig):
             Standard deviation of the normal distribution that new noise tokens are drawn from.
 
     Raises:
-        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes that
-            are none of them, or a fusion layer or token offset that the SAM inside does not have.
+        ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes or a faint
+            one that are none of them, or a fusion layer or token offset that the SAM inside does not have.
 
     Example:
 
@@ -109,7 +110,7 @@ class UnSegConfig(PreTrainedConfig):
                 f"tint_codes={self.tint_codes}: all must be above 0 and below noise_codes={self.noise_codes}"
             )
         if self.faint_code is not None and not 0 <= self.faint_code < self.noise_codes:
-            raise ValueError(f"faint_code={self.faint_code}: must be below noise_codes={self.noise_codes}")
+            raise ValueError(f"faint_code={self.faint_code}: must be from 0 to below noise_codes={self.noise_codes}")
         if self.epsilon_smooth is not None and not 0 <= self.epsilon_smooth <= 1:
             raise ValueError(f"epsilon_smooth={self.epsilon_smooth:g}: must be from 0 to 1 (2 grey levels are 2/255)")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2

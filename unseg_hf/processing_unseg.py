@@ -217,7 +217,7 @@ class FullSizeNoise:
     A value does not depend on the part that it was asked for in.
 
     Args:
-        noise: `(h, w, 3)` float32 in [-1, 1].
+        noise: `(h, w, channels)` float32 in [-1, 1].
         steps: in which it is enlarged, bilinearly: (height, width) of what is enlarged, and that it becomes.
         sharpness: what it is multiplied with before it is clipped.
     """
@@ -230,7 +230,7 @@ class FullSizeNoise:
         self._steps = [[_neighbours(*sides) for sides in zip(*step, strict=True)] for step in steps]
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
-        """Rows of the image, or rows and columns: a new `(rows, columns, 3)` float32 array in [-1, 1]."""
+        """Rows of the image, or rows and columns: a new `(rows, columns, channels)` float32 array."""
         rows, columns = part if isinstance(part, tuple) else (part, slice(None))
         noise = self._after(len(self._steps), rows, columns)
         return np.clip(noise, -1, 1, out=noise) if self._clipped else noise
@@ -244,10 +244,10 @@ class FullSizeNoise:
         )
         few = self._after(steps - 1, slice(above[0], below[-1] + 1), slice(left[0], right[-1] + 1))
         # Channels are columns of their own here: numpy is slow where an innermost axis is as short as three.
-        flat = few.reshape(len(few), -1)
-        left, right = ((3 * (places[:, None] - left[0]) + np.arange(3)).ravel() for places in (left, right))
-        wide = _mixed(flat[:, left], flat[:, right], np.repeat(across, 3))
-        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, 3)
+        flat, depth = few.reshape(len(few), -1), few.shape[2]
+        left, right = ((depth * (places[:, None] - left[0]) + np.arange(depth)).ravel() for places in (left, right))
+        wide = _mixed(flat[:, left], flat[:, right], np.repeat(across, depth))
+        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, depth)
 
 
 def _mixed(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:

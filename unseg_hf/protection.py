@@ -23,8 +23,10 @@ GREY = 3 / 255  # of an image's range, between its channels
 THIN = 0.5  # of a wave
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
 CLEARLY = 1.1  # times as far
-SMALL_BUDGET = 6 / 255
-SMOOTH, TEXTURED = 2 / 255, 16 / 255  # the same: deviations of grey in a cell
+SMALL_BUDGET = 6 / 255  # the same
+TEXTURE_CELLS = 48  # down an image and across it
+TEXTURED = 6 / 255  # deviation of grey, of its range, from which noise is hidden
+SMOOTH = 1 / 3  # of that, up to which it shows
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
@@ -292,15 +294,19 @@ class Protector:
         if not region.any():
             what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
             found.append(f"the mask is empty: {what}")
-        noise = self._noise(job, embeddings, masks, region)
+        noise, covers = self._noise(job, embeddings, masks, region)
         job.seconds += time.perf_counter() - start
-        return Decoded(noise, region, len(masks), (*job.picture.notes, *found))
+        return Decoded(noise, covers, region, len(masks), (*job.picture.notes, *found))
 
     def apply(self, job: "Job", decoded: "Decoded") -> Protected:
         """The last step: adds the noise at the image's size and checks the bound."""
         start = time.perf_counter()
         budget = (job.epsilon, job.epsilon_background)
-        protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget)
+        ceiling = None
+        smooth = self.model.config.epsilon_smooth
+        if decoded.covers and smooth is not None and smooth < job.epsilon:
+            ceiling = ceiling_of(job.picture.pixels, decoded.region, job.epsilon, smooth)
+        protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         _check_bound(job.picture.pixels, protected, decoded.region, *budget)
         return Protected(
             original=job.picture,
@@ -360,8 +366,9 @@ class Protector:
 
     def _noise(
         self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
-    ) -> "FullSizeNoise | NoiseOfSegments":
-        """Its rows are `(rows, width, 3)` float32 in [-1, 1]."""
+    ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool]":
+        """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], and whether all of it is that of masks without a
+        class and no tint."""
         apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
@@ -371,7 +378,7 @@ class Protector:
         # Of masks without a class, and of what lies around all masks.
         codes = self._codes_of_masks(job, region, cell * sizes[0][0] / sizes[1][0])
         noise = self._decoded(embeddings, drawn[:1].expand(len(codes), -1, -1), codes, None)
-        chosen = standing_out(job.picture.pixels, noise.mean(dim=(2, 3)).numpy()) if len(codes) > 1 else 0
+        chosen = standing_out(job.picture.pixels, noise.float().mean(dim=(2, 3)).numpy()) if len(codes) > 1 else 0
         noise = [noise[chosen, None]]
         own_codes = [codes[chosen] if job.classes is None else self._code_of_class(job.classes[i]) for i in inside]
         boxes = [self.processor.noise_box(extent, *sizes, cell) for _, extent in segments]
@@ -379,29 +386,18 @@ class Protector:
             chunk = slice(start, start + PROMPT_CHUNK)
             noise.append(self._decoded(embeddings, drawn[1:][chunk], own_codes[chunk], boxes[chunk]))
         noise = torch.cat(noise)
-        if self.model.config.epsilon_smooth is not None and codes[0] not in (self.model.config.tint_codes or ()):
-            strength = self._strength(job, sizes[1], noise.shape[-2:])
-            noise[: 1 if job.classes is not None else None] *= strength
         if not torch.isfinite(noise).all():
             raise FloatingPointError(
                 "the generator's noise is not finite: its weights are damaged, or its dtype too small"
             )
 
         everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
+        tinted = codes[chosen] in (self.model.config.tint_codes or ())
+        covers = not tinted and not (segments and job.classes is not None)
         if not segments:
-            return everywhere
-        return NoiseOfSegments(everywhere, [(*segment, one) for segment, one in zip(segments, own, strict=True)])
-
-    def _strength(self, job: "Job", reshaped: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
-        """What noise over the square, in so many rows and columns, is multiplied with: less where the image in it,
-        of this (height, width), is smooth and noise would show."""
-        least = min(1.0, self.model.config.epsilon_smooth / max(job.epsilon, 1e-9)) / self.processor.sharpness
-        part = [-(-side * cells // self.processor.target_size) for side, cells in zip(reshaped, grid, strict=True)]
-        textured = (texture(job.picture.pixels, part) - SMOOTH) / (TEXTURED - SMOOTH)
-        strength = torch.ones(*grid)
-        # `lerp` has both ends exactly: full strength changes no bit.
-        strength[: part[0], : part[1]] = torch.tensor(least).lerp(torch.tensor(1.0), textured.clamp(0, 1))
-        return strength
+            return everywhere, covers
+        own = [(*segment, one) for segment, one in zip(segments, own, strict=True)]
+        return NoiseOfSegments(everywhere, own), covers
 
     def _codes_of_masks(self, job: "Job", region: np.ndarray, patch: float) -> list[int]:
         """Those that are in question for masks without a class; a patch has so many pixels of height."""
@@ -475,9 +471,11 @@ class Job:
 @dataclass(eq=False)
 class Decoded:
     """What the model said of a [`Job`]: noise in [-1, 1], whose rows at the image's size are made when they are asked
-    for, the union `(height, width)` bool of its masks and their number, and notes for the user."""
+    for, whether smooth parts may have less of it (a tint and a class's noise stay whole), the union `(height, width)`
+    bool of its masks and their number, and notes for the user."""
 
     noise: "FullSizeNoise | NoiseOfSegments"
+    covers: bool
     region: np.ndarray
     masks: int
     notes: tuple[str, ...]
@@ -495,10 +493,10 @@ def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
 
 
 def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
-    """Which tint stands out most of an image's colours: the first, unless another is clearly farther out.
+    """Which tint stands out most of an image's colours: the first, unless another is 1.1 times as far out.
 
-    How far is the tint's length in standard deviations of the pixels in its direction (Mahalanobis' distance). In a
-    retina, whose pixels differ in how red they are, red says little.
+    How far out is Mahalanobis' distance, the tint's length where the image's colours vary alike in all directions. In
+    a retina, whose pixels differ in how red they are, red is not far.
 
     Args:
         pixels: `(height, width, 3)` uint8 or uint16.
@@ -510,24 +508,41 @@ def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
     return 0 if squares.max() < CLEARLY**2 * squares[0] else int(squares.argmax())
 
 
-def texture(pixels: np.ndarray, cells: Sequence[int]) -> torch.Tensor:
-    """How rough an image is in so many cells down and across it: the standard deviation of its grey within each of
-    them and its neighbours (the root of their mean variance).
+def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_smooth: float) -> FullSizeNoise:
+    """The largest change that hides in each part of an image: `epsilon_smooth` where it is smooth, `epsilon` where its
+    texture covers that much; `(height, width, 1)`, in parts, as shares of the pixel range.
+
+    At least a quarter of the region gets `epsilon`: of an object that is smooth all over, the roughest.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16.
-        cells: rows and columns.
+        region: `(height, width)` bool.
+        epsilon, epsilon_smooth: shares of the pixel range, the second below the first.
+    """
+    rough = texture(pixels)
+    inside = torch.from_numpy(_thinned(region).astype(np.float32))[None]
+    covered = F.adaptive_avg_pool2d(inside, rough.shape)[0].numpy()
+    textured = min(TEXTURED, float(np.quantile(rough[covered >= min(0.5, covered.max())], 0.75)))
+    share = ((rough / max(textured, 1e-9) - SMOOTH) / (1 - SMOOTH)).clip(0, 1)
+    largest = (1 - share) * epsilon_smooth + share * epsilon
+    return FullSizeNoise(largest[..., None].astype(np.float32), [(largest.shape, pixels.shape[:2])])
+
+
+def texture(pixels: np.ndarray) -> np.ndarray:
+    """How rough an image is: the standard deviation of its grey within each of 48 x 48 cells, of 4 pixels at least,
+    and its neighbours (the root of their mean variance).
+
+    Args:
+        pixels: `(height, width, channels)` uint8 or uint16.
 
     Returns:
         `(rows, columns)` float32, as shares of the pixel range.
     """
     grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float32) / np.float32(np.iinfo(pixels.dtype).max))
-    # A cell of a few pixels has no texture to speak of.
-    few = [max(1, min(cell, side // 4)) for cell, side in zip(cells, grey.shape, strict=True)]
-    mean, squares = F.adaptive_avg_pool2d(torch.stack([grey, grey**2]), few)
+    cells = [max(1, min(TEXTURE_CELLS, side // 4)) for side in grey.shape]
+    mean, squares = F.adaptive_avg_pool2d(torch.stack([grey, grey**2]), cells)
     variance = (squares - mean**2).clamp(min=0)[None, None]
-    rough = F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()
-    return F.interpolate(rough, tuple(cells), mode="bilinear")[0, 0]
+    return F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()[0, 0].numpy()
 
 
 def mean_width(region: np.ndarray) -> float:
@@ -562,6 +577,7 @@ def apply_noise(
     region: np.ndarray,
     epsilon: float,
     epsilon_background: float,
+    ceiling: FullSizeNoise | None = None,
 ) -> np.ndarray:
     """Add noise within a budget.
 
@@ -571,6 +587,7 @@ def apply_noise(
         noise: `(height, width, 3)` float in [-1, 1]; an array, or what gives its rows when they are asked for.
         region: `(height, width)` bool.
         epsilon, epsilon_background: largest change inside and outside the region, as shares of the pixel range.
+        ceiling: what noise is scaled to where that is less, `(height, width, 1)`, as a share of the pixel range.
 
     Returns:
         Pixels of the same shape and type; no value differs by more than the budget, after rounding and clipping.
@@ -582,6 +599,8 @@ def apply_noise(
     protected = np.empty_like(pixels)
     for part in _strips(pixels):
         scale, limit = np.where(region[part], *shares), np.where(region[part], *largest)
+        if ceiling is not None:
+            scale = np.minimum(scale, ceiling[part][:, :, 0] * np.float32(top))
         strip = noise[part]
         if pixels.shape[2] == 1:
             strip = strip[:, :, 1:2]

@@ -201,7 +201,8 @@ def _protection(
         seed = int.from_bytes(hashlib.sha256(labelled.name.encode()).digest()[:8])
         pixels = np.asarray(labelled.image)
         labels = labelled.region if images.binary else labelled.labels
-        code = _code_of_bands(pixels, labelled.region, epsilon) if noise == "bands" else MASK
+        of_mask = noise == "bands" and images.binary
+        code = _code_of_bands(pixels, labelled.region, epsilon) if of_mask else MASK
         control = control_noise(noise, labels, seed, code)
         pixels = apply_noise(pixels, control, labelled.region, epsilon, epsilon_background)
         return Image.fromarray(pixels)
@@ -210,7 +211,7 @@ def _protection(
 
 
 def _code_of_bands(pixels: np.ndarray, region: np.ndarray, epsilon: float) -> str:
-    """That which the generator has for a mask in such an image."""
+    """That which the embedded generator has for a mask in such an image."""
     from unseg_hf.protection import SMALL_BUDGET, needs_tint, standing_out
 
     if needs_tint(pixels, region, len(pixels) / BANDS):
