@@ -150,7 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_strength_options(parser: argparse.ArgumentParser) -> None:
     strength = parser.add_argument_group("strength")
     strength.add_argument("--strength", choices=STRENGTHS, help="epsilon 4, 8 or 16 (default: the model's, mostly 8)")
-    strength.add_argument("--epsilon", type=float, metavar="N", help="largest change in a mask, in grey levels of 255")
+    strength.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="N",
+        help="largest change in a mask, in grey levels of 255; smooth parts get less",
+    )
     strength.add_argument(
         "--epsilon-background",
         type=float,

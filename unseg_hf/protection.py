@@ -23,7 +23,7 @@ GREY = 3 / 255  # of an image's range, between its channels
 THIN = 0.5  # of a wave
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
 CLEARLY = 1.1  # times as far
-SMALL_BUDGET = 6 / 255  # the same
+SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
 TEXTURE_CELLS = 48  # down an image and across it
 TEXTURED = 6 / 255  # deviation of grey, of its range, from which noise is hidden
 SMOOTH = 1 / 3  # of that, up to which it shows
@@ -237,7 +237,8 @@ class Protector:
             image: PIL image; array `(height, width[, channels])`, uint8 in [0, 255], uint16 grey, or float in [0, 1];
                 tensor `(channels, height, width)` of the same kinds; path, bytes or open file.
             prompt: what to protect; its fields may be passed by name instead (`mask=...`).
-            epsilon: budget inside the masks, 0 to 1; the model's by default.
+            epsilon: budget inside the masks, 0 to 1; the model's by default. Where the image is smooth no more than
+                the model's `epsilon_smooth` is spent.
             epsilon_background: budget outside, 0 to `epsilon`; by default as much smaller as the model's is
                 ([`UnSegConfig.budget`]): nothing, for the embedded default.
 
@@ -294,9 +295,9 @@ class Protector:
         if not region.any():
             what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
             found.append(f"the mask is empty: {what}")
-        noise, covers = self._noise(job, embeddings, masks, region)
+        noise, softened = self._noise(job, embeddings, masks, region)
         job.seconds += time.perf_counter() - start
-        return Decoded(noise, covers, region, len(masks), (*job.picture.notes, *found))
+        return Decoded(noise, softened, region, len(masks), (*job.picture.notes, *found))
 
     def apply(self, job: "Job", decoded: "Decoded") -> Protected:
         """The last step: adds the noise at the image's size and checks the bound."""
@@ -304,7 +305,7 @@ class Protector:
         budget = (job.epsilon, job.epsilon_background)
         ceiling = None
         smooth = self.model.config.epsilon_smooth
-        if decoded.covers and smooth is not None and smooth < job.epsilon:
+        if decoded.softened and smooth is not None and smooth < job.epsilon:
             ceiling = ceiling_of(job.picture.pixels, decoded.region, job.epsilon, smooth)
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         _check_bound(job.picture.pixels, protected, decoded.region, *budget)
@@ -393,11 +394,11 @@ class Protector:
 
         everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
         tinted = codes[chosen] in (self.model.config.tint_codes or ())
-        covers = not tinted and not (segments and job.classes is not None)
+        softened = not tinted and not (segments and job.classes is not None)
         if not segments:
-            return everywhere, covers
+            return everywhere, softened
         own = [(*segment, one) for segment, one in zip(segments, own, strict=True)]
-        return NoiseOfSegments(everywhere, own), covers
+        return NoiseOfSegments(everywhere, own), softened
 
     def _codes_of_masks(self, job: "Job", region: np.ndarray, patch: float) -> list[int]:
         """Those that are in question for masks without a class; a patch has so many pixels of height."""
@@ -471,11 +472,11 @@ class Job:
 @dataclass(eq=False)
 class Decoded:
     """What the model said of a [`Job`]: noise in [-1, 1], whose rows at the image's size are made when they are asked
-    for, whether smooth parts may have less of it (a tint and a class's noise stay whole), the union `(height, width)`
+    for, whether smooth parts get less of it (a tint and a class's noise stay whole), the union `(height, width)`
     bool of its masks and their number, and notes for the user."""
 
     noise: "FullSizeNoise | NoiseOfSegments"
-    covers: bool
+    softened: bool
     region: np.ndarray
     masks: int
     notes: tuple[str, ...]
