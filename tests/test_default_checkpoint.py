@@ -96,6 +96,14 @@ def test_each_of_its_codes_is_the_noise_it_was_taught():
     assert 0.15 < likeness(MASK, blue, masks=masks) <= 2 / 8  # a sky
 
 
+@pytest.mark.parametrize("size", [(192, 192), (240, 320), (65, 500)])
+@pytest.mark.parametrize("colour", [(108, 118, 128), (90, 160, 230), (200, 37, 91)])
+def test_flat_colours_get_its_least_whatever_their_colour_and_size(size, colour):
+    flat = np.broadcast_to(np.uint8(colour), (*size, 3)).copy()
+    result = Protector.from_pretrained().protect(flat, whole_image=True)
+    assert result.report["max_noise"] == 2
+
+
 def test_its_configuration_is_the_one_the_card_names():
     import json
 

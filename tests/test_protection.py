@@ -362,11 +362,16 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
         few = noise(protector, epsilon=levels / 255)
         np.testing.assert_array_equal(few, noise(coded_protector, **of_class, epsilon=levels / 255))
     # Of what is smooth all over, the roughest part is as rough as it gets.
-    hazy = (128 + (pixels.astype(int) - 128) // 64).astype(np.uint8)
+    hazy = (128 + (pixels.astype(int) - 128) // 16).astype(np.uint8)
     of_haze = noise(protector, hazy)
     assert (of_haze == noise(coded_protector, hazy)).all(axis=2).mean() >= 0.25
     assert np.abs(of_haze[meadow]).max() == 8
     assert np.abs(of_haze[sky]).max() == 2
+    # So thin a line that no row or column of those that are looked at has it.
+    high = np.repeat(np.repeat(pixels, 6, axis=0), 4, axis=1)[..., :1]
+    line = np.zeros(high.shape[:2], bool)
+    line[1201, 300:900] = True
+    assert np.abs(noise(protector, high, whole_image=False, mask=line)[line]).max() == 8
     # Around a mask noise is as small already.
     around = {"whole_image": False, "mask": meadow_mask, "epsilon_background": 2 / 255}
     np.testing.assert_array_equal(noise(protector, **around), noise(coded_protector, **around))

@@ -37,9 +37,14 @@ def main() -> None:
     parser.add_argument("--mask_code", help="noise of masks, see unseg_hf/noise_codes.py (default: its MASK)")
     parser.add_argument("--class_codes", nargs="+", help="noises of classes (default: its CLASSES)")
     parser.add_argument(
-        "--tint_codes", nargs="+", help="those of them for masks that waves say little in (default: its TINTS)"
+        "--tint_codes",
+        nargs="+",
+        help="those of them for masks that waves say little in (default: its TINTS; of other classes none)",
     )
-    parser.add_argument("--faint_code", help="that of them for masks at small budgets (default: its FAINT)")
+    parser.add_argument(
+        "--faint_code",
+        help="that for masks at small budgets (default: its FAINT; with other classes the mask's)",
+    )
     parser.add_argument(
         "--epsilon_smooth", type=float, help="where images are smooth, in grey levels of 255 (default: as it was)"
     )

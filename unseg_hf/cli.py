@@ -154,7 +154,7 @@ def _add_strength_options(parser: argparse.ArgumentParser) -> None:
         "--epsilon",
         type=float,
         metavar="N",
-        help="largest change in a mask, in grey levels of 255; smooth parts get less",
+        help="largest change in a mask, in grey levels of 255; smooth parts may get less",
     )
     strength.add_argument(
         "--epsilon-background",

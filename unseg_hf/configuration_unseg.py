@@ -36,7 +36,8 @@ class UnSegConfig(PreTrainedConfig):
             Which of those sets masks get instead of the first where the budget is below 6/255: waves in colour alone,
             which victims find at less. `None`: the first.
         epsilon_smooth (`float`, *optional*):
-            Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin.
+            Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin;
+            rounded to whole grey levels.
             It holds whatever budget is asked for, but not for tints and the noises of classes. `None`: `epsilon` and
             `epsilon_background` hold everywhere, as in the paper.
         mask_prompt_scale (`float`, defaults to 255.0):
@@ -55,7 +56,8 @@ class UnSegConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes or a faint
-            one that are none of them, or a fusion layer or token offset that the SAM inside does not have.
+            one that are none of them, an epsilon_smooth outside 0 to 1, or a fusion layer or token offset that the SAM
+            inside does not have.
 
     Example:
 

@@ -27,6 +27,7 @@ SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
 TEXTURE_CELLS = 48  # down an image and across it
 TEXTURED = 6 / 255  # deviation of grey, of its range, from which noise is hidden
 SMOOTH = 1 / 3  # of that, up to which it shows
+FLAT = 0.5 / 255  # deviation below which there is no texture at all
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
@@ -239,7 +240,7 @@ class Protector:
             prompt: what to protect; its fields may be passed by name instead (`mask=...`).
             epsilon: budget inside the masks, 0 to 1; the model's by default. Where the image is smooth no more than
                 the model's `epsilon_smooth` is spent.
-            epsilon_background: budget outside, 0 to `epsilon`; by default as much smaller as the model's is
+            epsilon_background: the same outside, 0 to `epsilon`; by default as much smaller as the model's is
                 ([`UnSegConfig.budget`]): nothing, for the embedded default.
 
         Returns:
@@ -513,7 +514,7 @@ def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_s
     """The largest change that hides in each part of an image: `epsilon_smooth` where it is smooth, `epsilon` where its
     texture covers that much; `(height, width, 1)`, in parts, as shares of the pixel range.
 
-    At least a quarter of the region gets `epsilon`: of an object that is smooth all over, the roughest.
+    About a quarter of the region gets `epsilon`: of an object that is smooth all over, but not flat, the roughest.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16.
@@ -521,10 +522,11 @@ def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_s
         epsilon, epsilon_smooth: shares of the pixel range, the second below the first.
     """
     rough = texture(pixels)
-    inside = torch.from_numpy(_thinned(region).astype(np.float32))[None]
-    covered = F.adaptive_avg_pool2d(inside, rough.shape)[0].numpy()
-    textured = min(TEXTURED, float(np.quantile(rough[covered >= min(0.5, covered.max())], 0.75)))
-    share = ((rough / max(textured, 1e-9) - SMOOTH) / (1 - SMOOTH)).clip(0, 1)
+    few = _thinned(region)
+    few = few if few.any() else region  # thin lines may lie between
+    covered = F.adaptive_avg_pool2d(torch.from_numpy(few.astype(np.float32))[None], rough.shape)[0].numpy()
+    roughest = np.quantile(rough[covered >= min(0.5, covered.max())], 0.75)
+    share = ((rough / np.clip(roughest, FLAT, TEXTURED) - SMOOTH) / (1 - SMOOTH)).clip(0, 1)
     largest = (1 - share) * epsilon_smooth + share * epsilon
     return FullSizeNoise(largest[..., None].astype(np.float32), [(largest.shape, pixels.shape[:2])])
 
@@ -537,9 +539,10 @@ def texture(pixels: np.ndarray) -> np.ndarray:
         pixels: `(height, width, channels)` uint8 or uint16.
 
     Returns:
-        `(rows, columns)` float32, as shares of the pixel range.
+        `(rows, columns)` float64, as shares of the pixel range.
     """
-    grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float32) / np.float32(np.iinfo(pixels.dtype).max))
+    # In float32 the difference of the squares below would leave a texture to what is flat.
+    grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float64) / np.iinfo(pixels.dtype).max)
     cells = [max(1, min(TEXTURE_CELLS, side // 4)) for side in grey.shape]
     mean, squares = F.adaptive_avg_pool2d(torch.stack([grey, grey**2]), cells)
     variance = (squares - mean**2).clamp(min=0)[None, None]
