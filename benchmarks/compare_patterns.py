@@ -33,8 +33,9 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, c
     """Noise `(height, width, 3)` in [-1, 1] of one image, with so many waves down it and across it."""
     import torch
 
+    from unseg_hf.evaluation.controls import tint_for
     from unseg_hf.noise_codes import code_noise
-    from unseg_hf.protection import needs_tint, standing_out
+    from unseg_hf.protection import needs_tint
 
     waves, *tints = pattern.split("/")
     random = np.random.default_rng(number)
@@ -42,8 +43,7 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, c
     pixels = np.asarray(labelled.image)
     if tints and needs_tint(pixels, labelled.region, height / count):
         # Of one there is no choice, and it may be a list of codes.
-        chosen = standing_out(pixels, np.stack([code_noise(tint, 0, 0) for tint in tints])) if len(tints) > 1 else 0
-        waves = tints[chosen]
+        waves = tint_for(pixels, tints) if len(tints) > 1 else tints[0]
     codes = waves.split(",")
     grid = (cells, cells) if cells else (height, width)
     rows, columns = ((np.arange(side) + 0.5) / side for side in grid)

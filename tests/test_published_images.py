@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import unseg_hf
 from unseg_hf.evaluation import controls, published_images
 from unseg_hf.evaluation.controls import CONTROLS
-from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
+from unseg_hf.evaluation.labelled_images import DatasetRows, ImageFiles, LabelledImages
 from unseg_hf.evaluation.published_images import (
     annotation_squares,
     clean_squares,
@@ -177,6 +177,21 @@ def test_bands_are_those_that_the_generator_has_for_the_image_and_the_budget(ima
             red, green, _ = signs[(signs != 0).all(axis=1)].T
             # Green is red's opposite, or a quarter of a wave before it.
             assert set(red * green) == wanted
+
+
+def test_where_waves_say_little_bands_are_the_tint_that_stands_out(tmp_path: Path):
+    rows, columns = np.mgrid[:60, :60]
+    grey = np.repeat((rows + 90)[..., None], 3, axis=2).astype(np.uint8)
+    redder = np.stack([columns + 90, rows + 90, rows + 90], axis=-1).astype(np.uint8)
+    lines = (rows % 6 == 0).astype(np.uint8)
+    for name, pixels, wanted in (("grey", grey, (8, -8, -8)), ("redder", redder, (8, -8, 8))):
+        files = tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png"
+        for file, array in zip(files, (pixels, lines * 255), strict=True):
+            Image.fromarray(array).save(file)
+        images = LabelledImages(ImageFiles([files], name))
+        publish(images, "bands", tmp_path / name, epsilon=8 / 255, epsilon_background=0.0)
+        (published,) = pixels_of(tmp_path / name, images)
+        assert {tuple(change) for change in (published.astype(int) - pixels)[lines > 0]} == {wanted}
 
 
 def test_victims_see_the_treated_files(images: LabelledImages, tmp_path: Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import product
 
@@ -89,6 +89,13 @@ def _bands(labels: np.ndarray, seed: int, code: str = MASK) -> np.ndarray:
         return code_noise(codes[label % len(codes)], *(place * BANDS for place in places))
 
     return _by_class(_textures(labels), seed, pattern)
+
+
+def tint_for(pixels: np.ndarray, codes: Sequence[str]) -> str:
+    """Which of several tints stands out most of the colours of an image, `(height, width, 3)` uint8."""
+    from unseg_hf.protection import standing_out
+
+    return codes[standing_out(pixels, np.stack([code_noise(code, 0, 0) for code in codes]))]
 
 
 @lru_cache(maxsize=1)

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 import unseg_hf
-from unseg_hf.evaluation.controls import BANDS, CONTROLS, UNWEIGHTED, control_noise
+from unseg_hf.evaluation.controls import BANDS, CONTROLS, UNWEIGHTED, control_noise, tint_for
 from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 from unseg_hf.model_identity import model_identity
-from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS, code_noise
+from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS
 
 NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
@@ -212,10 +212,10 @@ def _protection(
 
 def _code_of_bands(pixels: np.ndarray, region: np.ndarray, epsilon: float) -> str:
     """That which the embedded generator has for a mask in such an image."""
-    from unseg_hf.protection import SMALL_BUDGET, needs_tint, standing_out
+    from unseg_hf.protection import SMALL_BUDGET, needs_tint
 
     if needs_tint(pixels, region, len(pixels) / BANDS):
-        return TINTS[standing_out(pixels, np.stack([code_noise(code, 0, 0) for code in TINTS]))]
+        return tint_for(pixels, TINTS)
     return FAINT if epsilon < SMALL_BUDGET else MASK
 
 
