@@ -37,9 +37,8 @@ class UnSegConfig(PreTrainedConfig):
             which victims find at less. `None`: the first.
         epsilon_smooth (`float`, *optional*):
             Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin;
-            rounded to whole grey levels.
-            It holds whatever budget is asked for, but not for tints and the noises of classes. `None`: `epsilon` and
-            `epsilon_background` hold everywhere, as in the paper.
+            rounded to whole grey levels. It holds whatever budget is asked for, but not for tints and the noises of
+            classes. `None`: `epsilon` and `epsilon_background` hold everywhere, as in the paper.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
