@@ -103,6 +103,19 @@ def test_region_thinner_than_a_cell_still_leaves_a_trace_in_the_mask_prompt(proc
     assert torch.count_nonzero(prompts) == 16
 
 
+@pytest.mark.parametrize("extent", [(0, 0, 0, 0), (13, 14, 90, 91), (20, 71, 5, 44), (0, 77, 0, 101)])
+def test_mask_prompt_is_pillows_box_filter_wherever_the_mask_lies(processor, extent):
+    top, bottom, left, right = extent
+    mask = np.zeros((77, 101), dtype=bool)
+    mask[top:bottom, left:right] = np.random.default_rng(0).random((bottom - top, right - left)) < 0.7
+    whole = Image.fromarray(mask.astype(np.uint8) * 255).resize((64, 49), Image.Resampling.BOX)
+    square = np.zeros((64, 64), dtype=np.float32)
+    square[:49] = np.asarray(whole)
+    cells = square.reshape(16, 4, 16, 4).mean(axis=(1, 3)) / 255
+    prompts = processor(picture(77, 101), masks=[mask[None]])["input_masks"][0, 0]
+    np.testing.assert_allclose(prompts, cells, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [(100, 200), (200, 100), (8, 16), (64, 64), (33, 65)])
 def test_noise_appears_in_the_image_where_it_was_in_the_padded_square(processor, size):
     features = processor(picture(*size))
