@@ -361,6 +361,10 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
     for levels in (0, 1, 2):
         few = noise(protector, epsilon=levels / 255)
         np.testing.assert_array_equal(few, noise(coded_protector, **of_class, epsilon=levels / 255))
+    # Shading is smooth, too, however steep.
+    shaded = pixels.copy()
+    shaded[:120] = 2 * np.arange(120)[:, None, None]
+    assert np.abs(noise(protector, shaded)[sky]).max() == 2
     # Of what is smooth all over, the roughest part is as rough as it gets.
     hazy = (128 + (pixels.astype(int) - 128) // 16).astype(np.uint8)
     of_haze = noise(protector, hazy)

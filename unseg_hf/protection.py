@@ -25,7 +25,7 @@ LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tin
 CLEARLY = 1.1  # times as far
 SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
 TEXTURE_CELLS = 48  # down an image and across it
-TEXTURED = 6 / 255  # deviation of grey, of its range, from which noise is hidden
+TEXTURED = 6 / 255  # deviation of grey from a plane, of its range, from which noise is hidden
 SMOOTH = 1 / 3  # of that, up to which it shows
 FLAT = 0.5 / 255  # deviation below which there is no texture at all
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
@@ -532,8 +532,8 @@ def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_s
 
 
 def texture(pixels: np.ndarray) -> np.ndarray:
-    """How rough an image is: the standard deviation of its grey within each of 48 x 48 cells, of 4 pixels at least,
-    and its neighbours (the root of their mean variance).
+    """How rough an image is: in each of 48 x 48 cells, of 4 pixels at least, and its neighbours the standard deviation
+    of its grey from a plane (the root of the mean variance): the slopes of shading hide no noise.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16.
@@ -541,11 +541,19 @@ def texture(pixels: np.ndarray) -> np.ndarray:
     Returns:
         `(rows, columns)` float64, as shares of the pixel range.
     """
-    # In float32 the difference of the squares below would leave a texture to what is flat.
+    # In float32 the differences below would leave a texture to what is flat.
     grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float64) / np.iinfo(pixels.dtype).max)
     cells = [max(1, min(TEXTURE_CELLS, side // 4)) for side in grey.shape]
-    mean, squares = F.adaptive_avg_pool2d(torch.stack([grey, grey**2]), cells)
-    variance = (squares - mean**2).clamp(min=0)[None, None]
+
+    def covariance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        products, ones, others = F.adaptive_avg_pool2d(torch.stack([one * other, one, other]), cells)
+        return products - ones * others
+
+    variance = covariance(grey, grey)
+    # A plane fits best whose two slopes do: over a rectangle they have nothing to do with each other.
+    for places in torch.meshgrid(*(torch.arange(side, dtype=grey.dtype) for side in grey.shape), indexing="ij"):
+        variance -= covariance(grey, places) ** 2 / covariance(places, places).clamp(min=1e-9)
+    variance = variance.clamp(min=0)[None, None]
     return F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()[0, 0].numpy()
 
 
