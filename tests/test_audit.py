@@ -115,6 +115,17 @@ def test_results_alone_are_enough_to_go_on_from(make_audit, trained: Mock, tmp_p
     assert not make_audit(size=48).report()["cells"]
 
 
+def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatch):
+    audit = make_audit(noises=["clean"], device="cuda")
+    cells = plan(audit.config)
+    for cell in cells:
+        audit_module.put_in_place(b'{"scores": {"foreground_iou": 0.5}, "seconds": 1}', audit._file(cell), "a cell")
+    second = Mock(process_index=1, num_processes=2, device="cuda:1")
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: second)
+    assert len(audit.run()["cells"]) == len(cells)
+    assert audit._device == "cuda:1"
+
+
 @pytest.mark.parametrize(
     "text",
     ["[]", "no json", '{"cells": [{"noise": "clean"}]}', '{"cells": [{"key": "../a", "scores": {}, "seconds": 1}]}'],

@@ -23,7 +23,7 @@ from unseg_hf.data.records import Record
 from unseg_hf.training import bilevel, checkpoints
 from unseg_hf.training.bilevel import _augmented, apply_budget, train
 from unseg_hf.training.configuration_bilevel import BilevelConfig
-from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate
+from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate, VictimSurrogate
 
 
 class Discs:
@@ -48,6 +48,7 @@ def networks(build_generator, tiny_sam_config, kinds=("unet",), freeze_sam=False
     builders = {
         "unet": partial(UNetSurrogate, width=4, image_size=32),
         "sam": partial(SamSurrogate, tiny_sam_config(image_size=64), prompt_size=64),
+        "segformer": partial(VictimSurrogate, "segformer", image_size=32),
     }
     surrogates = Surrogates(builders[kind] for kind in kinds)
     return generator, surrogates
@@ -125,6 +126,7 @@ class TestSettings:
             ({"surrogate_restart": -1}, "surrogate_restart=-1"),
             ({"correlation_weight": -1.0}, "correlation_weight=-1.0"),
             ({"augmentation_probability": 1.5}, "augmentation_probability=1.5: must be from 0 to 1"),
+            ({"correlation_weight": 1.0, "batch_size": 1}, "correlation_weight=1.0 with batch_size=1: .* at least 2"),
             ({"postprocess_probability": 2.0}, "postprocess_probability=2.0: must be from 0 to 1"),
             ({"max_gradient_norm": -1.0}, "max_gradient_norm=-1.0"),
             ({"learning_rate": float("nan")}, "learning_rate=nan"),
@@ -201,6 +203,12 @@ class TestPhases:
         same, there = _augmented(images, masks, 0.0, random)
         assert same is images
         assert there is masks
+        # In the corner, from where most rotations move it out of the picture.
+        corner = torch.zeros(2, 64, 64)
+        corner[:, :4, :4] = 1
+        kept = [_augmented(images, corner, 1.0, random) for _ in range(10)]
+        assert all(there.flatten(1).any(1).all() for _, there in kept)
+        assert any(same is images and there is corner for same, there in kept)
 
     @pytest.mark.parametrize("kinds", [("unet",), ("sam",), ("unet", "sam")])
     def test_noise_learns_to_show_the_mask(self, small_run, tmp_path, kinds):
@@ -244,6 +252,18 @@ class TestPhases:
 
         small_run(tmp_path / "cut", epochs=4, report=stop_at_3, **options)
         resumed, other, _ = small_run(tmp_path / "cut", epochs=4, resume=True, **options)
+        assert torch.equal(weights(resumed), weights(whole))
+        assert torch.equal(weights(other), weights(surrogates))
+
+    def test_dropout_goes_on_where_it_was(self, small_run, tmp_path):
+        def stop_at_1(line):
+            if line.startswith("step 1/"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        options = {"kinds": ("segformer",), "epochs": 1, "alternation": "joint"}
+        whole, surrogates, _ = small_run(tmp_path / "whole", **options)
+        small_run(tmp_path / "cut", report=stop_at_1, **options)
+        resumed, other, _ = small_run(tmp_path / "cut", resume=True, **options)
         assert torch.equal(weights(resumed), weights(whole))
         assert torch.equal(weights(other), weights(surrogates))
 

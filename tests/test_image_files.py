@@ -683,3 +683,36 @@ def test_thumbnail_of_the_unprotected_photo_is_not_published():
         published = image_files.encode(picture, format)
         assert thumbnail[100:] not in published
         assert Image.open(io.BytesIO(published)).getexif()[271] == "ACM"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("number", "kind"), [("H", 3), ("L", 4)])
+@pytest.mark.parametrize("strips", [1, 2, 3])
+def test_thumbnails_of_strips_are_not_published(order, number, kind, strips):
+    size, maker_at = 40, 8 + 2 + 12 + 4
+    maker, strip = b"A camera maker\0", np.random.default_rng(0).bytes(size)
+    ifd1_at = maker_at + len(maker)
+    offsets_at = ifd1_at + 2 + 24 + 4
+    strips_at = offsets_at + 2 * strips * struct.calcsize(order + number)
+    offsets = [strips_at + size * index for index in range(strips)]
+
+    def entry(tag, values, at):
+        packed = struct.pack(f"{order}{strips}{number}", *values)
+        inline = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(order + "L", at)
+        return struct.pack(order + "HHL", tag, kind, strips) + inline, packed
+
+    entries = (
+        entry(0x111, offsets, offsets_at),
+        entry(0x117, [size] * strips, offsets_at + (strips_at - offsets_at) // 2),
+    )
+    body = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "L", 8)
+    body += struct.pack(order + "HHHLL", 1, 271, 2, len(maker), maker_at) + struct.pack(order + "L", ifd1_at) + maker
+    body += struct.pack(order + "H", 2) + b"".join(found for found, _ in entries) + struct.pack(order + "L", 0)
+    body += b"".join(packed for _, packed in entries) + strip * strips
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(buffer, "JPEG", exif=b"Exif\0\0" + body)
+    assert buffer.getvalue().count(strip) == strips
+
+    published = image_files.encode(image_files.read(buffer.getvalue()), "jpeg")
+    assert strip[:8] not in published
+    assert Image.open(io.BytesIO(published)).getexif()[271] == "A camera maker"

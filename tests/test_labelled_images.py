@@ -159,11 +159,23 @@ def test_image_files_with_masks(tmp_path: Path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     Image.fromarray((NUMBERS[0] > 0) * np.uint8(255)).save(tmp_path / "a_mask.png")
     pairs = [(tmp_path / "a.png", tmp_path / "a_mask.png"), (tmp_path / "no.png", tmp_path / "no_mask.png")]
-    images = LabelledImages(ImageFiles(pairs, "photos"))
+    images = LabelledImages(ImageFiles(pairs, tmp_path))
     assert len(images) == 1
     assert re.search(r"no\.png", images.left_out[0])
     np.testing.assert_array_equal(np.asarray(images[0].image), IMAGES[0])
     np.testing.assert_array_equal(images[0].region, NUMBERS[0] > 0)
+
+
+def test_a_folder_is_the_same_data_wherever_it_lies(tmp_path: Path):
+    fingerprints = []
+    for folder in (tmp_path / "here", tmp_path / "there" / "photos"):
+        folder.mkdir(parents=True)
+        Image.fromarray(IMAGES[0]).save(folder / "a.png")
+        Image.fromarray((NUMBERS[0] > 0) * np.uint8(255)).save(folder / "a_mask.png")
+        images = LabelledImages(ImageFiles([(folder / "a.png", folder / "a_mask.png")], folder))
+        assert images[0].name == "a.png"
+        fingerprints.append(images.fingerprint())
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_proposed_segments_are_the_foreground_and_an_image_without_any_is_left_out(tmp_path: Path, monkeypatch):
@@ -173,7 +185,7 @@ def test_proposed_segments_are_the_foreground_and_an_image_without_any_is_left_o
         Image.fromarray(IMAGES[index]).save(tmp_path / f"{index}.png")
     found = {IMAGES[0].tobytes(): [NUMBERS[0] == 1, NUMBERS[0] == 2], IMAGES[1].tobytes(): []}
     monkeypatch.setattr(Protector, "propose_masks", lambda self, picture: found[picture.rgb8().tobytes()])
-    images = LabelledImages(ProposedSegments([tmp_path / "0.png", tmp_path / "1.png"], "photos"))
+    images = LabelledImages(ProposedSegments([tmp_path / "0.png", tmp_path / "1.png"], tmp_path))
     assert len(images) == 1
     assert "finds no object in it; give a mask" in images.left_out[0]
     np.testing.assert_array_equal(images[0].region, NUMBERS[0] > 0)

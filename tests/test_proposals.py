@@ -77,3 +77,11 @@ def test_prompts_are_decoded_in_chunks_with_the_same_result(generator, monkeypat
     monkeypatch.setattr(proposals, "PROMPT_CHUNK", 2)
     chunked = proposals.segment(generator, embeddings, input_boxes=boxes)
     torch.testing.assert_close(whole, chunked, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_are_drawn_in_the_models_precision(build_generator):
+    drawing = build_generator(draw_prompts=True).to(torch.bfloat16)
+    embeddings = drawing.get_image_embeddings(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16))
+    logits, ious = proposals.segment(drawing, embeddings, input_boxes=torch.tensor([[[0.0, 0, 20, 20]]]))
+    assert logits.isfinite().all()
+    assert ious.isfinite().all()

@@ -1,6 +1,7 @@
 """The contracts of DESIGN: the bound on saved files, grey stays grey, one result whatever the way in."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -136,6 +137,14 @@ def test_a_checkpoint_without_a_noise_head_protects_nothing(tiny_sam_config, tmp
     UnSegProcessor.for_image_size(64).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no trained generator"):
         Protector.from_pretrained(tmp_path)
+
+
+def test_a_generator_in_a_subfolder_loads_with_its_processor(saved_generator, tmp_path):
+    shutil.copytree(saved_generator, tmp_path / "part")
+    inside = Protector.from_pretrained(tmp_path, subfolder="part")
+    beside = Protector.from_pretrained(saved_generator)
+    results = [one.protect(photo(), mask=box_mask()).picture.pixels for one in (inside, beside)]
+    np.testing.assert_array_equal(*results)
 
 
 def test_every_way_in_gives_the_same_pixels(loud_protector, tmp_path):

@@ -188,7 +188,7 @@ def test_where_waves_say_little_bands_are_the_tint_that_stands_out(tmp_path: Pat
         files = tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png"
         for file, array in zip(files, (pixels, lines * 255), strict=True):
             Image.fromarray(array).save(file)
-        images = LabelledImages(ImageFiles([files], name))
+        images = LabelledImages(ImageFiles([files], tmp_path))
         publish(images, "bands", tmp_path / name, epsilon=8 / 255, epsilon_background=0.0)
         (published,) = pixels_of(tmp_path / name, images)
         assert {tuple(change) for change in (published.astype(int) - pixels)[lines > 0]} == {wanted}

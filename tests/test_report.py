@@ -95,6 +95,25 @@ def test_a_treatment_after_which_it_protects_nothing_is_named():
     assert "Of 2 treatments, jpeg75 costs it most: 98%, where it protects nothing." in summary(results(figures))
 
 
+def test_treatments_that_take_nothing_of_the_protection_are_not_blamed():
+    figures = {(noise, "none"): value for noise, value in UNTOUCHED.items()}
+    figures |= {("clean", "half"): 0.5, ("generator", "half"): 0.02, ("clean", "jpeg75"): 0.5}
+    figures |= {("generator", "jpeg75"): 0.04}
+    text = summary(results(figures))
+    assert "None of 2 treatments costs it anything: after jpeg75 it leaves 8%." in text
+    assert "most" not in text
+
+
+def test_a_seed_that_escapes_does_not_make_it_nothing():
+    found = results()
+    for cell, score in zip((c for c in found["cells"] if c["noise"] == "generator"), (0.01, 0.02, 0.485), strict=True):
+        cell["scores"]["foreground_iou"] = score
+    text = summary(found)
+    assert "Not with every seed: one of its victims reached 0.485, as those of clean images do." in text
+    assert "The seeds overlap with those of the control `stripes`" in text
+    assert "protects nothing" not in text
+
+
 def test_nothing_is_concluded_from_a_victim_that_learned_nothing():
     figures = {("clean", "none"): 0.22, ("generator", "none"): 0.01, ("random", "none"): 0.2}
     text = summary(results(figures))

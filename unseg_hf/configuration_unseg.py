@@ -28,16 +28,17 @@ class UnSegConfig(PreTrainedConfig):
             Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
             masks; the others, of which the paper's generator has none, are for classes.
         tint_codes (`list[int]`, *optional*):
-            Which of those sets are flat colours, for masks that waves say little in: in grey images of three channels,
-            and masks thinner than a wave. Such a mask gets the one that stands out most of its image's colours, of
-            those that do about as much the first. They may be classes' noises besides. `None`: such masks get the
-            first set, too.
+            Which of those sets are flat tints. They replace the first set where waves would be lost: in images of
+            three channels without colour, and in masks thinner than half a wave. Of several the one is taken that is
+            least like the image's own colours, and the first if none clearly is. They may be classes' noises as well.
+            `None`: such masks get the first set, too.
         faint_code (`int`, *optional*):
-            Which of those sets masks get instead of the first where the budget is below 6/255: waves in colour alone,
-            which victims find at less. `None`: the first.
+            Which of those sets replaces the first where `epsilon` is below 6/255: waves in colour alone, say, which
+            victims still pick up at small amplitudes. `None`: none does.
         epsilon_smooth (`float`, *optional*):
             Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin;
-            rounded to whole grey levels. It holds whatever budget is asked for, but not for tints and the noises of
+            rounded to whole grey levels. About a quarter of what is protected keeps `epsilon` all the same, the
+            roughest where all is smooth. It holds whatever budget is asked for, but not for tints and the noises of
             classes. `None`: `epsilon` and `epsilon_background` hold everywhere, as in the paper.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
@@ -122,7 +123,7 @@ class UnSegConfig(PreTrainedConfig):
             )
 
     def budget(self, epsilon: float | None = None, epsilon_background: float | None = None) -> tuple[float, float]:
-        """What of the budget was asked for, and for the rest the model's own: with another `epsilon`, its share of it.
+        """Fill in what was not given: `epsilon` from the model, `epsilon_background` in the model's own proportion.
 
         Args:
             epsilon: largest change inside the mask, as a share of the pixel range; `None`: the model's.

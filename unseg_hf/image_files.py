@@ -50,6 +50,7 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _EXIF_PREFIX = b"Exif\x00\x00"
 _ORIENTATION = int(ExifTags.Base.Orientation)
 # Tags of a thumbnail's first byte and number of bytes, as a JPEG file and as bare pixels in one strip.
+_WHOLE_NUMBERS = {3: "H", 4: "L"}  # of TIFF's types of values
 _JPEG_THUMBNAIL, _STRIP_THUMBNAIL = (0x0201, 0x0202), (0x0111, 0x0117)
 
 
@@ -461,6 +462,14 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
         entries = range(start + 2, end, 12)
         return {struct.unpack_from(order + "H", body, entry)[0]: entry + 8 for entry in entries}, end
 
+    def numbers(value: int) -> tuple[int, ...]:
+        """A tag's whole numbers; of more than four bytes its value is the offset."""
+        kind, count = struct.unpack_from(order + "HL", body, value - 6)
+        values = f"{order}{count}{_WHOLE_NUMBERS[kind]}"
+        if struct.calcsize(values) > 4:
+            (value,) = struct.unpack_from(order + "L", body, value)
+        return struct.unpack_from(values, body, value)
+
     first, end = directory(*struct.unpack_from(order + "L", body, 4))
     if _ORIENTATION in first:
         struct.pack_into(order + "HLHH", body, first[_ORIENTATION] - 6, 3, 1, 1, 0)
@@ -470,9 +479,9 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
         struct.pack_into(order + "L", body, end, 0)
         for start, length in (_JPEG_THUMBNAIL, _STRIP_THUMBNAIL):
             if start in thumbnail and length in thumbnail:
-                (offset,) = struct.unpack_from(order + "L", body, thumbnail[start])
-                (size,) = struct.unpack_from(order + "L", body, thumbnail[length])
-                body[offset : offset + size] = bytes(len(body[offset : offset + size]))
+                # One piece, or several strips.
+                for offset, size in zip(numbers(thumbnail[start]), numbers(thumbnail[length]), strict=True):
+                    body[offset : offset + size] = bytes(len(body[offset : offset + size]))
         notes.append("the thumbnail in the EXIF removed: it shows the photo without noise")
     return _EXIF_PREFIX + bytes(body)
 

@@ -38,9 +38,9 @@ class ProtectImages:
     It holds settings and no weights: the generator is loaded once in each process, so that hashing (for the cache of
     `datasets`) and pickling (for `num_proc`) are cheap, and the cache knows other weights in the same folder.
 
-    Images are best left undecoded, so that a broken one cannot stop the others, and nothing of a file is lost:
-    `Dataset.map` needs nothing for that, an `IterableDataset` a `.decode(False)` before and a `.decode()` after, and
-    `features=protect.features(dataset.features)` in its `map`.
+    Pass images undecoded, so that one broken file cannot fail its batch, and nothing of a file is lost. `Dataset.map`
+    does so by itself; for an `IterableDataset` call `.decode(False)` before `map` and `.decode()` after it, and pass
+    `features=protect.features(dataset.features)` to its `map`.
 
     Args:
         model: folder, Hub id, or None for the generator in the package.
@@ -63,7 +63,8 @@ class ProtectImages:
             a single photo.
 
     Raises:
-        ValueError: settings that make no sense, naming them, or a model that is not there.
+        ValueError: settings that make no sense, naming them, or a Hub id that is not there.
+        FileNotFoundError: a folder without a generator.
 
     Example:
 
@@ -190,16 +191,13 @@ class ProtectImages:
 
     def _prepared(self, protector: Protector, image: Any, mask: Any) -> Job | Outcome:
         try:
-            return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *self._budget)
+            budget = self.epsilon, self.epsilon_background
+            return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *budget)
         except MemoryError:
             raise
         # Whatever reading a damaged file raises is that record's trouble alone.
         except Exception as error:
             return Outcome(error=one_line(error))
-
-    @property
-    def _budget(self) -> tuple[float | None, float | None]:
-        return self.epsilon, self.epsilon_background
 
     def prompt(self, mask: Any) -> Prompt:
         """What to protect in an image with this mask, or these masks.

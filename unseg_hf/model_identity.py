@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from .image_files import one_line
 from .protection import default_checkpoint
 
 
@@ -42,7 +43,7 @@ def hub_revision(model_id: str, revision: str | None = None) -> str:
             cached = try_to_load_from_cache(model_id, "config.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{model_id}: no such folder, and as a Hub id: {reason}") from error
 
 

@@ -264,8 +264,8 @@ class UnSegModel(UnSegPreTrainedModel):
             image_embeddings (`UnSegImageEmbeddings`, *optional*):
                 What `get_image_embeddings` returned; this or `pixel_values`.
             noise_boxes (*optional*):
-                Where each prompt's noise is wanted, as (top, bottom, left, right) in cells of the embedding grid; it
-                is 0 elsewhere. Half of a prompt's cost is in the noise of its last layers.
+                Where each prompt's noise is wanted, as (top, bottom, left, right) in cells of the embedding grid;
+                elsewhere it is not valid, and mostly 0. Half of a prompt's cost is in the noise of its last layers.
             codes (`torch.Tensor` of shape `(batch, prompts)`, *optional*):
                 Whole numbers from 0 to `config.noise_codes - 1`: which of its noises each prompt gets; 0 by default.
             return_dict (`bool`, *optional*):

@@ -170,7 +170,7 @@ def _decode(model: UnSegModel, embeddings: UnSegImageEmbeddings, prompts: dict) 
         some = {name: p[0, start : start + PROMPT_CHUNK, None].to(model.device) for name, p in prompts.items()}
         drawn = None
         if model.config.draw_prompts:
-            drawn = draw_prompts(model.config.sam_config.vision_config.image_size, **some)
+            drawn = draw_prompts(model.config.sam_config.vision_config.image_size, **some).to(model.dtype)
         image = embeddings.image_embeddings.expand(len(next(iter(some.values()))), -1, -1, -1)
         output = model.sam(image_embeddings=image, input_masks=drawn, multimask_output=True, **some)
         logits.append(output.pred_masks[:, 0].float())

@@ -28,6 +28,7 @@ TEXTURE_CELLS = 48  # down an image and across it
 TEXTURED = 6 / 255  # deviation of grey from a plane, of its range, from which noise is hidden
 SMOOTH = 1 / 3  # of that, up to which it shows
 FLAT = 0.5 / 255  # deviation below which there is no texture at all
+SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # by model and processor
 STRIP = 2**17  # pixels of a large photo that are worked on at a time
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
@@ -39,7 +40,8 @@ def default_checkpoint() -> Path:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to protect in one image; at most one of the fields before `mode`, and with none SAM proposes segments.
+    """What to protect in one image: at most one of `mask`, `masks`, `label_map`, `boxes`, `points` and `whole_image`;
+    with none of them SAM proposes segments.
 
     Args:
         mask: a mask image, numeric or boolean: PIL image, array or tensor `(height, width)`, or a file. Whole numbers
@@ -54,8 +56,8 @@ class Prompt:
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget.
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
-            each mask, on the same image embedding. Where classes are known, each class has its own noise then, the
-            same in all images; of a generator with fewer noises than classes, some classes share one.
+            each mask, on the same image embedding. Where classes are known, each class gets a noise of its own then,
+            the same in all images; if the generator has fewer noises than there are classes, some share one.
 
     Raises:
         ValueError: contradicting fields, naming them.
@@ -220,7 +222,7 @@ class Protector:
         if bf16:
             model.encode_in_bf16()
         model = model.to(device)
-        shared = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+        shared = {k: v for k, v in kwargs.items() if k in SHARED}
         return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))
 
     def protect(
@@ -495,10 +497,10 @@ def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
 
 
 def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
-    """Which tint stands out most of an image's colours: the first, unless another is 1.1 times as far out.
+    """Index of the tint that is least like an image's own colours: the first, unless another is 1.1 times as far out.
 
-    How far out is Mahalanobis' distance, the tint's length where the image's colours vary alike in all directions. In
-    a retina, whose pixels differ in how red they are, red is not far.
+    How far out is Mahalanobis' distance, given how the image's pixels vary: in a retina, whose pixels differ in how
+    red they are, red is not far.
 
     Args:
         pixels: `(height, width, 3)` uint8 or uint16.

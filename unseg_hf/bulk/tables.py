@@ -236,7 +236,7 @@ class StreamedDataset(Table):
             revision = HfApi().dataset_info(location, revision=revision).sha
             stream = load_dataset(location, split=split, revision=revision, streaming=True, **options)
         except Exception as error:  # of the Hub's client, of `datasets` and of what reads the files
-            said = " ".join(str(error).split())
+            said = one_line(error)
             raise ValueError(f"{location}: no such file or folder, and as a data set of the Hub: {said}") from error
         if stream.features is None:
             raise ValueError(f"{location} does not say which columns it has: download it and name its files")

@@ -72,8 +72,8 @@ class AuditConfig:
         treatments: of `published_images.TREATMENTS`; what happens to them before the training.
         victims: names of `victims.build_victim`, each alone or as `name@checkpoint`.
         trainings: of `victims.training.TRAININGS`.
-        clean_shares: in [0, 1); the share of the training images that stays clean. With noise "clean": the share that
-            there is at all, trained on for as many steps, so that a mixture stands beside its clean images alone.
+        clean_shares: in [0, 1); the share of the training images that stays clean. With noise "clean" only that share
+            is trained on, for as many steps, so that a mixture stands beside its clean images alone.
         seeds: of the victims; a claim needs three at least.
         epochs: passes over the training images.
         size: side of the square that images are resized to, in pixels.
@@ -218,6 +218,7 @@ class Audit:
         self.config, self.train, self.test, self.attacker = config, train, test, attacker or test
         self.notes, self.command, self.say = list(notes), command, say
         self._settings: dict[tuple[str, bool], dict[str, Any]] = {}
+        self._device = config.device
         both = set(train.digests) & set(test.digests)
         if both:
             name = test[test.digests.index(both.pop())].name
@@ -246,7 +247,8 @@ class Audit:
         state = PartialState(cpu=config.device == "cpu", **patience)
         rank, world = state.process_index, state.num_processes
         if config.device == "cuda" and world > 1:
-            config.device = str(state.device)
+            # Not in the settings: a cell has one file, whichever process trained it.
+            self._device = str(state.device)
         cells = plan(config)
         if rank == 0:
             self._restore()
@@ -315,7 +317,8 @@ class Audit:
                 if file.is_file()
             ],
             "planned": len(done),
-            "notes": [*self.notes, *_left_out(self.train), *_left_out(self.test)],
+            # Both halves of a split have the notes of the whole.
+            "notes": list(dict.fromkeys([*self.notes, *_left_out(self.train), *_left_out(self.test)])),
         }
 
     def _restore(self) -> None:
@@ -375,7 +378,7 @@ class Audit:
             lr=config.lr,
             seed=cell.seed,
             training=cell.training,
-            device=config.device,
+            device=self._device,
             bf16=config.bf16,
         )
         test = self._test_data
@@ -451,7 +454,7 @@ class Audit:
             epsilon=config.epsilon / 255,
             epsilon_background=config.epsilon_background / 255,
             model=config.model,
-            device=config.device,
+            device=self._device,
         )
 
     def _published(self, noise: str, images: LabelledImages) -> Path:

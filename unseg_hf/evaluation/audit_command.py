@@ -188,8 +188,8 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
     if unreadable or not images:
         raise UsageError(unreadable[0] if unreadable else f"{location} holds no images")
     if masks is None:
-        return ProposedSegments(list(images), location, options.model, options.device)
-    return ImageFiles(list(match_masks(masks, images).items()), location)
+        return ProposedSegments(list(images), folder, options.model, options.device)
+    return ImageFiles(list(match_masks(masks, images).items()), folder)
 
 
 def _is_dataset(folder: Path) -> bool:

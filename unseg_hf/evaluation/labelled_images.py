@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from unseg_hf.image_files import one_line, read, read_mask
+
 IGNORED = 255
 """Label of pixels without a class."""
 
@@ -119,20 +121,19 @@ class ImageFiles:
 
     Args:
         pairs: image file and mask file.
-        name: of the folder that they come from.
+        folder: that they come from; images are named by their paths below it, and so are the same wherever it is.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], name: str) -> None:
-        self._pairs, self.name = list(pairs), name
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], folder: Path) -> None:
+        self._pairs, self._folder, self.name = list(pairs), folder, str(folder)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def load(self, index: int) -> Raw:
-        from unseg_hf.image_files import read, read_mask
-
         image, mask = self._pairs[index]
-        return Raw(str(image), Image.fromarray(read(image).rgb8()), read_mask(mask))
+        name = image.relative_to(self._folder).as_posix()
+        return Raw(name, Image.fromarray(read(image).rgb8()), read_mask(mask))
 
 
 class ProposedSegments:
@@ -140,20 +141,20 @@ class ProposedSegments:
 
     Args:
         images: image files.
-        name: of the folder that they come from.
+        folder: that they come from; images are named by their paths below it.
         model: checkpoint of the generator; None for the embedded one.
         device: where it runs.
     """
 
-    def __init__(self, images: Sequence[Path], name: str, model: str | None = None, device: str = "cpu") -> None:
-        self._images, self.name, self._model, self._device = list(images), name, model, device
+    def __init__(self, images: Sequence[Path], folder: Path, model: str | None = None, device: str = "cpu") -> None:
+        self._images, self._folder, self.name = list(images), folder, str(folder)
+        self._model, self._device = model, device
         self._protector = None
 
     def __len__(self) -> int:
         return len(self._images)
 
     def load(self, index: int) -> Raw:
-        from unseg_hf.image_files import read
         from unseg_hf.protection import Protector
 
         self._protector = self._protector or Protector.from_pretrained(self._model, device=self._device)
@@ -161,7 +162,8 @@ class ProposedSegments:
         masks = self._protector.propose_masks(picture)
         if not masks:
             raise ValueError(f"{self._images[index]}: the generator's SAM finds no object in it; give a mask")
-        return Raw(str(self._images[index]), Image.fromarray(picture.rgb8()), np.logical_or.reduce(masks))
+        name = self._images[index].relative_to(self._folder).as_posix()
+        return Raw(name, Image.fromarray(picture.rgb8()), np.logical_or.reduce(masks))
 
 
 class LabelledImages(Sequence):
@@ -215,7 +217,7 @@ class LabelledImages(Sequence):
                 raw = source.load(index)
                 _check(raw)
             except (OSError, ValueError) as error:
-                self.left_out.append(" ".join(str(error).split()))
+                self.left_out.append(one_line(error))
                 continue
             self._indices.append(index)
             self.digests.append(hashlib.sha256(str(raw.image.size).encode() + raw.image.tobytes()).hexdigest())
@@ -260,11 +262,6 @@ class LabelledImages(Sequence):
         background = [number for number, value in enumerate(self.classes) if value in self._background]
         region = ~np.isin(labels, [*background, IGNORED])
         return LabelledImage(raw.name, raw.image, labels, region, instances)
-
-    @property
-    def has_instances(self) -> bool:
-        """Whether the source numbers objects."""
-        return self._source.load(self._indices[0]).instances is not None
 
     def fingerprint(self) -> str:
         """SHA-256 of images, names, annotations and classes: the same data have the same one, wherever they lie."""

@@ -68,7 +68,7 @@ class StreamingMetric(evaluate.Metric):
         """Add a batch, one prediction and one reference for each image; they are not kept, only counted.
 
         Raises:
-            ValueError: as many references as predictions were not given, or a pair does not fit; nothing of the
+            ValueError: predictions and references differ in number, or a pair does not fit together; nothing of the
                 batch is counted then.
         """
         if predictions is None or references is None:

@@ -164,10 +164,8 @@ def _fit_mean(published: Sequence[Path], pairs: Pairs | None, seed: int) -> Remo
         residual = _residual(_opponent(_read(file)))
         fixed.add(index, residual)
         scaled.add(index, _scaled(residual, *_canvas_size(*residual.shape[1:])))
-    return partial(
-        _subtract, scaled.pattern() if scaled.agreement() > fixed.agreement() else fixed.pattern(),
-        scaled.agreement() > fixed.agreement(),
-    )  # fmt: skip
+    scales = scaled.agreement() > fixed.agreement()
+    return partial(_subtract, (scaled if scales else fixed).pattern(), scales)
 
 
 def _subtract(pattern: torch.Tensor, scales: bool, image: Image.Image) -> Image.Image:
@@ -252,7 +250,7 @@ def _fit_denoiser(published: Sequence[Path], pairs: Pairs | None, seed: int, ste
     side = min(64, *(extent // 2 * 2 for pair in pairs for extent in pair[0].shape[:2]))
     random = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = _Denoiser()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -103,11 +103,12 @@ def _beside_controls(results: Results, generator: str, treatment: str, victim: s
     """How a generator does beside the strongest control; what is within the spread of seeds counts as the same."""
     protected = scores(results, generator, treatment, victim, training)
     clean = scores(results, "clean", treatment, victim, training)
-    does = (
-        "It protects nothing: that is within the spread of the seeds, or above."
-        if _no_better(protected, clean)
-        else ""
-    )
+    nothing = _protects_nothing(protected, clean)
+    does = ""
+    if nothing:
+        does = "It protects nothing: that is within the spread of the seeds, or above."
+    elif max(protected) >= min(clean):
+        does = f"Not with every seed: one of its victims reached {max(protected):.3f}, as those of clean images do."
     controls = {
         noise: found
         for noise in results["grid"]["noises"]
@@ -118,13 +119,12 @@ def _beside_controls(results: Results, generator: str, treatment: str, victim: s
     best = min(controls, key=lambda noise: mean(controls[noise]))
     retained = _percent(mean(controls[best]) / mean(clean))
     control = f"the control `{best}`" + (", which spends more," if best in UNWEIGHTED else "")
-    if not does and mean(protected) >= mean(controls[best]):
-        return f"No better than {control} at {retained}: what it does needs no learning."
-    if not does and _no_better(protected, controls[best]):
-        return f"The seeds overlap with those of {control} at {retained}: nothing says yet that it does more."
-    if not does:
-        return f"The strongest control, `{best}`, left {retained}."
-    return f"{does} The strongest control, `{best}`, left {retained}."
+    beside = f"The strongest control, `{best}`, left {retained}."
+    if not nothing and mean(protected) >= mean(controls[best]):
+        beside = f"No better than {control} at {retained}: what it does needs no learning."
+    elif not nothing and max(protected) >= min(controls[best]):
+        beside = f"The seeds overlap with those of {control} at {retained}: nothing says yet that it does more."
+    return f"{does} {beside}".strip()
 
 
 def _worst_treatment(results: Results, generator: str, victim: str, training: str) -> str | None:
@@ -138,14 +138,16 @@ def _worst_treatment(results: Results, generator: str, victim: str, training: st
     if not left:
         return None
     worst = max(left, key=left.__getitem__)
+    if left[worst] <= retained_utility(results, generator, results["grid"]["treatments"][0], victim, training):
+        return f"None of {len(left)} treatments costs it anything: after {worst} it leaves {_percent(left[worst])}."
     protected, clean = (scores(results, noise, worst, victim, training) for noise in (generator, "clean"))
-    nothing = ", where it protects nothing" if _no_better(protected, clean) else ""
+    nothing = ", where it protects nothing" if _protects_nothing(protected, clean) else ""
     return f"Of {len(left)} treatments, {worst} costs it most: {_percent(left[worst])}{nothing}."
 
 
-def _no_better(protected: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a noise's victims are not all worse than the other's: no protection beyond the spread of seeds."""
-    return max(protected) >= min(other)
+def _protects_nothing(protected: Sequence[float], clean: Sequence[float]) -> bool:
+    """Whether its victims are on average no worse than some victim of clean images: within the spread of seeds."""
+    return mean(protected) >= min(clean)
 
 
 def _has_learned(results: Results, clean: float) -> bool:

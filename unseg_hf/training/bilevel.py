@@ -169,6 +169,8 @@ def train(
                 num_workers=num_workers,
                 worker_init_fn=_ignore_signals,
                 pin_memory=accelerator.device.type == "cuda",
+                # It would draw from the global one, which a run that enters an epoch in its middle has restored.
+                generator=torch.Generator(),
             )
             names = []  # of the images of a step
             for number, batch in enumerate(loader, skip):
@@ -293,15 +295,22 @@ def _segmentation_loss(surrogates, protected, masks, all_ones, config, random):
 
 
 def _augmented(images, masks, probability, random):
-    """A share of the batches as strongly augmented victims see them; what lies beyond the image is no object."""
+    """A share of the batches as strongly augmented victims see them, unless a mask would lose its last pixel.
+
+    What lies beyond the image is no object.
+    """
     seed = int(torch.randint(2**31, (), generator=random))
     if torch.rand((), generator=random) >= probability:
         return images, masks
-    masks = F.interpolate(masks[:, None], images.shape[-2:], mode="nearest-exact")[:, 0]
+    drawn = F.interpolate(masks[:, None], images.shape[-2:], mode="nearest-exact")[:, 0]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the augmentation draws from torch's global generator
-        batch = strong_augmentation(Batch(images, masks.long()))
-    return batch.images, (batch.labels == 1).to(masks.dtype)
+        # The augmentation draws from the CPU's global generator; seeding all devices would seed dropout, too.
+        torch.default_generator.manual_seed(seed)
+        batch = strong_augmentation(Batch(images, drawn.long()))
+    kept = batch.labels == 1
+    if not kept.flatten(1).any(1).all():
+        return images, masks
+    return batch.images, kept.to(masks.dtype)
 
 
 def budget_of(batch: dict, epsilon: float, background: float) -> torch.Tensor:

@@ -38,8 +38,8 @@ class BilevelConfig:
         "Whose turn it is changes by 'epoch' (the paper's) or by 'step'; 'joint': both in every step, on the same "
         "noise.",
     )
-    surrogate_turns: int = _setting(1, "Epochs or steps that the surrogates are trained, ...")
-    generator_turns: int = _setting(3, "... and that the generator is trained after them.")
+    surrogate_turns: int = _setting(1, "Epochs or steps in a row that the surrogates are trained.")
+    generator_turns: int = _setting(3, "Epochs or steps in a row that the generator is trained after them.")
     surrogate_restart: int = _setting(
         0,
         "Steps after which a surrogate begins anew from fresh weights, several of them one after another, at a "
@@ -53,17 +53,17 @@ class BilevelConfig:
         1 / 255, "Budget in training inside the mask, 0 to 1. The paper protects with a larger one."
     )
     epsilon_background: float = _setting(0.25 / 255, "Budget in training outside the mask, 0 to epsilon.")
-    epsilon_start: float = _setting(1.0, "The budget starts at this multiple and falls linearly to 1 ...")
-    epsilon_warmup: float = _setting(0.0, "... over this share of all steps.")
+    epsilon_start: float = _setting(1.0, "Multiple of the budget at the start, from which it falls linearly to 1.")
+    epsilon_warmup: float = _setting(0.0, "Share of all steps over which the budget falls from epsilon_start to 1.")
     prompt_kinds: list[str] = field(
         default_factory=lambda: list(PROMPT_KINDS),
         metadata={"help": "Kinds of prompts; the generator gets a random subset of them, the surrogates one."},
     )
     postprocessings: list[str] = field(
         default_factory=lambda: list(POSTPROCESSINGS),
-        metadata={"help": "What may happen to protected images before the surrogates see them ..."},
+        metadata={"help": "What may happen to protected images before the surrogates see them."},
     )
-    postprocess_probability: float = _setting(0.0, "... each with this probability (the paper has none).")
+    postprocess_probability: float = _setting(0.0, "Probability of each of postprocessings (the paper has none).")
     cast_weight: float = _setting(
         0.0,
         "Weight of the share of the noise's energy that local averaging leaves. Without it a small generator ends in "
@@ -104,6 +104,11 @@ class BilevelConfig:
         ):
             if not values or set(values) - set(allowed):
                 raise ValueError(f"{name}={values}: needs at least one of {', '.join(allowed)}, and nothing else")
+        if self.correlation_weight > 0 and self.batch_size < 2:
+            raise ValueError(
+                f"correlation_weight={self.correlation_weight} with batch_size={self.batch_size}: the correlation is "
+                "that of the images of a batch, of which it needs at least 2"
+            )
         if self.epsilon_start < 1:
             raise ValueError(
                 f"epsilon_start={self.epsilon_start}: must be at least 1, the multiple the budget falls from"

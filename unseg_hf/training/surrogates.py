@@ -143,7 +143,7 @@ class Surrogates(nn.ModuleList):
         The parameters stay the same objects, so that whoever holds them (optimizer, data-parallel wrapper) goes on.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not those of other devices, which draw dropout
             fresh = self._builders[index]()
         self[index].load_state_dict(fresh.state_dict())
         for parameter in self[index].parameters():

@@ -56,7 +56,7 @@ class UNet(nn.Module):
         """Segment images.
 
         Args:
-            pixel_values: shape `(batch, in_channels, height, width)`, float in [-1, 1]; height and width are
+            pixel_values: shape `(batch, in_channels, height, width)`, float around 0; height and width are
                 multiples of `stem_stride * 2**poolings`: 16 by default, 8 with `stem_stride=1`.
 
         Returns:
