@@ -94,7 +94,10 @@ def test_files_and_messages_do_not_depend_on_how_many_images_are_worked_on_at_a_
     assert seen[0] == seen[1]
 
 
-def test_a_stopped_run_leaves_whole_files_and_a_report_of_them(folder, saved_generator, capsys, threads, monkeypatch):
+@pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_whole_files_and_a_report_of_them(
+    folder, saved_generator, capsys, threads, monkeypatch, request_to_stop
+):
     threads(2)
     for i in range(20):
         Image.fromarray(photo(i)).save(folder / f"in/sub/{i:02}.png")
@@ -102,13 +105,15 @@ def test_a_stopped_run_leaves_whole_files_and_a_report_of_them(folder, saved_gen
 
     def write_and_interrupt(picture, path, *arguments):
         if path.name == "02.png":
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(request_to_stop)
         return write(picture, path, *arguments)
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(image_files, "write", write_and_interrupt)
     status = run("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator,
                  "--json", folder / "r.json")  # fmt: skip
     assert status == 130
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "what is finished is kept" in capsys.readouterr().err
     written = sorted((folder / "out").iterdir())
     assert 3 <= len(written) < 21
@@ -130,19 +135,70 @@ def test_images_that_share_a_name_keep_their_suffix_in_it(folder, saved_generato
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["b.jpg.png", "b.png.png"]
 
 
+def test_paths_that_lead_nowhere_or_are_too_long_stop_no_other(folder, saved_generator, capsys):
+    (folder / "odd").mkdir()
+    for name in ("a.jpg", "z.png", "b" * 251 + ".jpg"):
+        Image.fromarray(photo()).save(folder / "odd" / name)
+    (folder / "odd/loop.png").symlink_to(folder / "odd/loop.png")
+    (folder / "out/z.png").mkdir(parents=True)
+    request = ("protect", folder / "odd", "-o", folder / "out", "--whole-image", "--model", saved_generator)
+    assert run(*request, "--format", "webp") == 1
+    out, err = capsys.readouterr()
+    assert "2 protected, 2 failed" in out
+    assert "loop.png" in err
+    assert "File name too long" in err
+    assert run(*request) == 1
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_folders_behind_links_are_searched_and_never_twice(folder, saved_generator, capsys):
+    (folder / "linked").mkdir()
+    (folder / "linked/more").symlink_to(folder / "in/sub")
+    (folder / "linked/round").symlink_to(folder / "linked")
+    request = ("protect", folder / "linked", folder / "in/../linked", "--masks", folder / "masks/sub/b.png")
+    assert run(*request, "-o", folder / "out", "--model", saved_generator) == 0
+    assert [path.relative_to(folder).as_posix() for path in (folder / "out").rglob("*.*")] == ["out/more/b.png"]
+
+
+def test_what_lies_in_the_input_beside_its_images_is_not_protected(folder, saved_generator, capsys):
+    for name in ("photos/a.png", "photos/b.png", "photos/masks/a.png", "photos/masks/b.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask() if "masks" in name else photo()).save(folder / name)
+    request = ("protect", folder / "photos", "--masks", folder / "photos/masks", "--model", saved_generator)
+    assert run(*request, "-o", folder / "out") == 0
+    assert sorted(path.name for path in (folder / "out").rglob("*.png")) == ["a.png", "b.png"]
+    for same in (("-o", folder / "photos"), ("-o", folder / "out", "--masks", folder / "photos")):
+        assert run(*request, *same) == 2
+        assert "keep them apart" in capsys.readouterr().err
+    (folder / "photos/b.png").unlink()
+    for _ in range(2):
+        assert run(*request, "-o", folder / "photos/out.png", "--overwrite") == 0
+
+
+def test_the_report_keeps_what_other_runs_did_and_is_known_to_be_writable(folder, saved_generator, capsys):
+    request = ("protect", "--whole-image", "--model", saved_generator, "--json", folder / "r.json", "-o")
+    for name in ("1.png", "2.png"):
+        assert run(*request, folder / name, folder / "in/a.png") == 0
+    entries = json.loads((folder / "r.json").read_text())["images"]
+    assert [Path(entry["output"]).name for entry in entries] == ["1.png", "2.png"]
+    (folder / "file").touch()
+    assert run(*request, folder / "3.png", folder / "in/a.png", "--json", folder / "file/r.json") == 2
+    assert not (folder / "3.png").exists()
+
+
 @pytest.mark.parametrize(
     ("inputs", "masks", "message"),
     [
         (["A", "B"], [], "A/x.png and B/x.png would both become out/x.png.png: rename one"),
         (["C"], [], "C/a.jpg and C/a.jpg.png would both become out/a.jpg.png"),
-        (["A", "D"], ["--masks", "A"], "A/x.png and D/x.webp would both get the mask A/x.png"),
+        (["A", "D"], ["--masks", "M"], "A/x.png and D/x.webp would both get the mask M/x.png"),
     ],
 )
 def test_files_that_would_replace_each_other_or_share_a_mask_are_refused(
     tmp_path, monkeypatch, saved_generator, capsys, inputs, masks, message
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("A/x.png", "B/x.png", "C/a.jpg", "C/a.png", "C/a.jpg.png", "D/x.webp"):
+    for name in ("A/x.png", "B/x.png", "C/a.jpg", "C/a.png", "C/a.jpg.png", "D/x.webp", "M/x.png"):
         Path(name).parent.mkdir(exist_ok=True)
         Image.fromarray(photo()).save(name)
     assert cli.main(["protect", *inputs, *masks, "-o", "out", "--model", str(saved_generator)]) == 2
@@ -229,7 +285,9 @@ def test_boxes_points_and_labels_reach_the_generator(folder, saved_generator):
     labels = mask() // 255 * 3 + 1
     Image.fromarray(labels).save(folder / "labels.png")
     assert run(*request, folder / "3.png", "--masks", folder / "labels.png", "--labels", "--ignore-labels", "1") == 0
-    report = json.loads((folder / "r.json").read_text())["images"][0]["report"]
+    entries = json.loads((folder / "r.json").read_text())["images"]
+    assert [Path(entry["output"]).name for entry in entries] == ["1.png", "2.png", "3.png"]
+    report = entries[2]["report"]
     assert report["protected_share"] == pytest.approx((mask() > 0).mean())
 
 

@@ -716,3 +716,27 @@ def test_thumbnails_of_strips_are_not_published(order, number, kind, strips):
     published = image_files.encode(image_files.read(buffer.getvalue()), "jpeg")
     assert strip[:8] not in published
     assert Image.open(io.BytesIO(published)).getexif()[271] == "A camera maker"
+
+
+def test_copies_of_the_photo_in_other_tags_are_not_published(tmp_path):
+    small = io.BytesIO()
+    Image.new("RGB", (16, 12), "red").save(small, "JPEG")
+    copy = small.getvalue()
+    exif = Image.Exif()
+    for tag in (700, 33723, 34377, 37724):
+        exif[tag] = copy
+    exif[271], exif[33432], exif[33922] = "ACM", "Ada", (1.0, 2.0, 3.0)
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.LensModel: "a lens"}
+    pixels = Image.new("RGB", (40, 30), "red")
+    for name in ("photo.tif", "photo.jpg", "photo.png"):
+        pixels.save(tmp_path / name, exif=exif.tobytes())
+        assert copy[100:] in (tmp_path / name).read_bytes()
+        picture = image_files.read(tmp_path / name)
+        for format in ("png", "webp", "tiff", "jpeg"):
+            published = image_files.encode(picture, format)
+            assert copy[100:] not in published
+            kept = Image.open(io.BytesIO(published)).getexif()
+            assert (kept[271], kept[33432]) == ("ACM", "Ada")
+            assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] == "a lens"
+            assert kept[33922] == (1.0, 2.0, 3.0)
+            assert not {700, 33723, 34377, 37724} & set(kept)

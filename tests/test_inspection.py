@@ -56,6 +56,12 @@ def test_inside_and_outside_are_measured_apart():
     assert (figures["max_noise"], figures["max_noise_background"]) == (7, 2)
 
 
+def test_grey_that_a_format_made_rgb_is_compared_as_grey():
+    grey = from_array(photo()[..., 0])
+    published = from_array((photo()[..., :1] + 3).astype(np.uint8).repeat(3, axis=2))
+    assert inspect_pair(grey, published)["max_noise"] == 3
+
+
 def test_pictures_of_different_size_are_refused():
     with pytest.raises(ValueError, match=r"96 x 64.*at the same size"):
         inspect_pair(from_array(photo()), from_array(photo()[:10]))

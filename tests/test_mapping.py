@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from unseg_hf import ProtectImages, Protector, cli
-from unseg_hf.mapping import RecordError
+from unseg_hf.mapping import RecordError, stored_prompt
 from unseg_hf.model_identity import model_identity
 
 
@@ -197,6 +197,11 @@ def test_broken_rows_are_marked_kept_dropped_or_stop_the_map(broken, saved_gener
     assert kept["protection_error"][:] == errors
     for before, after, error in zip(stored(broken), stored(kept), errors, strict=True):
         assert (before == after) == bool(error)
+    dropping = ProtectImages(str(saved_generator), mask_column="mask", on_error="drop")
+    # The first batch, without a bad row, has the columns of the others.
+    for order in (range(len(broken)), sorted(range(len(broken)), key=lambda i: broken["caption"][i] == "bad")):
+        short = broken.select(order).map(dropping, batched=True, batch_size=2, remove_columns="caption")
+        assert len(short) == len(rows()["caption"])
     dropped = mapped("drop")
     assert stored(dropped) == [data for data in stored(marked) if data is not None]
     assert dropped["caption"][:] == rows()["caption"]
@@ -214,6 +219,8 @@ def test_a_list_of_masks_and_a_label_map_reach_the_generator(saved_generator, da
     features = Features({"image": Image(), "masks": List(Image()), "labels": Image()})
     one = Dataset.from_dict(row, features=features)
     results = []
+    shaped = stored_prompt(labels[None], True), stored_prompt(labels[..., None], True)
+    assert all((prompt.label_map == labels).all() for prompt in shaped)
     for settings in ({"mask_column": "masks"}, {"mask_column": "labels", "label_maps": True}):
         protect = ProtectImages(str(saved_generator), mode="per_segment", report_columns=("masks",), **settings)
         results.append(one.map(protect, batched=True))

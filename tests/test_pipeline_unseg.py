@@ -49,6 +49,22 @@ def test_a_list_with_a_prompt_for_each_image(protect, protector):
         np.testing.assert_array_equal(np.asarray(result["image"]), np.asarray(expected.image))
 
 
+def test_a_call_adds_to_what_the_pipeline_was_made_with(saved_generator, protector):
+    labels = box_mask().astype(np.uint8) + 1
+    made = pipeline(
+        "image-protection", model=str(saved_generator), mode="per_segment", ignore_labels=(1,), epsilon=4 / 255
+    )
+    wanted = {"label_map": labels, "mode": "per_segment", "ignore_labels": (1,), "epsilon": 4 / 255}
+    for call, expected in (
+        (made(photo(0), label_map=labels), protector.protect(photo(0), **wanted)),
+        (made({"image": photo(0), "label_map": labels}), protector.protect(photo(0), **wanted)),
+        (made(photo(0), label_map=labels, mode="union"), protector.protect(photo(0), **(wanted | {"mode": "union"}))),
+    ):
+        np.testing.assert_array_equal(np.asarray(call["image"]), np.asarray(expected.image))
+    with pytest.raises(ValueError, match="mask and whole_image were given"):
+        pipeline("image-protection", model=str(saved_generator), whole_image=True)(photo(0), mask=box_mask())
+
+
 def test_batches_differ_from_singles_by_rounding_alone(protect):
     inputs = [{"image": photo(i, 30 + i, 60), "whole_image": True} for i in range(5)]
     for single, batched in zip(protect(inputs), protect(inputs, batch_size=3), strict=True):
@@ -60,3 +76,7 @@ def test_batches_differ_from_singles_by_rounding_alone(protect):
 def test_an_unknown_keyword_is_named(protect):
     with pytest.raises(ValueError, match=r"unknown masc: the prompt has mask, masks"):
         protect(photo(0), masc=box_mask())
+    with pytest.raises(ValueError, match="unknown masc: the prompt has"):
+        protect({"image": photo(0), "masc": box_mask()})
+    with pytest.raises(ValueError, match="a dict of mask: it needs an 'image'"):
+        protect({"mask": box_mask()})

@@ -7,12 +7,13 @@ import gc
 import json
 import os
 import shlex
+import signal
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,21 @@ from .evaluation.audit_command import add_audit
 from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif")
+SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
 SMALL_MODEL = 512  # pixels of its input's side
 
@@ -42,6 +57,9 @@ class Task:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 if an image failed, 2 for a request that makes no sense."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may be anything
     options = build_parser().parse_args(arguments)
     options.command_line = shlex.join(["unseg", *(sys.argv[1:] if arguments is None else arguments)])
     return run(options)
@@ -74,26 +92,29 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or file for one image"
     )
     prompts = protect.add_argument_group("what to protect (default: the objects that SAM finds)")
-    prompts.add_argument("--masks", type=Path, metavar="PATH", help="a mask file, or a folder of them matched by name")
+    prompts.add_argument(
+        "--masks",
+        type=Path,
+        metavar="PATH",
+        help="mask file, or folder of masks with the images' names",
+    )
     prompts.add_argument(
         "--labels", action="store_true", help="the masks are label maps: every label but --ignore-labels is an object"
     )
-    prompts.add_argument(
-        "--ignore-labels", type=_numbers(int), default=(0, 255), metavar="N,N", help="with --labels (default: 0,255)"
-    )
+    prompts.add_argument("--ignore-labels", type=_numbers(int), metavar="N,N", help="with --labels (default: 0,255)")
     prompts.add_argument(
         "--box",
         type=_numbers(float, 4),
         action="append",
         metavar="X0,Y0,X1,Y1",
-        help="box around an object, in pixels",
+        help="box around an object, in pixels; may be repeated",
     )
     prompts.add_argument(
         "--point",
         type=_numbers(float, 2, 3),
         action="append",
         metavar="X,Y[,0]",
-        help="pixel on the object; 0: not on it",
+        help="pixel on the object; 0: not on it; may be repeated",
     )
     prompts.add_argument("--whole-image", action="store_true", help="everything, at full strength")
     prompts.add_argument(
@@ -106,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--format", choices=("png", "webp", "tiff", "jpeg"), default=None, help="default: png; jpeg is lossy"
     )
-    files.add_argument("--quality", type=int, default=95, metavar="N", help="of jpeg, 1 to 100 (default: 95)")
+    files.add_argument("--quality", type=int, metavar="N", help="of jpeg, 1 to 100 (default: 95)")
     files.add_argument("--overwrite", action="store_true", help="do images again whose output is there")
     files.add_argument("--json", type=Path, metavar="FILE", help="write a report of every image")
     _add_model_options(protect).add_argument(
@@ -195,10 +216,14 @@ def run_protect(options: argparse.Namespace) -> int:
         raise UsageError("--labels needs --masks")
     if options.per_segment and (options.whole_image or options.point or (options.masks and not options.labels)):
         raise UsageError("--per-segment needs several masks: --labels, --box more than once, or no prompt")
-    if not 1 <= options.quality <= 100:
+    if options.ignore_labels is not None and not options.labels:
+        raise UsageError("--ignore-labels needs --labels")
+    if options.quality is not None and not 1 <= options.quality <= 100:
         raise UsageError(f"--quality {options.quality}: must be from 1 to 100")
     unreadable: list[str] = []
     tasks = plan(options.inputs, options.output, options.format, options.masks, unreadable)
+    if options.quality is not None and not any(_is_lossy(task.target) for task in tasks):
+        raise UsageError(f"--quality {options.quality} is for --format jpeg")
     if options.json:
         _refuse_overwriting("--json", [options.json], (p for t in tasks for p in (t.source, t.mask, t.target)))
 
@@ -206,14 +231,17 @@ def run_protect(options: argparse.Namespace) -> int:
 
     from .overlap import in_threads
 
-    protector = load_protector(options.model, options.device, options.bf16)
+    prompt = _prompt_of(options)
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
+    report.write()  # where that is impossible, it is known before the work
+    protector = load_protector(options.model, options.device, options.bf16)
     try:
         with (
+            _interrupted_by_sigterm(),
             _shared_processor(protector, len(tasks)) as (threads, model_turn),
             tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
         ):
-            work = functools.partial(_outcome, protector, model_turn, options, epsilon, background, measure)
+            work = functools.partial(_outcome, protector, model_turn, options, prompt, epsilon, background, measure)
 
             def record(task: Task, outcome: dict[str, Any]) -> None:
                 report.add(task, **outcome)
@@ -228,6 +256,35 @@ def run_protect(options: argparse.Namespace) -> int:
         print(f"unseg: {folder}", file=sys.stderr)
     report.print_summary()
     return 1 if report.count("failed") or unreadable else 0
+
+
+def _prompt_of(options: argparse.Namespace):
+    """What to protect in each image, without its mask."""
+    from .protection import Prompt
+
+    try:
+        return Prompt(
+            boxes=options.box,
+            points=[point[:2] for point in options.point] if options.point else None,
+            point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
+            whole_image=options.whole_image,
+            mode="per_segment" if options.per_segment else "union",
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Meanwhile a request to end is what Control-C is: what is finished is kept and reported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -311,12 +368,16 @@ def plan(
     from . import image_files
 
     found: dict[Path, Path] = {}  # the file, and where it goes below the output
-    for item in inputs:
+    # A folder that was named in two ways is one.
+    for real, item in {_real(item): item for item in inputs}.items():
         if item.is_dir():
-            # An output folder inside the input would be protected again by the next run.
-            inside = output.resolve() if item.resolve() in output.resolve().parents else None
+            for what, other in (("output", output), ("masks", masks)):
+                if other is not None and _real(other) == real:
+                    raise UsageError(f"{item} is the folder of the images and of the {what}: keep them apart")
+            # What lies inside the input and is none of its images: a next run would protect the output again.
+            others = {_real(other) for other in (output, masks) if other is not None and real in _real(other).parents}
             for path in images_in(item, unreadable):
-                if inside is None or inside not in path.resolve().parents:
+                if not others or not others & {_real(path), *_real(path).parents}:
                     found.setdefault(path, path.relative_to(item))
         else:
             found.setdefault(item, Path(item.name))
@@ -393,68 +454,84 @@ def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path
 
 
 def images_in(folder: Path, unreadable: list[str]) -> list[Path]:
+    """Image files in a folder and those below it; `unreadable` gets a line for each folder that cannot be searched."""
+
     def complain(error: OSError) -> None:
         unreadable.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
 
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=complain)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    )
+    images: list[Path] = []
+    seen: set[Path] = set()
+    for parent, folders, names in os.walk(folder, onerror=complain, followlinks=True):
+        # Links come last, and lead nowhere where they lead to what was searched already, a folder above them maybe.
+        if (real := _real(Path(parent))) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        images += [Path(parent, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    return sorted(images)
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; unlike pathlib's, this is no error for a loop of links."""
+    return Path(os.path.realpath(path))
+
+
+def _is_lossy(target: Path) -> bool:
+    from . import image_files
+
+    return image_files.SUFFIXES[target.suffix.lower()] in image_files.LOSSY_FORMATS
 
 
 def _refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path | None]) -> None:
-    needed = {path.resolve() for path in kept if path is not None}
+    needed = {_real(path) for path in kept if path is not None}
     for target in targets:
-        if target.resolve() in needed:
+        if _real(target) in needed:
             raise UsageError(f"{what} {target} would replace a file that is needed: choose another name")
 
 
-def _outcome(protector, model_turn, options, epsilon, background, measure: bool, task: Task) -> dict[str, Any]:
+def _outcome(protector, model_turn, options, prompt, epsilon, background, measure: bool, task: Task) -> dict[str, Any]:
     """What became of an image: `status`, and its `report` or the line of its `error`."""
     from .image_files import one_line
 
-    if task.target.exists() and not options.overwrite:
-        return {"status": "skipped"}
     try:
-        report = _protect_one(protector, model_turn, task, options, epsilon, background, measure)
+        # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
+        if task.target.is_file() and not options.overwrite:
+            return {"status": "skipped"}
+        report = _protect_one(protector, model_turn, task, options, prompt, epsilon, background, measure)
         return {"status": "protected", "report": report}
     # One bad image must not stop the others, whatever is wrong with it.
     except Exception as error:
         text = one_line(error)
-        return {"status": "failed", "error": text if str(task.source) in text else f"{task.source}: {text}"}
+        mask = f" with {task.mask}" if task.mask and str(task.mask) not in text else ""
+        return {"status": "failed", "error": text if str(task.source) in text else f"{task.source}{mask}: {text}"}
 
 
-def _protect_one(protector, model_turn, task: Task, options, epsilon, background, measure: bool) -> dict[str, Any]:
+def _protect_one(
+    protector, model_turn, task: Task, options, prompt, epsilon, background, measure: bool
+) -> dict[str, Any]:
     """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
     from . import image_files
     from .inspection import share_left
-    from .protection import Prompt, compare
+    from .protection import compare
 
-    labels = image_files.read_mask(task.mask) if task.mask else None
-    prompt = Prompt(
-        mask=None if options.labels else labels,
-        label_map=labels if options.labels else None,
-        ignore_labels=options.ignore_labels,
-        boxes=options.box,
-        points=[point[:2] for point in options.point] if options.point else None,
-        point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
-        whole_image=options.whole_image,
-        mode="per_segment" if options.per_segment else "union",
-    )
+    quality = 95 if options.quality is None else options.quality
+    if task.mask:
+        labels = image_files.read_mask(task.mask)
+        ignored = {} if options.ignore_labels is None else {"ignore_labels": options.ignore_labels}
+        prompt = replace(prompt, **({"label_map": labels} | ignored if options.labels else {"mask": labels}))
     job = protector.prepare(task.source, prompt, epsilon, background)
     with model_turn:
         decoded = protector.decode(job, protector.encode([job])[0])
     protected = protector.apply(job, decoded)
     with ThreadPoolExecutor(1) as aside:
-        writing = aside.submit(image_files.write, protected.picture, task.target, options.format, options.quality)
+        writing = aside.submit(image_files.write, protected.picture, task.target, options.format, quality)
         # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
         report = protected.report if measure else {"notes": list(protected.notes)}
         written = writing.result()
     report["notes"] += [note for note in written.notes if note not in report["notes"]]
-    if image_files.SUFFIXES[task.target.suffix.lower()] in image_files.LOSSY_FORMATS:
-        clean = image_files.read(image_files.encode(protected.original, "jpeg", options.quality)).rgb8()
+    if _is_lossy(task.target):
+        clean = image_files.read(image_files.encode(protected.original, "jpeg", quality)).rgb8()
         report |= compare(protected.original, written, protected.region) if measure else {}
         report["noise_left"] = share_left(protected.original, protected.picture, clean, written.rgb8())
         report["notes"].append("JPEG changes pixels beyond the bound and takes part of the noise; png keeps all")
@@ -462,7 +539,7 @@ def _protect_one(protector, model_turn, task: Task, options, epsilon, background
 
 
 class Report:
-    """What happened to each image: for the screen, and for `--json`, where figures of earlier runs are kept."""
+    """What happened to each image: for the screen, and for `--json`, where entries of earlier runs are kept."""
 
     def __init__(self, path: Path | None):
         self.path, self.entries = path, []
@@ -489,7 +566,8 @@ class Report:
         if self.path is not None:
             from .image_files import put_in_place
 
-            put_in_place(json.dumps({"images": self.entries}, indent=2).encode(), self.path, str(self.path))
+            entries = self.earlier | {entry["output"]: entry for entry in self.entries}
+            put_in_place(json.dumps({"images": list(entries.values())}, indent=2).encode(), self.path, str(self.path))
 
     def print_summary(self) -> None:
         reports = [entry["report"] for entry in self.entries if entry["status"] == "protected"]
@@ -556,7 +634,7 @@ def run_verify(options: argparse.Namespace) -> int:
     what = "files and pixels" if options.originals else "files"
     unchecked = f"; {result.unchecked}" if result.unchecked else ""
     print(
-        f"{options.output}: {result.images} images in {result.files} files, {len(result.wrong)} of them wrong; "
+        f"{options.output}: {result.images} images in {result.files} files, {len(result.wrong)} problem(s); "
         f"{what} checked{unchecked}; {result.failed_before} records could not be protected, see manifest/"
     )
     for sentence in result.unprotected:

@@ -139,7 +139,7 @@ class UnSegConfig(PreTrainedConfig):
         epsilon = self.epsilon if epsilon is None else epsilon
         epsilon_background = epsilon * share if epsilon_background is None else epsilon_background
         check_epsilon(epsilon, epsilon_background)
-        return epsilon, epsilon_background
+        return float(epsilon), float(epsilon_background)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -50,6 +50,14 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _EXIF_PREFIX = b"Exif\x00\x00"
 _ORIENTATION = int(ExifTags.Base.Orientation)
 # Tags of a thumbnail's first byte and number of bytes, as a JPEG file and as bare pixels in one strip.
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
+_COPIES = {700, 33723, 34377, 37724}  # XMP, IPTC and Photoshop's two: previews, layers, and what is not carried over
+_SUB_IMAGES = 330
+# Of what, by what and whose a photo is, its Exif and GPS directories, ratings, XP's texts, and where on earth it lies.
+_DESCRIPTIVE = {
+    269, 270, 271, 272, 285, 305, 306, 315, 316, 18246, 18249, 33432, 34665, 34853, *range(40091, 40096),
+    33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113,
+}  # fmt: skip
 _WHOLE_NUMBERS = {3: "H", 4: "L"}  # of TIFF's types of values
 _JPEG_THUMBNAIL, _STRIP_THUMBNAIL = (0x0201, 0x0202), (0x0111, 0x0117)
 
@@ -470,7 +478,20 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
             (value,) = struct.unpack_from(order + "L", body, value)
         return struct.unpack_from(values, body, value)
 
-    first, end = directory(*struct.unpack_from(order + "L", body, 4))
+    (start,) = struct.unpack_from(order + "L", body, 4)
+    first, end = directory(start)
+    if _SUB_IMAGES in first:
+        raise ValueError("images of their own, whose data may lie anywhere")
+    if copies := _COPIES & first.keys():
+        for tag in copies:
+            _, kind, count = struct.unpack_from(order + "HHL", body, first[tag] - 8)
+            size = _TYPE_SIZES.get(kind, 8) * count
+            at = first[tag] if size <= 4 else struct.unpack_from(order + "L", body, first[tag])[0]
+            body[at : at + size] = bytes(len(body[at : at + size]))
+        kept = [body[at - 8 : at + 4] for tag, at in first.items() if tag not in copies]
+        shorter = struct.pack(order + "H", len(kept)) + b"".join(kept) + body[end : end + 4]
+        body[start : end + 4] = shorter.ljust(len(body[start : end + 4]), b"\0")
+        first, end = directory(start)
     if _ORIENTATION in first:
         struct.pack_into(order + "HLHH", body, first[_ORIENTATION] - 6, 3, 1, 1, 0)
     (second,) = struct.unpack_from(order + "L", body, end) if end + 4 <= len(body) else (0,)
@@ -494,10 +515,7 @@ def _descriptive(exif: Image.Exif) -> Image.Exif:
         return {k: v.encode("latin-1") if isinstance(v, str) and not v.isascii() else v for k, v in values.items()}
 
     kept = Image.Exif()
-    texts = (269, 270, 271, 272, 285, 305, 306, 315, 316)
-    storage = (32995, 32996, 32997, 32998, 34675)
-    found = {tag: exif[tag] for tag in exif if tag in texts or (tag >= 18246 and tag not in storage)}
-    for tag, value in exact(found).items():
+    for tag, value in exact({tag: exif[tag] for tag in exif if tag in _DESCRIPTIVE}).items():
         kept[tag] = value
     for tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
         if tag in kept:

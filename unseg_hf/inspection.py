@@ -1,6 +1,7 @@
 """Looking at protected images: what the noise is, what it costs, and what recompression leaves of it."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -23,6 +24,7 @@ def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | Non
     Raises:
         ValueError: pictures of different size or kind.
     """
+    protected = grey_again(protected, original)
     if original.pixels.shape != protected.pixels.shape or original.pixels.dtype != protected.pixels.dtype:
         raise ValueError(
             f"the original is {_kind(original)}, the protected picture {_kind(protected)}: compare a picture with its "
@@ -34,6 +36,15 @@ def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | Non
     if region.all():
         figures["max_noise_background"] = None
     return figures | {"left_after_jpeg75": noise_left(original, protected, quality=75)}
+
+
+def grey_again(picture: Picture, original: Picture) -> Picture:
+    """A picture in the one channel of its original, where a format without grey, WebP, has made it three alike."""
+    height, width, channels = original.pixels.shape
+    became_rgb = channels == 1 and picture.pixels.shape == (height, width, 3)
+    if became_rgb and (picture.pixels == picture.pixels[..., :1]).all():
+        return replace(picture, pixels=picture.pixels[..., :1])
+    return picture
 
 
 def noise_left(original: Picture, protected: Picture, quality: int) -> float | None:

@@ -44,8 +44,8 @@ class ProtectImages:
 
     Args:
         model: folder, Hub id, or None for the generator in the package.
-        image_column: column of images; they come back as PNG, without a path (`datasets` would prefer a file of that
-            name, if there is one, to the bytes).
+        image_column: column of images, of the feature `datasets.Image()`; they come back as PNG, without a path
+            (`datasets` would prefer a file of that name, if there is one, to the bytes).
         mask_column: column of mask images, or of lists of them; without one, SAM proposes segments.
         revision: of a Hub id.
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
@@ -54,7 +54,8 @@ class ProtectImages:
         whole_image: everything gets the full budget.
         epsilon, epsilon_background: as for [`Protector.protect`]; the second only with the first.
         on_error: what happens to a row whose image or mask cannot be used: "raise", "keep" the row as it is, its
-            image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it.
+            image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it (then `map`
+            keeps all columns, whatever its `remove_columns` says).
         error_column: text, empty in rows without an error; written with "mark" and with "keep".
         report_columns: figures to add as columns `protection_<name>`, of REPORT_COLUMNS; nan and "" where there is no
             figure.
@@ -123,7 +124,7 @@ class ProtectImages:
             object.__setattr__(self, name, value)
 
     def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> dict[str, list]:
-        """The columns of a batch that change; all of them where rows are dropped."""
+        """The columns of a batch that change; with "drop" all of them, as those of which rows are dropped have to."""
         _one_thread_in_workers()
         images = _undecoded(batch, self.image_column)
         masks = [None] * len(images) if self.mask_column is None else _undecoded(batch, self.mask_column)
@@ -147,7 +148,7 @@ class ProtectImages:
         columns = {self.image_column: rows} | {f"protection_{name}": values for name, values in reports.items()}
         if self.on_error in ("mark", "keep"):
             return columns | {self.error_column: errors}
-        if not any(errors):
+        if self.on_error == "raise":
             return columns
         kept = [index for index, error in enumerate(errors) if not error]
         others = {name: _undecoded(batch, name) for name in batch if name not in columns}
@@ -286,6 +287,8 @@ def stored_prompt(mask: Any, label_maps: bool, **fields: Any) -> Prompt:
         raise RecordError("the mask is missing; give one, or choose what happens to such records")
     if isinstance(mask, list) and mask and isinstance(mask[0], list):
         mask = np.asarray(mask)
+    if isinstance(mask, np.ndarray) and mask.ndim == 3 and 1 in (mask.shape[0], mask.shape[2]):
+        mask = mask[0] if mask.shape[0] == 1 else mask[:, :, 0]
     several = isinstance(mask, list) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
     if several:
         if label_maps:

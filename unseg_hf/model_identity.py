@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from .image_files import one_line
-from .protection import default_checkpoint
+from .protection import check_model_name, default_checkpoint
 
 
 def checkpoint_digest(folder: str | os.PathLike) -> str:
@@ -35,11 +35,12 @@ def hub_revision(model_id: str, revision: str | None = None) -> str:
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
+    check_model_name(model_id)
     try:
         return HfApi().model_info(model_id, revision=revision).sha
     except Exception as error:  # of any of the client's layers
         cached = None
-        if not os.path.exists(model_id) and model_id.count("/") <= 1:
+        if not os.path.exists(model_id):
             cached = try_to_load_from_cache(model_id, "config.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name

@@ -53,21 +53,22 @@ class ImageProtectionPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
     def _sanitize_parameters(self, epsilon: float | None = None, epsilon_background: float | None = None, **prompt):
-        unknown = prompt.keys() - Prompt.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(
-                f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(Prompt.__dataclass_fields__)}"
-            )
+        _checked(prompt)
         budget = {"epsilon": epsilon, "epsilon_background": epsilon_background}
         given = {name: value for name, value in budget.items() if value is not None}
-        return given | ({"prompt": prompt} if prompt else {}), {}, {}
+        # Each by its own name, so that a call changes what it names and leaves what the pipeline was made with.
+        return given | prompt, {}, {}
 
-    def preprocess(self, inputs, prompt: dict | None = None, **budget) -> dict[str, Job]:
-        fields = dict(prompt or {})
+    def preprocess(
+        self, inputs, epsilon: float | None = None, epsilon_background: float | None = None, **prompt
+    ) -> dict[str, Job]:
         if isinstance(inputs, dict):
-            fields |= {name: value for name, value in inputs.items() if name != "image"}
+            if "image" not in inputs:
+                raise ValueError(f"a dict of {', '.join(map(str, inputs))}: it needs an 'image'")
+            fields = {name: value for name, value in inputs.items() if name != "image"}
             inputs = inputs["image"]
-        return {"job": self.protector.prepare(inputs, Prompt(**fields), **budget)}
+            prompt |= _checked(fields)
+        return {"job": self.protector.prepare(inputs, Prompt(**prompt), epsilon, epsilon_background)}
 
     def _forward(self, model_inputs: dict) -> dict[str, Any]:
         jobs = model_inputs["job"]
@@ -83,6 +84,15 @@ class ImageProtectionPipeline(Pipeline):
             "mask": Image.fromarray(protected.region).convert("L"),
             "report": protected.report,
         }
+
+
+def _checked(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a prompt; ValueError for others."""
+    if unknown := fields.keys() - Prompt.__dataclass_fields__.keys():
+        raise ValueError(
+            f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(Prompt.__dataclass_fields__)}"
+        )
+    return fields
 
 
 __all__ = ["ImageProtectionPipeline"]

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .image_files import Picture, from_array, from_pil, read, read_mask
@@ -36,6 +38,16 @@ ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | t
 def default_checkpoint() -> Path:
     """Folder of the generator that comes with the package."""
     return Path(__file__).parent / "checkpoints" / "unseg-tiny"
+
+
+def check_model_name(name: str | os.PathLike) -> None:
+    """ValueError for what is no folder, and cannot be an id of the Hub."""
+    if os.path.isdir(name):
+        return
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError as error:
+        raise ValueError(f"{name}: no such folder, and no id of the Hub, which is like 'owner/name'") from error
 
 
 @dataclass(frozen=True)
@@ -210,9 +222,10 @@ class Protector:
             kwargs: passed on to `UnSegModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
 
         Raises:
-            ValueError: a checkpoint without a trained noise head, a plain SAM for example.
+            ValueError: a checkpoint without a trained noise head, a plain SAM for example, or neither folder nor id.
         """
         checkpoint = default_checkpoint() if checkpoint is None else checkpoint
+        check_model_name(checkpoint)
         model, loading = UnSegModel.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
         if loading["missing_keys"]:
             raise ValueError(
@@ -312,6 +325,9 @@ class Protector:
             ceiling = ceiling_of(job.picture.pixels, decoded.region, job.epsilon, smooth)
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         _check_bound(job.picture.pixels, protected, decoded.region, *budget)
+        notes = decoded.notes
+        if budget[0] and decoded.region.any() and np.array_equal(protected, job.picture.pixels):
+            notes = (*notes, "no pixel was changed: the image is too small, or its budget below one level")
         return Protected(
             original=job.picture,
             picture=job.picture.with_pixels(protected),
@@ -320,7 +336,7 @@ class Protector:
             epsilon_background=job.epsilon_background,
             masks=decoded.masks,
             seconds=job.seconds + time.perf_counter() - start,
-            notes=decoded.notes,
+            notes=notes,
         )
 
     @torch.inference_mode()
@@ -727,6 +743,8 @@ def read_any(image: ImageInput) -> Picture:
         return from_pil(image)
     if isinstance(image, torch.Tensor):
         if image.ndim == 3:
+            if not 1 <= image.shape[0] <= 4:
+                raise ValueError(f"a tensor of shape {tuple(image.shape)}: pass (channels, height, width)")
             image = image.permute(1, 2, 0)
         # NumPy has no bfloat16.
         return from_array(_numpy(image), "the tensor")

@@ -130,8 +130,15 @@ def _broken_bounds(
             yield f"{where}: its image is not the one in the manifest"
         if record.image is None or hashlib.sha256(record.image).hexdigest() != line["input_sha256"]:
             yield f"{where}: its original {record.key} was changed since, or cannot be read"
+        elif _is_another(record.mask, line.get("mask_sha256")):
+            yield f"{where}: its mask was changed since, so that the bound cannot be checked"
         elif problem := _beyond(record.image, image, record.mask, settings["protection"]):
             yield f"{where}: {problem}"
+
+
+def _is_another(mask: Any, digest: str | None) -> bool:
+    """Whether a mask is not the one of the run, where that was a file."""
+    return isinstance(mask, bytes) and digest is not None and hashlib.sha256(mask).hexdigest() != digest
 
 
 def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, Any]) -> str:
