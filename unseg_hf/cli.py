@@ -231,10 +231,11 @@ def run_protect(options: argparse.Namespace) -> int:
 
     from .overlap import in_threads
 
-    prompt = _prompt_of(options)
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
     report.write()  # where that is impossible, it is known before the work
-    protector = load_protector(options.model, options.device, options.bf16)
+    with _without_garbage_collection():
+        prompt = _prompt_of(options)
+        protector = load_protector(options.model, options.device, options.bf16)
     try:
         with (
             _interrupted_by_sigterm(),
@@ -322,18 +323,20 @@ def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
     return tuple(None if value is None else value / 255 for value in (epsilon, background))
 
 
-def load_protector(model: str | None, device: str, bf16: bool = False):
-    # Importing allocates much and frees nothing: looking for garbage meanwhile takes a tenth of the time.
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Importing allocates much and frees nothing: looking for garbage meanwhile takes a tenth of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _load_protector(model, device, bf16)
+        yield
     finally:
         if collecting:
             gc.enable()
 
 
-def _load_protector(model: str | None, device: str, bf16: bool):
+@_without_garbage_collection()
+def load_protector(model: str | None, device: str, bf16: bool = False):
     from transformers.utils import logging
 
     from .image_files import one_line
