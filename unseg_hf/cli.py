@@ -260,19 +260,16 @@ def run_protect(options: argparse.Namespace) -> int:
 
 
 def _prompt_of(options: argparse.Namespace):
-    """What to protect in each image, without its mask."""
+    """What to protect in each image, without its mask; ValueError for a box or point that makes no sense."""
     from .protection import Prompt
 
-    try:
-        return Prompt(
-            boxes=options.box,
-            points=[point[:2] for point in options.point] if options.point else None,
-            point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
-            whole_image=options.whole_image,
-            mode="per_segment" if options.per_segment else "union",
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    return Prompt(
+        boxes=options.box,
+        points=[point[:2] for point in options.point] if options.point else None,
+        point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
+        whole_image=options.whole_image,
+        mode="per_segment" if options.per_segment else "union",
+    )
 
 
 @contextlib.contextmanager
