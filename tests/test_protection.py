@@ -103,6 +103,13 @@ def test_saved_files_keep_the_bound_in_every_mode(
 
 
 @pytest.mark.slow
+def test_an_image_that_stays_as_it_was_is_said_to_be(loud_protector):
+    said = "no pixel was changed"
+    assert said in loud_protector.protect(photo(), whole_image=True, epsilon=0.3 / 255).notes[0]
+    for changed in ({"epsilon": 8 / 255}, {"epsilon": 0}):
+        assert not any(said in note for note in loud_protector.protect(photo(), mask=box_mask(), **changed).notes)
+
+
 @pytest.mark.parametrize(("height", "width"), [(3000, 5000), (1, 5000), (5000, 1), (1, 1)])
 def test_extreme_sizes_keep_the_bound_on_file(loud_protector, tmp_path, height, width):
     pixels = photo(height, width)

@@ -326,7 +326,8 @@ class Protector:
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         _check_bound(job.picture.pixels, protected, decoded.region, *budget)
         notes = decoded.notes
-        if budget[0] and decoded.region.any() and np.array_equal(protected, job.picture.pixels):
+        rows = zip(protected, job.picture.pixels, strict=True)
+        if budget[0] and decoded.region.any() and all((after == before).all() for after, before in rows):
             notes = (*notes, "no pixel was changed: the image is too small, or its budget below one level")
         return Protected(
             original=job.picture,
