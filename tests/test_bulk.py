@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -399,6 +400,55 @@ def test_a_run_does_not_go_on_with_images_or_masks_that_were_changed(place, save
     Path(changed).write_bytes(data[:-1] + b"x")
     with pytest.raises(ValueError, match=r"begun with source.sizes_and_times"):
         run(source, saved_generator)
+
+
+def test_a_damaged_shard_has_no_mark_while_it_is_made_anew_and_others_work_on(place, saved_generator):
+    source = write_images(place)
+    run(source, saved_generator, kind="folder")
+    whole = files("out")
+    for name in ("data/p1.png", "data/p8.png"):
+        Path("out", name).unlink()
+    at_work, killed = (Path("out/.partial", f"{socket.gethostname()}-{pid}-0") for pid in (os.getpid(), 2**22 + 1))
+    for folder in (at_work, killed):
+        folder.mkdir(parents=True)
+    seen = []
+
+    class Watched(outputs.WRITERS["folder"]):
+        def close(self):
+            seen.append(sorted(Path("out/manifest").glob("*.json")))
+            super().close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(outputs.WRITERS, "folder", Watched)
+        run(source, saved_generator, kind="folder")
+    assert [len(marks) for marks in seen] == [1, 2]
+    assert at_work.is_dir()
+    assert not killed.exists()
+    at_work.rmdir()
+    Path("out/.partial").rmdir()
+    assert files("out") == whole
+
+
+def test_a_name_that_is_too_long_for_a_file_costs_its_record_alone(place, saved_generator):
+    long = "n" * 260
+    members = {f"{name}.png": encoded(photo(0)) for name in ("a", long, "z")}
+    members |= {f"{name}.mask.png": encoded(mask(0)) for name in ("a", long, "z")}
+    write_tar("in.tar", dict(sorted(members.items())))
+    source = {"inputs": ["in.tar"], "image_column": "png", "mask_column": "mask.png"}
+    summary = run(source, saved_generator, kind="folder")
+    assert summary.complete
+    assert (summary.records, summary.failed) == (3, 1)
+
+
+def test_folders_and_files_are_found_by_their_own_names(place, saved_generator):
+    for folder in ("set1", "set[1]"):
+        Path(folder).mkdir()
+        Path(folder, f"{len(folder)}.png").write_bytes(encoded(photo(0)))
+    source = open_source(["set[1]"], Path("out"))
+    assert [record.key for record in source.read(0)] == ["6.png"]
+    run({"inputs": ["set[1]"]}, saved_generator, kind="folder")
+    Path("out/more").symlink_to(Path("set1").resolve())
+    assert manifest.strange_files(Path("out"), 1) == ["more"]
 
 
 def test_a_broken_record_stops_the_run_on_request_and_what_was_finished_stays(place, saved_generator):

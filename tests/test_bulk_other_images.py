@@ -146,6 +146,7 @@ def test_an_image_that_is_dropped_does_not_make_it_doubtful_which_one_is_meant(p
     source = write_samples() | {"image_column": None}
     assert run(source, saved_generator, "doubtful", kind="tars").failed == 4
     assert run(source | {"drop_columns": ["thumb.jpg"]}, saved_generator, kind="tars").failed == 1
+    assert cli.main(["verify", "out", "--originals", *source["inputs"]]) == 0
 
 
 @pytest.mark.parametrize(

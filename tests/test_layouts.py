@@ -1,5 +1,6 @@
 """`unseg protect-dataset` on small trees of the published layouts."""
 
+import errno
 import io
 import json
 import os
@@ -16,8 +17,8 @@ import torch
 from PIL import Image
 from published_trees import LOWER, TREES, UPPER, area, labels, photo, save, text
 
-from unseg_hf import Prompt, Protector, cli
-from unseg_hf.layouts.run import RECORD, SETTINGS
+from unseg_hf import Prompt, Protector, cli, image_files
+from unseg_hf.layouts.run import RECORD, SETTINGS, alone
 from unseg_hf.layouts.table import DATA_SETS
 
 
@@ -296,6 +297,11 @@ def test_renaming_never_replaces_a_mask(tmp_path, protect, capsys):
     TREES["hqseg44k"][1](tmp_path / "in")
     assert protect("hqseg44k", "--jpeg-names", "rename") == 2
     assert "cascade_psp/DUTS-TE/a.b.png, which is there" in capsys.readouterr().err
+    TREES["voc2012"][1](tmp_path / "in2")
+    images = tmp_path / "in2/VOCdevkit/VOC2012/JPEGImages"
+    shutil.copy(images / "2007_000032.jpg", images / "2007_000032.JPG")
+    assert protect("voc2012", "--jpeg-names", "rename", root="in2", output="out2") == 2
+    assert "2007_000032.png, which is there or becomes another file's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
@@ -457,6 +463,89 @@ def test_images_that_come_into_a_list_later_are_protected_and_their_copies_remov
     assert not (tmp_path / "out" / path.replace("2007_000032", "2008_000001")).exists()
     assert not (tmp_path / "out" / aside).exists()
     assert aside not in entries
+
+
+def test_what_an_earlier_run_wrote_and_this_one_would_not_is_removed(tmp_path, protect):
+    TREES["voc2012"][1](tmp_path / "in")
+    base = tmp_path / "in/VOCdevkit/VOC2012"
+    assert protect("voc2012", "--jpeg-names", "rename") == 0
+    text(base / "ImageSets/Segmentation/train.txt", "2007_000033\n")
+    assert protect("voc2012", "--jpeg-names", "rename") == 0
+    assert protect("voc2012", "--jpeg-names", "rename", output="whole") == 0
+    assert data_files(tmp_path / "out") == data_files(tmp_path / "whole")
+    TREES["cityscapes"][1](tmp_path / "cities")
+    assert protect("cityscapes", root="cities", output="moved") == 0
+    for kind in ("leftImg8bit", "gtFine"):
+        shutil.move(tmp_path / f"cities/{kind}/val/munster", tmp_path / f"cities/{kind}/train")
+    assert protect("cityscapes", root="cities", output="moved") == 0
+    assert not list((tmp_path / "moved/leftImg8bit/val").rglob("*.png"))
+    assert data_files(tmp_path / "moved").keys() == files(tmp_path / "cities").keys()
+
+
+def test_one_run_at_a_time_writes_an_output(tmp_path, protect, capsys):
+    TREES["voc2012"][1](tmp_path / "in")
+    assert protect("voc2012") == 0
+    before = files(tmp_path / "out")
+    with alone(tmp_path / "out"):
+        assert protect("voc2012") == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+
+
+def test_no_path_of_this_machine_is_published(tmp_path, protect, capsys):
+    many(tmp_path / "in", 3)
+    (tmp_path / "in/images/000.jpg").write_bytes(b"no image")
+    (tmp_path / "in/masks/001.jpg").write_bytes(b"no mask")
+    assert protect("kvasir-seg") == 1
+    assert str(tmp_path) not in (tmp_path / "out" / RECORD).read_text()
+    assert "images/000.jpg" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_and_no_image_is_called_bad(tmp_path, protect, monkeypatch, capsys):
+    many(tmp_path / "in", 3)
+
+    def full(*arguments):
+        raise image_files.ImageFileError("it cannot be written") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(image_files, "write", full)
+    assert protect("kvasir-seg") == 2
+    assert not [entry for entry in record(tmp_path / "out").values() if entry["status"] == "failed"]
+
+
+def test_names_and_lists_are_read_in_the_forms_that_are_about(tmp_path, protect, capsys):
+    (path,) = TREES["voc2012"][1](tmp_path / "in")
+    lists = tmp_path / "in/VOCdevkit/VOC2012/ImageSets/Segmentation"
+    text(lists / "trainaug.txt", "\ufeff/JPEGImages/2007_000032.jpg /SegmentationClass/2007_000032.png\n")
+    assert protect("voc2012", "--split", "trainaug") == 0
+    assert record(tmp_path / "out")[path]["status"] == "protected"
+    text(lists / "trainaug.txt", "2019_000001\n")
+    assert protect("voc2012", "--split", "trainaug", output="none") == 2
+    assert "their lists name 1 images that are not there" in capsys.readouterr().err
+    (lists / "trainaug.txt").write_bytes(b"\xff\xfe")
+    assert protect("voc2012", "--split", "trainaug", output="none") == 2
+    assert "trainaug.txt is no text in UTF-8" in capsys.readouterr().err
+    (city,) = TREES["cityscapes"][1](tmp_path / "cities")
+    for number, name in enumerate((Path(city).name, Path(city).name.partition("_left")[0])):
+        text(tmp_path / "names.txt", name)
+        options = ("--names", tmp_path / "names.txt")
+        assert protect("cityscapes", *options, root="cities", output=f"city{number}") == 0
+        assert record(tmp_path / f"city{number}")[city]["status"] == "protected"
+    text(tmp_path / "names.txt", "nobody.png")
+    assert protect("cityscapes", "--names", tmp_path / "names.txt", root="cities", output="none") == 2
+    assert "none is called 'nobody', as --names has it" in capsys.readouterr().err
+
+
+def test_cities_may_be_links_and_an_output_is_not_protected_again(tmp_path, protect, capsys):
+    (path,) = TREES["cityscapes"][1](tmp_path / "in")
+    for kind in ("leftImg8bit", "gtFine"):
+        shutil.move(tmp_path / f"in/{kind}/train/aachen", tmp_path / f"disk/{kind}")
+        (tmp_path / f"in/{kind}/train/aachen").symlink_to(tmp_path / f"disk/{kind}")
+    assert protect("cityscapes") == 0
+    assert record(tmp_path / "out")[path]["status"] == "protected"
+    TREES["voc2012"][1](tmp_path / "voc")
+    assert protect("voc2012", root="voc", output="first") == 0
+    assert protect("voc2012", root="first/VOCdevkit", output="second") == 2
+    assert "is protected already" in capsys.readouterr().err
 
 
 def test_another_folder_of_the_same_name_is_refused(tmp_path, protect, capsys):

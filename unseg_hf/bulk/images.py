@@ -32,7 +32,8 @@ class ImageFolder:
         if unreadable:
             raise OSError(unreadable[0])
         self._names = [task.target.relative_to(output).with_suffix("").as_posix() for task in self._tasks]
-        self._keys = [_below(task.source, inputs) for task in self._tasks]
+        folders = [path for path in inputs if path.is_dir()]
+        self._keys = [_below(task.source, folders) for task in self._tasks]
         self._size = shard_size
         files = [(_size_and_time(task.source), task.mask and _size_and_time(task.mask)) for task in self._tasks]
         # Not in the listing: `unseg verify` takes a copy of the originals, whose times are its own.
@@ -89,9 +90,9 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _below(path: Path, inputs: Sequence[Path]) -> str:
-    """The path below the input that it was found in, and its name where it was an input itself."""
-    for folder in inputs:
-        if folder.is_dir() and path.is_relative_to(folder):
+def _below(path: Path, folders: Sequence[Path]) -> str:
+    """The path below the folder that it was found in, and its name where it was an input itself."""
+    for folder in folders:
+        if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
     return path.name

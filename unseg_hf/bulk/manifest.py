@@ -171,9 +171,14 @@ def strange_files(output: Path, shards: int) -> list[str]:
     for shard in range(shards):
         known |= {path.relative_to(output).as_posix() for path in part_files(output, shard)}
         known |= (read_mark(output, shard) or {"files": {}})["files"].keys()
-    present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    present = {path.relative_to(output).as_posix() for path in output.rglob("*") if _is_something(path)}
     passing = (f"{PARTIAL}/", ".cache/huggingface/")  # of runs, and of downloads from the Hub
     return sorted(name for name in present - known if not name.startswith(passing))
+
+
+def _is_something(path: Path) -> bool:
+    """Whether it is no plain folder: a link to one holds files, too."""
+    return path.is_file() or path.is_symlink()
 
 
 def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,10 @@ def open_source(
 
 
 def _matches(pattern: str) -> list[str]:
-    return sorted(glob(pattern, recursive=True)) if any(c in pattern for c in "*?[") else []
+    """What a pattern fits; nothing for the name of something that is there, whatever is in it."""
+    if os.path.exists(pattern) or not any(c in pattern for c in "*?["):
+        return []
+    return sorted(glob(pattern, recursive=True))
 
 
 def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> list[Path]:

@@ -22,6 +22,7 @@ KINDS = ("parquet", "folder", "tars")
 Place = tuple[str, int | str | None]  # a file of the output, and the row or the member in it
 ROW_GROUP = 100
 ROW_GROUP_BYTES = 64 << 20
+LONGEST_NAME = 255  # bytes, on most file systems
 
 
 class ShardWriter:
@@ -156,9 +157,14 @@ class FolderShard(ShardWriter):
     def add(self, record: Record, png: bytes) -> Place:
         self._once(record.name)
         image = f"data/{record.name}.png"
-        self._open(image).write_bytes(png)
-        for suffix, data in self.source.files(record).items():
-            self._open(f"beside/{record.name}.{suffix}").write_bytes(data)
+        beside = {f"beside/{record.name}.{suffix}": data for suffix, data in self.source.files(record).items()}
+        files = {image: png} | beside
+        # All names before any file: of a record that cannot be written nothing is.
+        for part in {part for name in files for part in PurePosixPath(name).parts}:
+            if len(os.fsencode(part)) > LONGEST_NAME:
+                raise ValueError(f"{part} is longer than the {LONGEST_NAME} bytes of a file's name; shorten it")
+        for name, data in files.items():
+            self._open(name).write_bytes(data)
         return image, None
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..mapping import Outcome, ProtectImages, RecordError
 from ..protection import Protected, max_noise
 from . import manifest
@@ -21,6 +23,9 @@ from .records import Record, Source, SourceError
 
 ON_ERROR = ("mark", "drop", "raise")
 """What may become of a record that cannot be protected: a data set that is published keeps none unprotected."""
+
+LONG_AGO = 24 * 3600
+"""Seconds after which nobody goes on with a half-written file."""
 
 
 def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: str) -> dict[str, Any]:
@@ -90,21 +95,38 @@ def protect_dataset(
     partial = output / manifest.PARTIAL / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     manifest.keep_settings(output, run_settings(source, kind, protect, on_error), partial)
     progress = Progress(output, source, report, report_every)
+    missing = []
     for shard in range(number, len(source.shards), processes):
         mark = manifest.read_mark(output, shard)
         if mark is None or manifest.damaged_files(output, mark):
-            writer = WRITERS[kind](source, shard, partial, on_error == "mark")
-            _protect_shard(source, shard, output, writer, protect, on_error, rank, progress)
-            progress.end_shard()
-    shutil.rmtree(partial, ignore_errors=True)
+            # Before any work: other processes take what has a mark for complete.
+            manifest.part_files(output, shard)[1].unlink(missing_ok=True)
+            missing.append(shard)
+    for shard in missing:
+        writer = WRITERS[kind](source, shard, partial, on_error == "mark")
+        _protect_shard(source, shard, output, writer, protect, on_error, rank, progress)
+        progress.end_shard()
     summary = manifest.summarize(output, len(source.shards))
     if summary.complete:
         # Whoever else finishes at this moment writes the same card before removing anything.
         with contextlib.suppress(FileNotFoundError):
             manifest.write_in_place(data_card(output, summary).encode(), output / "README.md", partial)
-        # With what processes that were killed left.
-        shutil.rmtree(output / manifest.PARTIAL, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    _remove_left_behind(output / manifest.PARTIAL)
     return summary
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove what processes that were killed left half-written, and the folder itself if nobody else works there."""
+    host = socket.gethostname()
+    for partial in folder.glob("*"):
+        owner, _, process = partial.name.rpartition("-")[0].rpartition("-")
+        with contextlib.suppress(OSError):
+            killed = owner == host and not psutil.pid_exists(int(process))
+            if killed or time.time() - partial.stat().st_mtime > LONG_AGO:
+                shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def wait_for_others(

@@ -16,6 +16,9 @@ from .opening import open_source
 from .outputs import published_images
 from .records import Source, SourceError
 
+_SAME = ("split", "name", "revision", "shard_size", "drop_columns")
+"""Options of a source that its description holds."""
+
 
 @dataclass
 class Verification:
@@ -91,7 +94,7 @@ def _originals(settings: dict[str, Any], originals: list[str], masks: Path | Non
         columns = {"image_column": described["image_suffix"], "mask_column": described["mask_column"]}
     else:
         columns = {"image_column": described["image_column"], "mask_column": described["mask_column"]}
-    columns |= {key: described[key] for key in ("split", "name", "revision", "shard_size") if key in described}
+    columns |= {key: described[key] for key in _SAME if key in described}
     source = open_source(originals, output, masks=masks, **columns)
     if source.listing != described["listing"] or source.description["kind"] != described["kind"]:
         raise ValueError(

@@ -17,6 +17,14 @@ OBJECT = 1000
 """Number of an object times this, plus its class, tells apart all segments of a label image with objects."""
 
 
+def read_text(path: Path) -> str:
+    """A text file of a data set, in UTF-8 with or without its mark; ValueError if it is none."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as such") from error
+
+
 class Segment(NamedTuple):
     """A `(height, width)` bool mask and the number of its class; None for several classes together."""
 
@@ -152,7 +160,7 @@ class LabelImages(FileKind):
         if not isinstance(self.named, str):
             return dict(self.named)
         try:
-            lines = (base / self.named).read_text().splitlines()[1:]
+            lines = read_text(base / self.named).splitlines()[1:]
             return {int(fields[0]): fields[-1] for fields in (line.strip().split("\t") for line in lines) if fields[0]}
         except FileNotFoundError:
             return {}

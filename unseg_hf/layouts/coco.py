@@ -56,7 +56,7 @@ class CocoKind:
                     by_id[annotation["image_id"]][1].append(annotation)
             names = (str(PurePosixPath(image["file_name"]).with_suffix("")) for image, _ in by_id.values())
             return dict(zip(names, by_id.values(), strict=True)), path
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no json as COCO's: an entry lacks its {error}; download it again") from error
 
 
@@ -115,12 +115,15 @@ class InstanceMasks:
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
                     raise ValueError(f"a code of size {form['size']}")
-                code = coder.frPyObjects(form, *self.size) if isinstance(form["counts"], list) else form
                 # What a code that is too short does not reach, the decoder leaves as it finds it in memory.
-                whole = coder.encode(coder.decode(code))["counts"]
-                if whole != (code["counts"].encode() if isinstance(code["counts"], str) else code["counts"]):
+                if isinstance(form["counts"], list):
+                    if sum(form["counts"]) != self.size[0] * self.size[1]:
+                        raise ValueError("the code does not fill the image")
+                    return [coder.frPyObjects(form, *self.size)]
+                whole = coder.encode(coder.decode(form))["counts"]
+                if whole != (form["counts"].encode() if isinstance(form["counts"], str) else form["counts"]):
                     raise ValueError("the code does not fill the image")
-                return [code]
+                return [form]
             if any(len(polygon) % 2 for polygon in form):
                 raise ValueError("a polygon has an x without its y")
             # Two points cover nothing, and pycocotools would take them for a box.

@@ -92,17 +92,18 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
 
     from unseg_hf.model_identity import model_identity
 
-    from .run import RECORD, SETTINGS, Settings, folder_identity, prepare_output, run
+    from .run import RECORD, SETTINGS, Settings, alone, folder_identity, prepare_output, run
 
-    for file in (RECORD, SETTINGS):
-        if (options.root / file).exists():
-            raise UsageError(f"{options.root} has {file}: it is protected already")
+    for folder in (options.root.resolve(), *options.root.resolve().parents):
+        for file in (RECORD, SETTINGS):
+            if (folder / file).exists():
+                raise UsageError(f"{folder} has {file}: {options.root} is protected already")
     try:
         plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
     except ImportError as error:
         raise UsageError(str(error)) from error
     if not plan.images:
-        raise UsageError(f"{options.root}: no images of {', '.join(splits)} to protect")
+        raise UsageError(f"{options.root}: no images of {', '.join(splits)} to protect{_hint(plan)}")
     load = partial(load_protector, options.model, options.device)
     protector = load()
     if epsilon is None and found.data_set.epsilon:
@@ -124,9 +125,19 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     )
     prepare_output(options.output, settings)
     single = (lambda: protector) if options.processes == 1 else None
-    entries = run(plan, options.root, options.output, settings, single or load, options.processes, _progress)
+    with alone(options.output):
+        entries = run(plan, options.root, options.output, settings, single or load, options.processes, _progress)
     _print_summary(options, splits, plan, entries)
     return 1 if any(entry["status"] == "failed" for entry in entries) else 0
+
+
+def _hint(plan) -> str:
+    """Why there may be no image to protect."""
+    if plan.unknown:
+        return f": none is called {min(plan.unknown)!r}, as --names has it"
+    if plan.missing:
+        return f": their lists name {plan.missing} images that are not there"
+    return ""
 
 
 def _progress(entries, total: int):

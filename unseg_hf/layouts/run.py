@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,17 @@ from .annotations import Annotation
 from .bounded_jpeg import encode_within_bound
 from .tree import JPEG_SUFFIXES, ImageTask, Plan
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 RECORD, SETTINGS = "unseg-protected.jsonl", "unseg-protected.json"
 JPEG_NAMES = ("png-bytes", "jpeg", "rename")
 LINKS = ("hard", "symbolic")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that every further file would meet as well."""
+
 WAITING = 4
 """Images a process that are handed out at a time."""
 
@@ -133,7 +142,9 @@ class Worker:
         # One bad image must not stop the others, whatever is wrong with it.
         except Exception as error:
             target.unlink(missing_ok=True)
-            return entry | _failure(task.path, error)
+            if getattr(error.__cause__ or error, "errno", None) in NO_ROOM:
+                raise
+            return entry | _failure(task.path, error, self.root, self.output)
 
     def _protect(self, task: ImageTask, source: Path, target: Path) -> dict[str, Any]:
         settings = self.settings
@@ -213,12 +224,30 @@ def prepare_output(output: Path, settings: Settings) -> None:
                     f"{output} was begun with {name}={earlier.get(name)!r}, and now {name}={value!r}: "
                     "choose another output, or repeat the settings"
                 )
-        for half_written in image_files.leftovers(output):
-            half_written.unlink()
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there, and not from this command: choose another output")
     image_files.put_in_place((json.dumps(wanted, indent=2) + "\n").encode(), path, str(path))
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Keep an output, prepared by [`prepare_output`], to one run at a time; what a killed run left half-written goes.
+
+    Raises:
+        ValueError: another run is writing there.
+    """
+    with open(output / SETTINGS) as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{output}: another run is writing there; wait until it ends") from error
+            except OSError:
+                pass  # a file system without locks
+        for half_written in image_files.leftovers(output):
+            half_written.unlink()
+        yield
 
 
 def run(
@@ -249,14 +278,14 @@ def run(
         RuntimeError: a process died.
     """
     with Journal(output) as journal:
-        # An earlier run may have copied them, when other images were in the lists.
-        for path in set(plan.left_out).difference(task.target for task in plan.images):
+        # What earlier runs wrote and this one does not: other images were in the lists, or other files in the input.
+        for path in set(journal.entries).difference(plan.copies, (task.target for task in plan.images)):
             (output / path).unlink(missing_ok=True)
             journal.entries.pop(path, None)
         copies = [path for path in plan.copies if not _is_done(journal, root, output, path, None)]
         images = [task for task in plan.images if not _is_done(journal, root, output, task.path, task)]
         for path in progress(copies, len(copies)):
-            journal.add(_take_over(root, output / path, path, settings.link))
+            journal.add(_take_over(root, output, path, settings.link))
         for entry in progress(_protected(images, load, (root, output, settings), processes), len(images)):
             journal.add(entry)
     return [journal.entries[path] for path in [*plan.copies, *(task.target for task in plan.images)]]
@@ -275,9 +304,9 @@ def _is_done(journal: Journal, root: Path, output: Path, path: str, task: ImageT
         return False
 
 
-def _take_over(root: Path, target: Path, path: str, link: str | None) -> dict[str, Any]:
+def _take_over(root: Path, output: Path, path: str, link: str | None) -> dict[str, Any]:
     """Copy or link a file; the entry for the record, whatever happened."""
-    source = root / path
+    source, target = root / path, output / path
     try:
         state = _state(root, path, None)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -290,9 +319,12 @@ def _take_over(root: Path, target: Path, path: str, link: str | None) -> dict[st
             done = {"status": f"{link} link"}
         return {"path": path, **done, "bytes": target.stat().st_size, **state}
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.EXDEV:
+        number = getattr(error.__cause__ or error, "errno", None)
+        if number == errno.EXDEV:
             raise ValueError("--link hard: the output is on another disk; use --link symbolic") from error
-        return {"path": path, **_failure(path, error)}
+        if number in NO_ROOM:
+            raise
+        return {"path": path, **_failure(path, error, root, output)}
 
 
 def _protected(tasks: list[ImageTask], load, place: tuple, processes: int) -> Iterator[dict[str, Any]]:
@@ -350,6 +382,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _failure(path: str, error: Exception) -> dict[str, Any]:
+def _failure(path: str, error: Exception, *folders: Path) -> dict[str, Any]:
+    """What is recorded of a file that failed, without the paths of the folders: the record is published."""
     text = image_files.one_line(error)
+    for folder in folders:
+        for written in {str(folder.resolve()), str(folder.absolute()), str(folder)}:
+            text = text.replace(f"{written}{os.sep}", "")
     return {"status": "failed", "error": text if path in text else f"{path}: {text}"}

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path, PurePosixPath
+from glob import iglob
+from pathlib import Path, PurePath, PurePosixPath
 
 from unseg_hf import image_files
 
-from .annotations import Annotation, Index
+from .annotations import Annotation, Index, read_text
 from .table import DATA_SETS, DataSet, Images, Layout
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -156,8 +157,11 @@ class Found:
                 continue
             images, split, name = place
             expected.discard((images.file, name))
-            unseen.discard(PurePosixPath(name).name)
-            annotation, reason = self._annotation(indices, images, split, name, names)
+            # Cityscapes' file names say more than the name that its annotations share.
+            called = {PurePosixPath(name).name, PurePosixPath(relative).stem}
+            unseen -= called
+            chosen = names is None or not called.isdisjoint(names)
+            annotation, reason = self._annotation(indices, images, split, name, chosen)
             if reason is None:
                 suffix = PurePosixPath(relative).suffix
                 renamed = rename and suffix.lower() in JPEG_SUFFIXES
@@ -172,11 +176,13 @@ class Found:
                     plan.clean[reason] += 1
         self._leave_out(plan, strays)
         plan.missing, plan.unknown = len(expected), frozenset(unseen)
-        taken = {*plan.copies, *(task.path for task in plan.images)}
+        taken = Counter([*plan.copies, *(task.path for task in plan.images)])
+        taken.update(task.target for task in plan.images if task.target != task.path)
         for task in plan.images:
-            if task.target != task.path and task.target in taken:
+            if task.target != task.path and taken[task.target] > 1:
                 raise ValueError(
-                    f"{task.path} cannot become {task.target}, which is there (--jpeg-names rename): use png-bytes"
+                    f"{task.path} cannot become {task.target}, which is there or becomes another file's "
+                    "(--jpeg-names rename): use png-bytes"
                 )
         return plan
 
@@ -191,14 +197,14 @@ class Found:
         plan.copies = sorted(set(plan.copies).difference(plan.left_out))
 
     def _annotation(
-        self, indices, images: Images, split: str | None, name: str, names: frozenset[str] | None
+        self, indices, images: Images, split: str | None, name: str, chosen: bool
     ) -> tuple[Annotation | None, str | None]:
         """The annotation of an image and why it stays clean, None where it is to be protected."""
         for candidate in indices if split is None else (split,):
             for group, index in indices.get(candidate, ()):
                 if group is not images or (index.names is not None and name not in index.names):
                     continue
-                if names is not None and PurePosixPath(name).name not in names:
+                if not chosen:
                     return None, "not in --names"
                 annotation = index.find(name)
                 if annotation is None and self.data_set.unlabelled:
@@ -242,9 +248,9 @@ class Found:
         index = images.annotation.index(self.base, split)
         if images.listed is None:
             return index
-        lines = (self.base / images.listed.format(split=split)).read_text().splitlines()
-        # Some lists have more columns after the name.
-        return Index(index.find, frozenset(line.split()[0] for line in lines if line.strip()))
+        lines = read_text(self.base / images.listed.format(split=split)).splitlines()
+        # Some lists have more columns after the name, and some, as DeepLab's for VOC, paths of files.
+        return Index(index.find, frozenset(_without_suffix(line.split()[0]) for line in lines if line.strip()))
 
 
 def find_layout(name: str, root: Path) -> Found:
@@ -323,7 +329,8 @@ def _glob(base: Path, template: str) -> Iterator[str]:
     """Paths below `base`, with `/`, that a template fits."""
     # A name may hold folders.
     pattern = template.replace("{split}", "*").replace("{name}", "**/*")
-    return (path.relative_to(base).as_posix() for path in base.glob(pattern))
+    # Unlike pathlib's, it enters folders that are links.
+    return (PurePath(path).as_posix() for path in iglob(pattern, root_dir=base, recursive=True))
 
 
 @cache
@@ -353,7 +360,13 @@ def read_names(path: Path) -> frozenset[str]:
     Raises:
         ValueError: the file has none.
     """
-    paths = [PurePosixPath(line.strip()) for line in path.read_text().splitlines() if line.strip()]
-    if not paths:
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not names:
         raise ValueError(f"{path} names no images: write a file name a line")
-    return frozenset(p.stem if p.suffix.lower() in image_files.SUFFIXES else p.name for p in paths)
+    return frozenset(PurePosixPath(_without_suffix(name)).name for name in names)
+
+
+def _without_suffix(name: str) -> str:
+    """The name in an image file's path; of anything else all of it."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lower() in image_files.SUFFIXES else name
