@@ -126,6 +126,17 @@ def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatc
     assert audit._device == "cuda:1"
 
 
+def test_what_cannot_be_trained_is_refused_before_anything_is_published(make_audit, files, tmp_path: Path):
+    with pytest.raises(ValueError, match="size 36: the victim unetpp needs a multiple of 32"):
+        make_audit(size=36, victims=["unetpp"])
+    with pytest.raises(ValueError, match=r"clean share 0.01: of 10 training images that is not one"):
+        make_audit(clean_shares=[0, 0.01])
+    train, test = (LabelledImages(DatasetRows(files[split])) for split in ("train", "test"))
+    with pytest.raises(ValueError, match="the attacker's images are training images"):
+        Audit(config(output=tmp_path / "out"), train, test, train.first(3))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     ["[]", "no json", '{"cells": [{"noise": "clean"}]}', '{"cells": [{"key": "../a", "scores": {}, "seconds": 1}]}'],
@@ -239,6 +250,7 @@ def test_a_test_image_among_the_training_images_is_refused(files: dict[str, str]
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; give at least one, and each only once"),
         ({"clean_shares": [0.5]}, r"clean_shares is \[0.5\]; give 0 and then shares below 1"),
         ({"epochs": 0}, "epochs is 0; give a number above 0"),
+        ({"seeds": [0, -1]}, "seeds has -1; give whole numbers from 0 on"),
         ({"epsilon": 300.0}, "epsilon is 300.0 and epsilon_background None; give grey levels"),
     ],
 )

@@ -79,6 +79,14 @@ def test_things_are_the_classes_with_objects_and_segments_are_objects_then_stuff
     assert [class_id for _, class_id in segments] == [images.classes.index(first), 1, 0, 2]
 
 
+def test_the_class_of_an_object_is_none_of_its_pixels_without_one():
+    labels = np.where(NUMBERS > 0, 3, 0).astype(np.uint8)
+    labels[:, ::2], labels[:, 1::4] = 255, np.where(NUMBERS[:, 1::4] > 0, 255, 0)
+    labels[NUMBERS == 2] = 255
+    segments = LabelledImages(InMemory(list(labels), list(NUMBERS)))[0].segments()
+    assert [class_id for _, class_id in segments] == [1, 0]
+
+
 def test_one_bad_image_is_left_out_and_named_and_all_bad_ones_are_an_error():
     labels = [*(NUMBERS[:2] > 0), None, NUMBERS[3][:9]]
     images = LabelledImages(InMemory(labels))
@@ -151,6 +159,11 @@ def test_a_jpeg_mask_is_read_as_binary_only(tmp_path: Path):
     file = write_parquet(tmp_path / "jpeg.parquet", columns)
     with pytest.raises(ValueError, match="is a JPEG, which changes label numbers"):
         LabelledImages(DatasetRows(file))
+    columns["mask"] = [encoded(np.where(NUMBERS[0] > 1, 255, NUMBERS[0]).astype(np.uint8))]
+    numbers = write_parquet(tmp_path / "numbers.parquet", columns)
+    void = LabelledImages(DatasetRows(numbers, kind="binary", ignores=True), kind="binary", ignore=(255,))
+    np.testing.assert_array_equal(void[0].labels, np.where(NUMBERS[0] > 1, 255, NUMBERS[0]))
+    np.testing.assert_array_equal(void[0].region, NUMBERS[0] == 1)
     images = LabelledImages(DatasetRows(file, kind="binary"), kind="binary")
     assert (images[0].region == (NUMBERS[0] > 0)).mean() > 0.98
 

@@ -369,6 +369,11 @@ def test_configuration_errors_name_the_value_and_the_rule(tiny_sam_config, value
         UnSegConfig(sam_config=tiny_sam_config(), **values)
 
 
+def test_an_input_that_patches_do_not_fill_is_refused(tiny_sam_config):
+    with pytest.raises(Exception, match="image_size=60 of the vision encoder: must be a multiple of its patches' 16"):
+        UnSegConfig(sam_config=tiny_sam_config(image_size=60))
+
+
 def test_a_budget_that_is_asked_for_in_part_has_the_models_share_for_the_background(tiny_sam_config):
     config = UnSegConfig(sam_config=tiny_sam_config(), epsilon=8 / 255, epsilon_background=2 / 255)
     assert config.budget() == (8 / 255, 2 / 255)

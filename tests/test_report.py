@@ -121,6 +121,13 @@ def test_nothing_is_concluded_from_a_victim_that_learned_nothing():
     assert "%" not in text
 
 
+def test_a_victim_has_learned_where_it_is_clearly_above_what_is_there_without_learning():
+    figures = {("clean", "none"): 0.99, ("generator", "none"): 0.86}
+    assert "reached 0.860, 87% of the 0.990" in summary(results(figures, spread=0.001, trivial_score=0.855))
+    figures = {("clean", "none"): 0.07, ("generator", "none"): 0.01}
+    assert "it reached 0.070, less than the 0.200 of a model" in summary(results(figures, spread=0.001))
+
+
 def test_each_way_of_protecting_has_its_own_finding():
     figures = {("clean", "none"): 0.5, ("generator", "none"): 0.45, ("generator-per-segment", "none"): 0.1}
     text = summary(results(figures))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hub_server import TOKEN, HubServer
 from PIL import Image
 
-from unseg_hf import Protector
+from unseg_hf import Protector, UnSegModel, UnSegProcessor, default_checkpoint
 
 SCRIPTS = Path(__file__).parent.parent / "training_scripts"
 TINY, PAPER = (["--config", SCRIPTS / "configs" / name] for name in ("tiny.json", "paper-vit-b.json"))
@@ -159,6 +160,21 @@ def test_ctrl_c_saves_and_resume_goes_on(parquet, tmp_path):
     assert "Traceback" not in other.stderr
 
 
+def test_of_a_generator_of_several_noises_the_first_is_trained_on_and_the_others_go(parquet, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train_generator
+
+    options = ["--train_data", f"{parquet},weight=2", "--epoch_size", "2", "--epochs", "1", "--tracker", "none"]
+    options += ["--sam", str(default_checkpoint()), "--stretch", "True", "--learning_rate", "0", "--no_save_code"]
+    train_generator.main([*SMALL, *options, "--output_dir", str(tmp_path / "run")])
+    before, after = (UnSegModel.from_pretrained(folder) for folder in (default_checkpoint(), tmp_path / "run"))
+    assert (after.config.noise_codes, after.config.tint_codes, after.config.faint_code) == (1, None, None)
+    assert torch.equal(after.noise_head.noise_tokens.weight, before.noise_head.noise_tokens.weight[:3])
+    processor = UnSegProcessor.from_pretrained(tmp_path / "run")
+    assert (processor.stretch, processor.sharpness) == (True, 3)
+    assert "train.parquet (weight=2): 6 images" in (tmp_path / "run/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -177,6 +193,8 @@ def test_ctrl_c_saves_and_resume_goes_on(parquet, tmp_path):
         (["--train_data", "PARQUET", "--alternation", "week"], "alternation='week'"),
         (["--train_data", "PARQUET", "--tracker", "paper"], "--tracker paper"),
         (["--train_data", "PARQUET", "--push_to_hub"], "needs --hub_model_id"),
+        (["--train_data", "PARQUET", "--min_scale", "3"], "scales from 3 to 2: the first must be above 0"),
+        (["--train_data", "PARQUET", "--sam", str(default_checkpoint())], "pass --stretch True"),
     ],
 )
 def test_requests_that_make_no_sense_are_named(arguments, message, parquet, tmp_path, monkeypatch):

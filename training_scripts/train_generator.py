@@ -180,9 +180,40 @@ def build_generator(args: ModelArguments):
     }
     if args.sam:
         # In fp32, whatever it was stored in: so are the new weights, and the optimizer's steps.
-        return UnSegModel.from_pretrained(args.sam, freeze_sam=not args.train_sam, dtype=torch.float32, **finished)
+        model = UnSegModel.from_pretrained(args.sam, freeze_sam=not args.train_sam, dtype=torch.float32, **finished)
+        keep_first_noise(model)
+        return model
     sizes = (args.image_size, args.hidden_size, args.layers, args.heads, args.decoder_size)
     return UnSegModel(UnSegConfig(sam_config=sam_config(*sizes), freeze_sam=False, **finished))
+
+
+def keep_first_noise(model) -> None:
+    """Leave out the noises of tints, small budgets and classes: one is trained, and the others would not fit it."""
+    import torch
+
+    if model.config.noise_codes > 1:
+        tokens = model.noise_head.noise_tokens.weight.detach()[: len(model.noise_head.noise_mlps)].clone()
+        model.noise_head.noise_tokens = torch.nn.Embedding.from_pretrained(tokens, freeze=False)
+        model.config.noise_codes, model.config.tint_codes, model.config.faint_code = 1, None, None
+
+
+def sharpness_of(args: ModelArguments, stretch: bool) -> float:
+    """That of the processor of the UnSeg checkpoint that is trained on.
+
+    Raises:
+        ValueError: it sees images in another way.
+    """
+    from unseg_hf.processing_unseg import UnSegProcessor
+
+    try:
+        processor = UnSegProcessor.from_pretrained(args.sam) if args.sam else None
+    except OSError:  # a SAM alone
+        processor = None
+    if processor is None:
+        return 1.0
+    if processor.stretch and not stretch:
+        raise ValueError(f"{args.sam} stretches images to its square: pass --stretch True, or start from a plain SAM")
+    return processor.sharpness
 
 
 def build_surrogates(args: ModelArguments, generator):
@@ -264,6 +295,7 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
         return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
 
     settings = {name: public(value) for name, value in decisive.items() if name != "train_data"}
+    specs = decisive["train_data"]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "unseg-hf"))
     log = [json.loads(line) for line in (Path(run.output_dir) / "training_log.jsonl").read_text().splitlines()]
     validations = [entry for entry in log if "images_per_second" not in entry]
@@ -280,7 +312,7 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
         (Path(__file__).parent.parent / "model_card.md").read_text(),
         name=name.split("/")[-1],
         model_id=name,
-        data="\n".join(f"- {public(s.name)}" + (f": {s.size} images" if s.size else "") for s in data.sources),
+        data="\n".join(_described(spec, public(s.name), s.size) for spec, s in zip(specs, data.sources, strict=True)),
         settings=f"{log[-1]['step']} steps; the last run of the command took {hours:.1f} hours. {packages}.\n\n"
         f"```json\n{json.dumps(settings, indent=2)}\n```",
         results=results,
@@ -289,6 +321,12 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
         "- Whoever has many protected images may find and remove what their noises have in common.",
         licence="Apache-2.0, as SAM's. The training data have licences of their own.",
     )
+
+
+def _described(spec: str, name: str, size: int | None) -> str:
+    """A line on a source of training data: its name, how it was read, and its number of images."""
+    options = spec.partition(",")[2]
+    return f"- {name}" + (f" ({options})" if options else "") + (f": {size} images" if size else "")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -315,6 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     generator = build_generator(model_args)
     surrogates = build_surrogates(model_args, generator)
     image_size = generator.config.sam_config.vision_config.image_size
+    sharpness = sharpness_of(model_args, data_args.stretch)
     data = InteractiveSegmentation(
         sources,
         image_size,
@@ -369,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(130)
     if accelerator.is_main_process:
         card = model_card(run, everything, data, validation, (time.perf_counter() - start) / 3600)
-        processor = UnSegProcessor.for_image_size(image_size, data_args.stretch)
+        processor = UnSegProcessor.for_image_size(image_size, data_args.stretch, sharpness)
         save_generator(generator, processor, run.output_dir, card, with_code=run.save_code)
         accelerator.print(f"generator saved to {run.output_dir}")
         if run.push_to_hub:

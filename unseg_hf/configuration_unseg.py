@@ -102,7 +102,13 @@ class UnSegConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict` validation: checks values that the types alone do not."""
         check_epsilon(self.epsilon, self.epsilon_background)
-        layers = self.sam_config.vision_config.num_hidden_layers
+        vision = self.sam_config.vision_config
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"image_size={vision.image_size} of the vision encoder: must be a multiple of its patches' "
+                f"{vision.patch_size} pixels"
+            )
+        layers = vision.num_hidden_layers
         if not 1 <= self.fusion_layer <= layers:
             raise ValueError(f"fusion_layer={self.fusion_layer}: the vision encoder has layers 1 to {layers}")
         if self.noise_codes < 1:

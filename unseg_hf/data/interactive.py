@@ -55,6 +55,11 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
     ):
         self.sources, self.image_size, self.scale_range = list(sources), image_size, scale_range
         self.max_masks, self.seed, self.stretch = max_masks, seed, stretch
+        if not 0 < scale_range[0] <= scale_range[1]:
+            raise ValueError(
+                f"scales from {scale_range[0]:g} to {scale_range[1]:g}: the first must be above 0, and not above the "
+                "second"
+            )
         if epoch_size is not None and epoch_size < 1:
             raise ValueError(f"epoch_size={epoch_size}: must be at least 1")
         if not self.sources:
@@ -107,8 +112,10 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         """One process's batches of so many steps, over as many epochs as they take.
 
         Raises:
-            ValueError: an epoch has no full batch.
+            ValueError: no step, or an epoch has no full batch.
         """
+        if steps < 1:
+            raise ValueError(f"{steps} steps: must be at least 1")
         if len(self) < batch_size:
             raise ValueError(f"{len(self)} images are less than a batch of {batch_size}: lower the batch size")
         epochs = (self.batches(epoch, batch_size) for epoch in itertools.count())

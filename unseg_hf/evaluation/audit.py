@@ -138,6 +138,8 @@ class AuditConfig:
         for option in ("epochs", "batch_size", "size", "lr"):
             if getattr(self, option) is not None and not getattr(self, option) > 0:
                 raise ValueError(f"{option} is {getattr(self, option)}; give a number above 0")
+        if unfit := [seed for seed in self.seeds if seed < 0]:
+            raise ValueError(f"seeds has {unfit[0]}; give whole numbers from 0 on")
         if self.examples < 0:
             raise ValueError(f"examples is {self.examples}; give 0 or more")
         generator = UnSegConfig.from_pretrained(default_checkpoint() if self.model is None else self.model)
@@ -223,6 +225,10 @@ class Audit:
         if both:
             name = test[test.digests.index(both.pop())].name
             raise ValueError(f"the test image {name!r} is also a training image; test on others")
+        if attacker is not None and set(train.digests) & set(attacker.digests):
+            raise ValueError(
+                "the attacker's images are training images: whoever has those needs no denoiser; give others"
+            )
         if config.task in ("instance", "panoptic", "detection") and not train.things:
             raise ValueError(
                 f"{train.name} numbers no objects, which the task {config.task} needs; name the column that does "
@@ -230,7 +236,11 @@ class Audit:
             )
         for victim in config.victims:
             # What is missing, a package or a checkpoint, is said before hours of work and not after them.
-            self._victim(victim)
+            if config.size % (multiple := self._victim(victim).size_multiple):
+                raise ValueError(f"size {config.size}: the victim {victim} needs a multiple of {multiple}")
+        for share in config.clean_shares:
+            if share and not round(share * len(train)):
+                raise ValueError(f"clean share {share:g}: of {len(train)} training images that is not one")
 
     def run(self) -> dict[str, Any]:
         """Run what is not there yet, share it among accelerate's processes, and write results and report.
@@ -273,11 +283,18 @@ class Audit:
         state.wait_for_everyone()
         self._run_cells(cells, pending, rank, world)
         state.wait_for_everyone()
-        return self.report() if rank == 0 else self.results()
+        return self._write_results() if rank == 0 else self.results()
 
     def report(self) -> dict[str, Any]:
         """Write results and report of the cells that are done; nothing is trained, noises may be published."""
         self._restore()
+        results = self.results()  # publishes what is to be shown
+        if self.config.examples:
+            self._write_examples()
+        write_report(self.config.output, results)
+        return results
+
+    def _write_results(self) -> dict[str, Any]:
         results = self.results()
         write_report(self.config.output, results)
         return results
@@ -355,7 +372,7 @@ class Audit:
             )
             if rank == 0:
                 # A run that is stopped leaves a report of what it had.
-                self.report()
+                self._write_results()
 
     def _train_and_test(self, cell: Cell) -> dict[str, Any]:
         from unseg_hf.evaluation.tasks import evaluate_victim, score_name

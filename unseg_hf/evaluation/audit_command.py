@@ -74,6 +74,7 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
         help="classes that are background",
     )
     data.add_argument("--attacker", metavar="DATA", help="clean images for removal:denoiser (default: the test's)")
+    data.add_argument("--attacker-masks", type=Path, metavar="PATH", help="masks of a folder of those")
     data.add_argument("--max-train", type=int, metavar="N", help="publish the first N images only")
     data.add_argument("--max-test", type=int, metavar="N", help="test on the first N images only")
     data.add_argument(
@@ -165,7 +166,10 @@ def _audit(options: argparse.Namespace):
         test = LabelledImages(held_out, like=train, limit=limits["max_test"])
     attacker = None
     if options.attacker is not None:
-        attacker = LabelledImages(_source(options, options.attacker, None, options.split), kind="binary", limit=200)
+        from unseg_hf.evaluation.published_images import ATTACKER_IMAGES
+
+        theirs = _source(options, options.attacker, options.attacker_masks, options.split)
+        attacker = LabelledImages(theirs, like=train, limit=ATTACKER_IMAGES)
     return Audit(config, train, test, attacker, notes, options.command_line, say=_say)
 
 
@@ -178,9 +182,8 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
     if not folder.is_dir() or _is_dataset(folder):
         if masks is not None:
             raise UsageError(f"{location} is a data set with a column of masks; --masks is for folders of image files")
-        return DatasetRows(
-            location, split, options.image_column, options.mask_column, options.instance_column, options.mask_kind
-        )
+        columns = options.image_column, options.mask_column, options.instance_column
+        return DatasetRows(location, split, *columns, options.mask_kind, bool(options.ignore_labels))
     if options.instance_column is not None:
         raise UsageError(f"{location} is a folder of image files; --instance-column needs a data set with columns")
     unreadable: list[str] = []

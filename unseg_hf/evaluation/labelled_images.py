@@ -44,8 +44,9 @@ class LabelledImage:
         objects = [instances == number for number in np.unique(instances) if number]
         rest = np.where(instances == 0, self.labels, IGNORED)
         classes = [rest == label for label in np.unique(rest) if label != IGNORED]
-        # An object's class is that of most of its pixels.
-        return [(mask, int(np.bincount(self.labels[mask]).argmax())) for mask in objects + classes]
+        # An object's class is that of most of its pixels that have one.
+        pairs = ((mask, self.labels[mask & (self.labels != IGNORED)]) for mask in objects + classes)
+        return [(mask, int(np.bincount(labels).argmax())) for mask, labels in pairs if labels.size]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class DatasetRows:
         mask_column: name of the column of masks.
         instance_column: name of the column of object numbers; None where objects do not matter.
         kind: "binary" takes every mask value but 0 as one class, which JPEG masks need; else values are classes.
+        ignores: whether some mask values are no class: then masks keep their values, of "binary" ones, too.
 
     Raises:
         FileNotFoundError: there is nothing at the location.
@@ -92,12 +94,13 @@ class DatasetRows:
         mask_column: str = "mask",
         instance_column: str | None = None,
         kind: str = "auto",
+        ignores: bool = False,
     ) -> None:
         from unseg_hf.data.hf_datasets import DatasetSource
 
         where = {"location": str(location), "split": split, "image_column": image_column}
         self._masks = DatasetSource(
-            **where, mask_column=mask_column, masks="binary" if kind == "binary" else "classes"
+            **where, mask_column=mask_column, masks="binary" if kind == "binary" and not ignores else "classes"
         )
         self._instances = None
         if instance_column is not None:
@@ -111,8 +114,13 @@ class DatasetRows:
         record = self._masks.load(index)
         if not record.masks:
             raise ValueError(f"{self.name}: {record.name} has no mask")
-        labels = record.masks[0] if record.class_ids is None else record.masks.labels
-        instances = None if self._instances is None else self._instances.load(index).masks.labels
+        labels = np.logical_or.reduce(record.masks) if record.class_ids is None else record.masks.labels
+        instances = None
+        if self._instances is not None:
+            numbers = self._instances.load(index).masks
+            if not numbers:
+                raise ValueError(f"{self.name}: {record.name} has no map of instances")
+            instances = numbers.labels
         return Raw(record.name, record.image.convert("RGB"), labels, instances)
 
 

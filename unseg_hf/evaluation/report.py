@@ -77,8 +77,9 @@ def _finding(results: Results, victim: str, generator: str) -> str:
     protected = scores(results, generator, base, victim, training)
     start = f"**{victim}**: "
     if clean and not _has_learned(results, mean(clean)):
+        more = "hardly more" if mean(clean) >= results["trivial_score"] else "less"
         return (
-            f"{start}trained on clean images it reached {mean(clean):.3f}, hardly more than the "
+            f"{start}trained on clean images it reached {mean(clean):.3f}, {more} than the "
             f"{results['trivial_score']:.3f} of a model that has learned nothing from the images. Nothing can be "
             "concluded from it about any noise; train it for longer, or on more images."
         )
@@ -151,7 +152,9 @@ def _protects_nothing(protected: Sequence[float], clean: Sequence[float]) -> boo
 
 
 def _has_learned(results: Results, clean: float) -> bool:
-    return clean >= max(LEAST, CLEARLY * results["trivial_score"])
+    trivial = results["trivial_score"]
+    # Where a model that has learned nothing has nearly all there is, a share of what is left.
+    return clean >= max(LEAST, min(CLEARLY * trivial, trivial + (CLEARLY - 1) * (1 - trivial)))
 
 
 def _caveats(results: Results) -> list[str]:
