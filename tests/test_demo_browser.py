@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -119,6 +120,47 @@ def test_clicked_protected_and_downloaded_pixels_are_those_of_the_command_line(o
     assert noise[mask].max() <= 8
     assert noise.max() > 0
     assert page.complaints == []
+
+
+def test_a_setting_that_is_changed_while_it_works_gives_no_result_and_leaves_no_file(open_page, monkeypatch):
+    from gradio.utils import get_upload_folder
+
+    from unseg_hf.demo.session import Workbench
+
+    begun, go_on, protect_photo = Event(), Event(), Workbench.protect
+
+    def slow(*arguments, **options):
+        begun.set()
+        go_on.wait(20)
+        return protect_photo(*arguments, **options)
+
+    monkeypatch.setattr(Workbench, "protect", slow)
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    files = set(Path(get_upload_folder()).rglob("*"))
+    page.locator("#protect").click()
+    assert begun.wait(20)
+    page.get_by_label("Keep EXIF").first.check()
+    page.wait_for_timeout(1_000)
+    go_on.set()
+    page.wait_for_selector("text=a setting was changed meanwhile")
+    assert not page.locator("#download").is_visible()
+    assert set(Path(get_upload_folder()).rglob("*")) == files
+
+
+def test_the_page_is_as_wide_as_the_window_and_typed_points_lie_in_the_photo(open_page):
+    page = open_page(size="phone")
+    for tab in ("About", "Several photos", "One photo"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"]["width"]
+    upload(page, COFFEE)
+    page.get_by_role("radio", name="not on it").click()
+    page.get_by_role("button", name="Type coordinates instead of clicking").click()
+    page.get_by_label("Pixels of the photo").fill("9999,9999")
+    page.get_by_label("Pixels of the photo").press("Enter")
+    page.wait_for_selector("text=point [9999.0, 9999.0] lies outside the image")
 
 
 def test_the_picture_beside_the_original_is_the_download_itself(open_page, tmp_path):
@@ -359,7 +401,8 @@ def test_a_tall_photo_fits_the_window_and_clicks_land_where_they_are(open_page, 
     page.get_by_role("button", name="The same on the command line").click()
     shown = page.locator(".cm-content")
     words = shown.inner_text().replace("\n", " ").split()
-    x, y = map(int, words[words.index("--point") + 1].split(","))
+    (point,) = (word for word in words if word.startswith("--point="))
+    x, y = map(int, point.partition("=")[2].split(","))
     assert abs(x - 150) < 8
     assert abs(y - 300) < 8
     assert shown.bounding_box()["height"] < 120

@@ -49,7 +49,7 @@ def test_a_click_answers_in_well_under_a_second_with_the_embedded_default():
 
 
 def test_the_sessions_not_used_for_longest_go_and_a_dropped_one_does_not_come_back(coffee):
-    sessions = Sessions(2)
+    sessions = Sessions(2, seconds=100)
     sent = [Session(coffee, Marks(way)) for way in ("points", "boxes", "whole")]
     first, second = sessions.add(sent[0]), sessions.add(sent[1])
     assert sessions.find(first) is sent[0]
@@ -63,18 +63,32 @@ def test_the_sessions_not_used_for_longest_go_and_a_dropped_one_does_not_come_ba
     assert sessions.find(None) is None
 
 
+def test_sessions_that_nobody_uses_go_and_changes_of_settings_are_counted(coffee):
+    sessions = Sessions(5, seconds=0.3)
+    used, forgotten = (sessions.add(Session(coffee, Marks())) for _ in range(2))
+    for _ in range(4):
+        time.sleep(0.1)
+        assert sessions.find(used)
+    sessions.forget_old()
+    assert sessions.find(used)
+    assert sessions.find(forgotten) is None
+    sessions.changed(used)
+    sessions.changed(forgotten)
+    assert (sessions.changes(used), sessions.changes(forgotten), sessions.changes(None)) == (1, None, None)
+
+
 def test_marks_become_the_prompt_and_the_arguments_of_the_command_line():
     points = Marks().clicked(5, 6, 0)
     assert points.prompt() is None
     points = points.clicked(7, 8, 1)
     assert (points.prompt().points, points.prompt().point_labels) == ([[5, 6], [7, 8]], [0, 1])
-    assert points.arguments("m.png") == ["--point", "5,6,0", "--point", "7,8"]
+    assert points.arguments("m.png") == ["--point=5,6,0", "--point=7,8"]
     boxes = Marks("boxes").clicked(9, 2, 1)
     assert boxes.corner == (9, 2)
     assert boxes.prompt() is None
     boxes = boxes.clicked(3, 8, 1)
     assert boxes.boxes == ((3, 2, 10, 9),)
-    assert boxes.arguments("m.png") == ["--box", "3,2,10,9"]
+    assert boxes.arguments("m.png") == ["--box=3,2,10,9"]
     drawn = Marks("brush", drawn=np.ones((2, 2), bool))
     assert drawn.prompt().mask is drawn.drawn
     assert drawn.arguments("m.png") == ["--masks", "m.png"]
@@ -126,7 +140,7 @@ def test_masks_are_coloured_and_clicks_are_signs(coffee):
         ("a,b", "points", "x,y"),
         ("1e999,2", "points", "x,y"),
         ("1,2", "boxes", "left,top,right,bottom"),
-        ("9,9,2,2", "boxes", "below"),
+        ("9,9,2,2", "boxes", "left must be smaller than right"),
         ("1,2", "whole", "choose one of them first"),
         ("<img src=x onerror=alert(1)>", "points", "&lt;img"),
     ],

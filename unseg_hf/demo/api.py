@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import gradio as gr
@@ -23,14 +24,17 @@ PROPOSE = (
 
 
 def add_api(
-    bench: Workbench, job: dict, new_file: Callable[[str], Path], failures_in_one_line: Callable[[Callable], Callable]
+    bench: Workbench,
+    job: dict,
+    new_folder: Callable[[], AbstractContextManager[Path]],
+    failures_in_one_line: Callable[[Callable], Callable],
 ) -> None:
     """Add `/protect` and `/propose_masks` to the page that is being built.
 
     Args:
         bench: with the generator and the limits.
         job: the queue that they share with the page's own events.
-        new_file: gives a path for a result, by its name.
+        new_folder: makes a folder for results, which goes if they fail.
         failures_in_one_line: wraps what answers a request.
     """
 
@@ -60,20 +64,20 @@ def add_api(
         )
         protected = bench.protect(photo, prompt, epsilon, epsilon_background, keep_exif)
         stem = file_stem(photo.name)
-        target = new_file(f"{stem}_protected.png")
-        image_files.write(protected.picture, target)
-        region = target.with_name(f"{stem}_mask.png")
-        Image.fromarray(protected.region).save(region)
+        with new_folder() as folder:
+            target, region = (folder / f"{stem}_{name}.png" for name in ("protected", "mask"))
+            image_files.write(protected.picture, target)
+            Image.fromarray(protected.region).save(region)
         return str(target), str(region), protected.report
 
     @failures_in_one_line
     def propose_masks(image: Upload | None):
         photo = bench.open(*_given(image))
-        first = new_file(f"{file_stem(photo.name)}_mask_1.png")
         paths = []
-        for number, mask in enumerate(bench.propose_masks(photo), 1):
-            paths.append(first.with_name(f"{file_stem(photo.name)}_mask_{number}.png"))
-            Image.fromarray(mask).save(paths[-1])
+        with new_folder() as folder:
+            for number, mask in enumerate(bench.propose_masks(photo), 1):
+                paths.append(folder / f"{file_stem(photo.name)}_mask_{number}.png")
+                Image.fromarray(mask).save(paths[-1])
         return [str(path) for path in paths]
 
     public = job | {"api_visibility": "public"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import logging
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -53,11 +55,25 @@ def failures_in_one_line(function: Callable) -> Callable:
     return safe
 
 
-def new_file(name: str) -> Path:
-    """Where a result may be written: in Gradio's folder, which empties itself, under a name that nobody can guess."""
+@contextmanager
+def new_folder() -> Iterator[Path]:
+    """Where results may be written: in Gradio's folder, under a name that nobody can guess; it goes if that fails.
+
+    Gradio deletes what it has shown after a while, and never what it has not seen.
+    """
     folder = Path(get_upload_folder()) / uuid.uuid4().hex
     folder.mkdir(parents=True)
-    return folder / name
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def copied(path: Path) -> str:
+    """A copy of an example photo, which Gradio may show wherever the photo lies."""
+    with new_folder() as folder:
+        return str(shutil.copy(path, folder / path.name))
 
 
 def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
@@ -85,7 +101,7 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
             name = bench.checkpoint or "unseg-tiny, which comes with the package"
             gr.Markdown(texts.ABOUT.format(name=name))
             gr.Markdown(results(read_card(bench.card)), elem_id="card")
-        add_api(bench, job, new_file, failures_in_one_line)
+        add_api(bench, job, new_folder, failures_in_one_line)
     # Whoever posts to the API's routes would otherwise pass the queue, and its limits, by.
     page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     return page
@@ -106,7 +122,7 @@ def _preset(epsilon: float) -> str | None:
 
 def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     limits = bench.limits
-    sessions = Sessions(limits.sessions)
+    sessions = Sessions(limits.sessions, limits.kept_seconds)
     # The id alone: Gradio keeps the states of far more visitors than photos have room.
     session = gr.State(None, time_to_live=limits.kept_seconds, delete_callback=sessions.drop)
     with gr.Row():
@@ -123,6 +139,9 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                 elem_id="upload",
             )
             photos = sorted(p for p in (examples or Path("/nonexistent")).glob("*.png") if "_mask" not in p.stem)
+            if photos:
+                # Else Gradio copies the icons, and deletes the copies like old results.
+                gr.set_static_paths([examples])
             # Not gr.Examples: its pictures have no name for screen readers.
             chosen = [(path, gr.Button(f"Or try: {path.stem}", icon=str(path), size="sm")) for path in photos]
             with gr.Column(visible=False) as marking:
@@ -272,9 +291,11 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     def type_in(key: str | None, text: str, point_label: int):
         current = needed(key)
         marks = texts.typed_marks(text, current.marks, point_label)
-        prompt = marks.prompt()
-        if prompt is not None:
-            prompt.check_inside(current.photo.picture.height, current.photo.picture.width)
+        size = current.photo.picture.height, current.photo.picture.width
+        if marks.way == "points":
+            Prompt(points=[marks.points[-1][:2]]).check_inside(*size)
+        elif marks.boxes:
+            Prompt(boxes=marks.boxes).check_inside(*size)
         return ["", *refreshed(key, _with(current, marks, limits.marks), view_only=True)]
 
     @failures_in_one_line
@@ -294,7 +315,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         return [None, *refreshed(key, replace(current, marks=current.marks.cleared()))]
 
     @failures_in_one_line
-    def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool):
+    def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool, pressed: int | None):
         current = needed(key)
         photo, marks = current.photo, current.marks
         if marks.way == "brush" and marks.drawn is None and brushed is not None:
@@ -304,15 +325,18 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             raise ValueError(texts.NOTHING_MARKED[marks.way])
         protected = bench.protect(photo, prompt, level, keep_exif=exif)
         stem = file_stem(photo.name)
-        target = new_file(f"{stem}_protected.png")
-        image_files.write(protected.picture, target)
-        before, mask_path = (target.with_name(f"{stem}_{name}.png") for name in ("original", "mask"))
-        before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
-        Image.fromarray(protected.region).save(mask_path)
-        figures = protected.report
-        # Another photo was opened meanwhile: this result would stand beside it.
-        if not sessions.replace(key, replace(current, protected=protected)):
-            return [gr.skip()] * len(results_of)
+        with new_folder() as folder:
+            target, before, mask_path = (folder / f"{stem}_{name}.png" for name in ("protected", "original", "mask"))
+            image_files.write(protected.picture, target)
+            before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
+            Image.fromarray(protected.region).save(mask_path)
+            figures = protected.report
+            if sessions.changes(key) != pressed:
+                raise ValueError("a setting was changed meanwhile: press Protect again")
+            # Another photo was opened meanwhile: this result would stand beside it.
+            if not sessions.replace(key, replace(current, protected=protected)):
+                shutil.rmtree(folder)
+                return [gr.skip()] * len(results_of)
         return [
             gr.update(visible=True),
             (str(before), str(target)),
@@ -329,10 +353,11 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         if current is None or current.protected is None:
             return [gr.skip()] * (1 + len(web))
         protected = current.protected
-        noise_path = new_file(f"{file_stem(current.photo.name)}_noise.png")
-        amplified = image_files.from_pil(amplified_noise(protected.original, protected.picture))
-        noise_path.write_bytes(image_files.encode(amplified, "png"))
-        treated = web_treatments(protected)
+        with new_folder() as folder:
+            noise_path = folder / f"{file_stem(current.photo.name)}_noise.png"
+            amplified = image_files.from_pil(amplified_noise(protected.original, protected.picture))
+            noise_path.write_bytes(image_files.encode(amplified, "png"))
+            treated = web_treatments(protected)
         sessions.replace(key, replace(current, protected=None))
         return [
             str(noise_path),
@@ -342,7 +367,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     light = job | {"show_progress": "minimal", "show_progress_on": [view]}
     for path, button in chosen:
-        button.click(lambda path=str(path): path, None, upload, **quiet)
+        button.click(lambda path=path: copied(path), None, upload, **quiet)
     fill = {"fn": background, "inputs": session, "outputs": brush} | quiet
     upload.change(emptied, session, [session, marking, protect, result, mask_file], **quiet).then(
         open_photo, [session, upload, way], [marking, protect, *shown], **job, show_progress_on=[upload]
@@ -355,11 +380,18 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     mask_file.clear(use_mask_file, [session, mask_file], shown, **light).success(**fill)
     undo.click(take_back, session, shown, **light, trigger_mode="multiple")
     clear.click(clear_marks, session, [mask_file, *shown], **light).success(**fill)
-    # A result stands only beside the settings that gave it.
-    gr.on([epsilon.change, keep_exif.input, brush.input], lambda: gr.update(visible=False), None, result, **quiet)
-    protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
-        look_closer, session, [noise, *web], **job, show_progress_on=web
-    )
+
+    def hide_result(key: str | None):
+        sessions.changed(key)
+        return gr.update(visible=False)
+
+    # A result stands only beside the settings that gave it. Strokes are told of late, and are in what is protected.
+    gr.on([epsilon.change, keep_exif.input], hide_result, session, result, **quiet)
+    brush.input(lambda: gr.update(visible=False), None, result, **quiet)
+    pressed = gr.State(None)
+    protect.click(sessions.changes, session, pressed, **quiet).then(
+        protect_photo, [session, brush, epsilon, keep_exif, pressed], results_of, **job
+    ).success(look_closer, session, [noise, *web], **job, show_progress_on=web)
 
 
 def _web_image(title: str) -> gr.Image:
@@ -399,19 +431,24 @@ def _several_photos(bench: Workbench, job: dict) -> None:
     def protect_all(files: list[Upload], chosen: str, level: float, exif: bool, progress=gr.Progress()):  # noqa: B008
         if not files:
             raise ValueError("no photos yet: upload some first")
-        target = new_file("protected.zip")
         prompt = Prompt(whole_image=True) if chosen == "whole" else Prompt()
-        entries = protect_to_zip(
-            bench,
-            [(file.path, file.name) for file in files],
-            target,
-            prompt,
-            level,
-            exif,
-            lambda done, count, name: progress((done, count), desc=name, unit="photos"),
-        )
+        with new_folder() as folder:
+            target = folder / "protected.zip"
+            entries = protect_to_zip(
+                bench,
+                [(file.path, file.name) for file in files],
+                target,
+                prompt,
+                level,
+                exif,
+                lambda done, count, name: progress((done, count), desc=name, unit="photos"),
+            )
         return str(target) if target.exists() else None, texts.batch_table(entries)
 
+    # A zip stands only beside the photos and settings that gave it.
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    changed = [uploads.change, what.input, epsilon.change, keep_exif.input]
+    gr.on(changed, lambda: (None, None), None, [archive, table], **quiet)
     start.click(protect_all, [uploads, what, epsilon, keep_exif], [archive, table], **job)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unseg_hf.demo.session import Limits
 
 CSS = """
-.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1240px !important; margin: 0 auto !important}
 #hint p {margin: 0; font-size: var(--text-md)}
 #report table {width: 100%}
 #view img {max-height: 80vh}
@@ -34,7 +34,7 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=run_demo)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860")
+    parser.add_argument("--port", type=_port, metavar="N", help="default: the first free one from 7860")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     return parser
 
@@ -50,8 +50,19 @@ def run_demo(options: argparse.Namespace) -> int:
     model = options.model or os.environ.get("UNSEG_MODEL") or None
     with _folder_that_goes():
         page = page_for(model, options.device, examples=checkout_examples())
-        page.launch(**launch_options(), server_name=options.host, server_port=options.port, inbrowser=options.open)
+        place = {"server_name": options.host, "server_port": options.port}
+        try:
+            page.launch(**launch_options(), **place, inbrowser=options.open)
+        except OSError as error:
+            where = options.host if options.port is None else f"{options.host}:{options.port}"
+            raise UsageError(f"cannot listen at {where}: choose another --port or --host") from error
     return 0
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to {2**16 - 1}")
+    return int(text)
 
 
 @contextmanager
@@ -132,4 +143,5 @@ def _accelerator() -> Callable[[Callable], Callable]:
         import spaces
     except ImportError:
         return lambda function: function
-    return spaces.GPU
+    # A folder of that name is a package, too.
+    return getattr(spaces, "GPU", lambda function: function)

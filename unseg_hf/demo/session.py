@@ -106,9 +106,10 @@ class Marks:
         """The same for `unseg protect`."""
         if self.way == "points":
             points = [f"{x},{y}" if label else f"{x},{y},0" for x, y, label in self.points]
-            return [part for point in points for part in ("--point", point)]
+            # In one word each: what begins with a minus would be taken for an option.
+            return [f"--point={point}" for point in points]
         if self.way == "boxes":
-            return [part for box in self.boxes for part in ("--box", ",".join(map(str, box)))]
+            return [f"--box={','.join(map(str, box))}" for box in self.boxes]
         return {"brush": ["--masks", mask_file], "whole": ["--whole-image"]}.get(self.way, [])
 
 
@@ -175,7 +176,13 @@ class Workbench:
         Raises:
             ImageFileError: not one whole picture within the limits; the message names `name`, never the path.
         """
-        picture = read(self._file(path, name), max_pixels=self.limits.pixels)
+        try:
+            picture = read(self._file(path, name), max_pixels=self.limits.pixels)
+        except ImageFileError as error:
+            if "pillow_heif" in str(error):  # what a visitor cannot install
+                message = f"{name}: HEIC photos cannot be read here; export it as JPEG or PNG first"
+                raise ImageFileError(message) from None
+            raise
         if max(picture.width, picture.height) > self.limits.side:
             raise ImageFileError(
                 f"{name}: {picture.width} x {picture.height}, and no side may be above {self.limits.side} pixels; "

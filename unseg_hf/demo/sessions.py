@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Thread
+from weakref import ref
 
 from unseg_hf.demo.session import Marks, Photo
 from unseg_hf.protection import Protected
@@ -21,26 +23,59 @@ class Session:
 
 
 class Sessions:
-    """Sessions by ids that nobody can guess; beyond `most` the ones not used for longest go."""
+    """Sessions by ids that nobody can guess; beyond `most` the ones not used for longest go, and all after a while.
 
-    def __init__(self, most: int):
-        self._most = most
+    Args:
+        most: how many are kept.
+        seconds: how long one is kept that is not used. Gradio keeps the states of closed tabs for an hour.
+    """
+
+    def __init__(self, most: int, seconds: float):
+        self._most, self._seconds = most, seconds
         self._kept: OrderedDict[str, Session] = OrderedDict()
+        self._used: dict[str, float] = {}
+        self._changes: Counter[str] = Counter()
         self._lock = Lock()
+        Thread(target=_forget_now_and_then, args=(ref(self), max(1.0, seconds / 6)), daemon=True).start()
+
+    def forget_old(self) -> None:
+        """Drop the sessions that were not used for too long."""
+        with self._lock:
+            now = time.monotonic()
+            for key in [key for key, used in self._used.items() if now - used > self._seconds]:
+                self._forget(key)
+
+    def changed(self, key: str | None) -> None:
+        """Note that a setting was changed: what is being made was asked for with another."""
+        with self._lock:
+            if key in self._kept:
+                self._changes[key] += 1
+
+    def changes(self, key: str | None) -> int | None:
+        """How many settings were changed since the session began; None if there is no such session."""
+        with self._lock:
+            return self._changes[key] if key in self._kept else None
+
+    def _forget(self, key: str | None) -> None:
+        self._kept.pop(key, None)
+        self._used.pop(key, None)
+        self._changes.pop(key, None)
 
     def add(self, session: Session) -> str:
         """Keep a session; its id."""
         key = secrets.token_urlsafe(16)
         with self._lock:
             self._kept[key] = session
+            self._used[key] = time.monotonic()
             while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+                self._forget(next(iter(self._kept)))
         return key
 
     def find(self, key: str | None) -> Session | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
+                self._used[key] = time.monotonic()
             return self._kept.get(key)
 
     def replace(self, key: str, session: Session) -> bool:
@@ -53,4 +88,11 @@ class Sessions:
 
     def drop(self, key: str | None) -> None:
         with self._lock:
-            self._kept.pop(key, None)
+            self._forget(key)
+
+
+def _forget_now_and_then(sessions: ref[Sessions], seconds: float) -> None:
+    while (kept := sessions()) is not None:
+        kept.forget_old()
+        del kept
+        time.sleep(seconds)

@@ -48,7 +48,6 @@ HINTS = {
     "points": "Click on an object; further clicks make its mask better.",
     "boxes": "Click on one corner of a box, then on the opposite one.",
     "brush": "Brush over what is to be protected, or upload a mask.",
-    "objects": "Looking for objects.",
     "whole": "The whole photo gets the full strength.",
 }
 NOTHING_MARKED = {
@@ -106,7 +105,7 @@ def typed_marks(text: str, marks: Marks, label: int) -> Marks:
     if marks.way == "points":
         return marks.clicked(*numbers, label)
     if not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
-        raise ValueError(f"box {quoted}: left must be below right, and top below bottom, in pixels")
+        raise ValueError(f"box {quoted}: left must be smaller than right, and top smaller than bottom, in pixels")
     return replace(marks, corner=None, boxes=(*marks.boxes, numbers))
 
 
