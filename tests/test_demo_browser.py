@@ -291,8 +291,11 @@ def test_a_bad_photo_gives_one_line_and_the_next_one_works(open_page, tmp_path):
     assert "cut short" in text
     assert "Traceback" not in text
     assert page.locator("#protect").is_disabled()
-    page.locator("#upload").get_by_label("Clear").first.click()
+    # The photo goes, why stays, until another one is there.
+    page.wait_for_selector("#upload input[type=file]", state="attached")
+    assert "cut short" in page.locator("#refused").inner_text()
     upload(page, COFFEE)
+    assert not page.locator("#refused").is_visible()
     choose(page, "Everything")
     protect(page)
 

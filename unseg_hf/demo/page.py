@@ -138,6 +138,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                 alt_text="Your photo",
                 elem_id="upload",
             )
+            refused = gr.HTML(visible=False, elem_id="refused")
             photos = sorted(p for p in (examples or Path("/nonexistent")).glob("*.png") if "_mask" not in p.stem)
             if photos:
                 # Else Gradio copies the icons, and deletes the copies like old results.
@@ -268,11 +269,17 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     def open_photo(key: str | None, uploaded: Upload | None, chosen: str):
         # One may have been opened after `emptied`, which comes before the queue.
         sessions.drop(key)
+        closed = [gr.update(visible=False), gr.update(interactive=False)]
+        nothing = [None] + [gr.skip()] * (len(shown) - 1)
         if uploaded is None:
-            closed = [gr.update(visible=False), gr.update(interactive=False), None]
-            return closed + [gr.skip()] * (len(shown) - 1)
-        photo = bench.open(*uploaded)
-        ready = [gr.update(visible=True), gr.update(interactive=True)]
+            return [*closed, gr.skip(), gr.skip(), *nothing]
+        try:
+            photo = bench.open(*uploaded)
+        except ValueError as error:
+            # The photo goes, and what was wrong with it stays.
+            gr.Warning(one_line(error))
+            return [*closed, gr.update(value=_status(one_line(error)), visible=True), None, *nothing]
+        ready = [gr.update(visible=True), gr.update(interactive=True), gr.update(visible=False), gr.skip()]
         current = Session(photo, Marks(way=chosen))
         return ready + refreshed(sessions.add(current), current)
 
@@ -301,8 +308,16 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     @failures_in_one_line
     def use_mask_file(key: str | None, uploaded: Upload | None):
         current = needed(key)
-        drawn = None if uploaded is None else bench.read_mask(uploaded.path, uploaded.name, current.photo)
-        return refreshed(key, replace(current, marks=replace(current.marks, drawn=drawn)))
+        drawn = problem = None
+        try:
+            drawn = None if uploaded is None else bench.read_mask(uploaded.path, uploaded.name, current.photo)
+        except ValueError as error:
+            problem = one_line(error)
+            gr.Warning(problem)
+        values = refreshed(key, replace(current, marks=replace(current.marks, drawn=drawn)))
+        if problem is not None:
+            values[shown.index(hint)], values[shown.index(mask_file)] = _status(problem), gr.update(value=None)
+        return values
 
     @failures_in_one_line
     def take_back(key: str | None):
@@ -370,7 +385,11 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         button.click(lambda path=path: copied(path), None, upload, **quiet)
     fill = {"fn": background, "inputs": session, "outputs": brush} | quiet
     upload.change(emptied, session, [session, marking, protect, result, mask_file], **quiet).then(
-        open_photo, [session, upload, way], [marking, protect, *shown], **job, show_progress_on=[upload]
+        open_photo,
+        [session, upload, way],
+        [marking, protect, refused, upload, *shown],
+        **job,
+        show_progress_on=[upload],
     ).success(**fill)
     way.input(choose_way, [session, way], shown, **light).success(**fill)
     # Every click counts, also one that comes while the last one is being answered.
