@@ -32,6 +32,8 @@ entry, folder, inputs, outputs = sys.argv[2:]
 given = np.load(inputs)
 if entry == "pipeline":
     protect = pipeline("image-protection", model=folder, trust_remote_code=True)
+    protect.save_pretrained(outputs + "-again")
+    protect = pipeline("image-protection", model=outputs + "-again", trust_remote_code=True)
     result = np.asarray(protect(given["image"], mask=given["mask"])["image"])
 else:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)

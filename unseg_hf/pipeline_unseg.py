@@ -1,9 +1,11 @@
 """The "image-protection" pipeline."""
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
 
 from .protection import Job, Prompt, Protector
 
@@ -50,6 +52,9 @@ class ImageProtectionPipeline(Pipeline):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.image_processor = kept
+        # The base class leaves out the code of a pipeline that was itself loaded from such a folder.
+        if not (Path(save_directory) / f"{type(self).__module__.rpartition('.')[2]}.py").is_file():
+            custom_object_save(self, save_directory)
         self.processor.save_pretrained(save_directory)
 
     def _sanitize_parameters(self, epsilon: float | None = None, epsilon_background: float | None = None, **prompt):
