@@ -121,7 +121,7 @@ def _remove_left_behind(folder: Path) -> None:
     host = socket.gethostname()
     for partial in folder.glob("*"):
         owner, _, process = partial.name.rpartition("-")[0].rpartition("-")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             killed = owner == host and not psutil.pid_exists(int(process))
             if killed or time.time() - partial.stat().st_mtime > LONG_AGO:
                 shutil.rmtree(partial, ignore_errors=True)
