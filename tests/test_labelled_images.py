@@ -148,6 +148,18 @@ def test_rows_with_instances(tmp_path: Path):
     np.testing.assert_array_equal(images[1].instances, discs(2, 44, 52, seed=1)[1][1])
     assert images.things == (1,)
     assert images.binary
+    numbers = [encoded(NUMBERS[0].astype(np.uint8)), encoded(np.zeros_like(NUMBERS[1], np.uint8)), None]
+    columns = {
+        "name": ["a", "b", "c"],
+        "image": [encoded(picture) for picture in IMAGES[:3]],
+        "mask": [encoded((picture > 0).astype(np.uint8)) for picture in NUMBERS[:3]],
+        "numbers": numbers,
+    }
+    file = write_parquet(tmp_path / "some.parquet", columns)
+    some = LabelledImages(DatasetRows(file, instance_column="numbers"))
+    assert [labelled.name for labelled in some] == ["a", "b"]
+    assert not some[1].instances.any()
+    assert "c has no map of instances" in some.left_out[0]
 
 
 def test_a_jpeg_mask_is_read_as_binary_only(tmp_path: Path):

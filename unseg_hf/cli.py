@@ -23,7 +23,10 @@ from .evaluation.audit_command import add_audit
 from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
-SUFFIXES = tuple(f".{name}" for name in "png jpg jpeg jpe jfif webp tif tiff bmp gif avif heic heif".split())
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"),
+    *(".gif", ".avif", ".heic", ".heif"),
+)
 MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
 SMALL_MODEL = 512  # pixels of its input's side
 

@@ -346,7 +346,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
             Image.fromarray(protected.region).save(mask_path)
             figures = protected.report
-            if sessions.changes(key) != pressed:
+            if sessions.changes(key) not in (pressed, None):
                 raise ValueError("a setting was changed meanwhile: press Protect again")
             # Another photo was opened meanwhile: this result would stand beside it.
             if not sessions.replace(key, replace(current, protected=protected)):

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from unseg_hf.data.records import LabelMasks
 from unseg_hf.image_files import one_line, read, read_mask
 
 IGNORED = 255
@@ -118,7 +119,7 @@ class DatasetRows:
         instances = None
         if self._instances is not None:
             numbers = self._instances.load(index).masks
-            if not numbers:
+            if not isinstance(numbers, LabelMasks):
                 raise ValueError(f"{self.name}: {record.name} has no map of instances")
             instances = numbers.labels
         return Raw(record.name, record.image.convert("RGB"), labels, instances)
