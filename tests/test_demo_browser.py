@@ -360,7 +360,7 @@ def test_many_other_requests_leave_a_visitors_photo_where_it_is(open_page, demo_
     page = open_page()
     upload(page, COFFEE)
     for number in range(40):
-        body = {"fn_index": 0, "data": ["low (4)"], "session_hash": f"other{number}"}
+        body = {"fn_index": 1, "data": [8], "session_hash": f"other{number}"}
         httpx.post(f"{demo_page.local_url}gradio_api/run/predict", json=body, timeout=30).raise_for_status()
     choose(page, "Everything")
     protect(page)

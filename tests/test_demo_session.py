@@ -63,7 +63,7 @@ def test_the_sessions_not_used_for_longest_go_and_a_dropped_one_does_not_come_ba
     assert sessions.find(None) is None
 
 
-def test_sessions_that_nobody_uses_go_and_changes_of_settings_are_counted(coffee):
+def test_sessions_that_nobody_uses_go_and_so_does_what_is_noted_of_them(coffee):
     sessions = Sessions(5, seconds=0.3)
     used, forgotten = (sessions.add(Session(coffee, Marks())) for _ in range(2))
     for _ in range(4):
@@ -72,9 +72,12 @@ def test_sessions_that_nobody_uses_go_and_changes_of_settings_are_counted(coffee
     sessions.forget_old()
     assert sessions.find(used)
     assert sessions.find(forgotten) is None
-    sessions.changed(used)
-    sessions.changed(forgotten)
-    assert (sessions.changes(used), sessions.changes(forgotten), sessions.changes(None)) == (1, None, None)
+    assert sessions.settings(used) is None
+    for key in (used, forgotten, None):
+        sessions.note(key, (8, True))
+    assert [sessions.settings(key) for key in (used, forgotten, None)] == [(8, True), None, None]
+    sessions.drop(used)
+    assert sessions.settings(used) is None
 
 
 def test_marks_become_the_prompt_and_the_arguments_of_the_command_line():

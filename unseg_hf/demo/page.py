@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import logging
 import shutil
 import uuid
@@ -111,7 +112,8 @@ def _strength(bench: Workbench) -> gr.Slider:
     presets = gr.Radio(list(PRESETS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
     epsilon = gr.Slider(0, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    presets.input(lambda preset: PRESETS.get(preset), presets, epsilon, **quiet)
+    # In the browser: whoever presses Protect at once means the strength that they have just chosen.
+    presets.input(None, presets, epsilon, js=f"preset => ({json.dumps(PRESETS)})[preset]", **quiet)
     epsilon.change(_preset, epsilon, presets, **quiet)
     return epsilon
 
@@ -330,7 +332,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         return [None, *refreshed(key, replace(current, marks=current.marks.cleared()))]
 
     @failures_in_one_line
-    def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool, pressed: int | None):
+    def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool):
         current = needed(key)
         photo, marks = current.photo, current.marks
         if marks.way == "brush" and marks.drawn is None and brushed is not None:
@@ -346,7 +348,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             before.write_bytes(image_files.encode(replace(protected.original, exif=None), "png"))
             Image.fromarray(protected.region).save(mask_path)
             figures = protected.report
-            if sessions.changes(key) not in (pressed, None):
+            if sessions.settings(key) not in ((level, exif), None):
                 raise ValueError("a setting was changed meanwhile: press Protect again")
             # Another photo was opened meanwhile: this result would stand beside it.
             if not sessions.replace(key, replace(current, protected=protected)):
@@ -400,17 +402,16 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     undo.click(take_back, session, shown, **light, trigger_mode="multiple")
     clear.click(clear_marks, session, [mask_file, *shown], **light).success(**fill)
 
-    def hide_result(key: str | None):
-        sessions.changed(key)
+    def hide_result(key: str | None, level: float, exif: bool):
+        sessions.note(key, (level, exif))
         return gr.update(visible=False)
 
     # A result stands only beside the settings that gave it. Strokes are told of late, and are in what is protected.
-    gr.on([epsilon.change, keep_exif.input], hide_result, session, result, **quiet)
+    gr.on([epsilon.change, keep_exif.input], hide_result, [session, epsilon, keep_exif], result, **quiet)
     brush.input(lambda: gr.update(visible=False), None, result, **quiet)
-    pressed = gr.State(None)
-    protect.click(sessions.changes, session, pressed, **quiet).then(
-        protect_photo, [session, brush, epsilon, keep_exif, pressed], results_of, **job
-    ).success(look_closer, session, [noise, *web], **job, show_progress_on=web)
+    protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
+        look_closer, session, [noise, *web], **job, show_progress_on=web
+    )
 
 
 def _web_image(title: str) -> gr.Image:

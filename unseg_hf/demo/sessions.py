@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from threading import Lock, Thread
 from weakref import ref
@@ -34,7 +35,7 @@ class Sessions:
         self._most, self._seconds = most, seconds
         self._kept: OrderedDict[str, Session] = OrderedDict()
         self._used: dict[str, float] = {}
-        self._changes: Counter[str] = Counter()
+        self._settings: dict[str, Hashable] = {}
         self._lock = Lock()
         Thread(target=_forget_now_and_then, args=(ref(self), max(1.0, seconds / 6)), daemon=True).start()
 
@@ -45,21 +46,21 @@ class Sessions:
             for key in [key for key, used in self._used.items() if now - used > self._seconds]:
                 self._forget(key)
 
-    def changed(self, key: str | None) -> None:
-        """Note that a setting was changed: what is being made was asked for with another."""
+    def note(self, key: str | None, settings: Hashable) -> None:
+        """Keep what the page's settings are now: what is being made may have been asked for with others."""
         with self._lock:
             if key in self._kept:
-                self._changes[key] += 1
+                self._settings[key] = settings
 
-    def changes(self, key: str | None) -> int | None:
-        """How many settings were changed since the session began; None if there is no such session."""
+    def settings(self, key: str | None) -> Hashable | None:
+        """What was noted last; None if nothing was, or there is no such session."""
         with self._lock:
-            return self._changes[key] if key in self._kept else None
+            return self._settings.get(key)
 
     def _forget(self, key: str | None) -> None:
         self._kept.pop(key, None)
         self._used.pop(key, None)
-        self._changes.pop(key, None)
+        self._settings.pop(key, None)
 
     def add(self, session: Session) -> str:
         """Keep a session; its id."""
