@@ -295,7 +295,7 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
         return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
 
     settings = {name: public(value) for name, value in decisive.items() if name != "train_data"}
-    specs = decisive["train_data"]
+    sources = zip(decisive["train_data"], data.sources, strict=True)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "unseg-hf"))
     log = [json.loads(line) for line in (Path(run.output_dir) / "training_log.jsonl").read_text().splitlines()]
     validations = [entry for entry in log if "images_per_second" not in entry]
@@ -312,7 +312,7 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
         (Path(__file__).parent.parent / "model_card.md").read_text(),
         name=name.split("/")[-1],
         model_id=name,
-        data="\n".join(_described(spec, public(s.name), s.size) for spec, s in zip(specs, data.sources, strict=True)),
+        data="\n".join(_described(spec, public(source.name), source.size) for spec, source in sources),
         settings=f"{log[-1]['step']} steps; the last run of the command took {hours:.1f} hours. {packages}.\n\n"
         f"```json\n{json.dumps(settings, indent=2)}\n```",
         results=results,

@@ -258,6 +258,7 @@ def _prompt_of(options: argparse.Namespace):
         point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
         whole_image=options.whole_image,
         mode="per_segment" if options.per_segment else "union",
+        **({} if options.ignore_labels is None else {"ignore_labels": options.ignore_labels}),
     )
 
 
@@ -357,16 +358,16 @@ def plan(
     from . import image_files
 
     found: dict[Path, Path] = {}  # the file, and where it goes below the output
+    apart = {what: _real(path) for what, path in (("output", output), ("masks", masks)) if path is not None}
     # A folder that was named in two ways is one.
     for real, item in {_real(item): item for item in inputs}.items():
         if item.is_dir():
-            for what, other in (("output", output), ("masks", masks)):
-                if other is not None and _real(other) == real:
-                    raise UsageError(f"{item} is the folder of the images and of the {what}: keep them apart")
+            if same := [what for what, other in apart.items() if other == real]:
+                raise UsageError(f"{item} is the folder of the images and of the {same[0]}: keep them apart")
             # What lies inside the input and is none of its images: a next run would protect the output again.
-            others = {_real(other) for other in (output, masks) if other is not None and real in _real(other).parents}
+            inside = {other for other in apart.values() if real in other.parents}
             for path in images_in(item, unreadable):
-                if not others or not others & {_real(path), *_real(path).parents}:
+                if not inside or inside.isdisjoint([where := _real(path), *where.parents]):
                     found.setdefault(path, path.relative_to(item))
         else:
             found.setdefault(item, Path(item.name))
@@ -506,9 +507,7 @@ def _protect_one(
 
     quality = 95 if options.quality is None else options.quality
     if task.mask:
-        labels = image_files.read_mask(task.mask)
-        ignored = {} if options.ignore_labels is None else {"ignore_labels": options.ignore_labels}
-        prompt = replace(prompt, **({"label_map": labels} | ignored if options.labels else {"mask": labels}))
+        prompt = replace(prompt, **{"label_map" if options.labels else "mask": image_files.read_mask(task.mask)})
     job = protector.prepare(task.source, prompt, epsilon, background)
     with model_turn:
         decoded = protector.decode(job, protector.encode([job])[0])

@@ -49,8 +49,8 @@ _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _EXIF_PREFIX = b"Exif\x00\x00"
 _ORIENTATION = int(ExifTags.Base.Orientation)
-# Tags of a thumbnail's first byte and number of bytes, as a JPEG file and as bare pixels in one strip.
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
+_WHOLE_NUMBERS = {3: "H", 4: "L"}  # of these types of values
 _COPIES = {700, 33723, 34377, 37724}  # XMP, IPTC and Photoshop's two: previews, layers, and what is not carried over
 _SUB_IMAGES = 330
 # Of what, by what and whose a photo is, its Exif and GPS directories, ratings, XP's texts, and where on earth it lies.
@@ -58,7 +58,7 @@ _DESCRIPTIVE = {
     269, 270, 271, 272, 285, 305, 306, 315, 316, 18246, 18249, 33432, 34665, 34853, *range(40091, 40096),
     33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113,
 }  # fmt: skip
-_WHOLE_NUMBERS = {3: "H", 4: "L"}  # of TIFF's types of values
+# Tags of a thumbnail's first byte and number of bytes, as a JPEG file and as bare pixels in strips.
 _JPEG_THUMBNAIL, _STRIP_THUMBNAIL = (0x0201, 0x0202), (0x0111, 0x0117)
 
 
@@ -470,13 +470,19 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
         entries = range(start + 2, end, 12)
         return {struct.unpack_from(order + "H", body, entry)[0]: entry + 8 for entry in entries}, end
 
-    def numbers(value: int) -> tuple[int, ...]:
-        """A tag's whole numbers; of more than four bytes its value is the offset."""
+    def extent(value: int) -> tuple[int, int]:
+        """Where what a tag holds begins, and its bytes; of more than four the value is their offset."""
         kind, count = struct.unpack_from(order + "HL", body, value - 6)
-        values = f"{order}{count}{_WHOLE_NUMBERS[kind]}"
-        if struct.calcsize(values) > 4:
-            (value,) = struct.unpack_from(order + "L", body, value)
-        return struct.unpack_from(values, body, value)
+        size = _TYPE_SIZES.get(kind, 8) * count
+        return (value if size <= 4 else struct.unpack_from(order + "L", body, value)[0]), size
+
+    def numbers(value: int) -> tuple[int, ...]:
+        """A tag's whole numbers."""
+        kind, count = struct.unpack_from(order + "HL", body, value - 6)
+        return struct.unpack_from(f"{order}{count}{_WHOLE_NUMBERS[kind]}", body, extent(value)[0])
+
+    def blank(at: int, size: int) -> None:
+        body[at : at + size] = bytes(len(body[at : at + size]))
 
     (start,) = struct.unpack_from(order + "L", body, 4)
     first, end = directory(start)
@@ -484,10 +490,7 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
         raise ValueError("images of their own, whose data may lie anywhere")
     if copies := _COPIES & first.keys():
         for tag in copies:
-            _, kind, count = struct.unpack_from(order + "HHL", body, first[tag] - 8)
-            size = _TYPE_SIZES.get(kind, 8) * count
-            at = first[tag] if size <= 4 else struct.unpack_from(order + "L", body, first[tag])[0]
-            body[at : at + size] = bytes(len(body[at : at + size]))
+            blank(*extent(first[tag]))
         kept = [body[at - 8 : at + 4] for tag, at in first.items() if tag not in copies]
         shorter = struct.pack(order + "H", len(kept)) + b"".join(kept) + body[end : end + 4]
         body[start : end + 4] = shorter.ljust(len(body[start : end + 4]), b"\0")
@@ -502,7 +505,7 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
             if start in thumbnail and length in thumbnail:
                 # One piece, or several strips.
                 for offset, size in zip(numbers(thumbnail[start]), numbers(thumbnail[length]), strict=True):
-                    body[offset : offset + size] = bytes(len(body[offset : offset + size]))
+                    blank(offset, size)
         notes.append("the thumbnail in the EXIF removed: it shows the photo without noise")
     return _EXIF_PREFIX + bytes(body)
 

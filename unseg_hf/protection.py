@@ -324,10 +324,9 @@ class Protector:
         if decoded.softened and smooth is not None and smooth < job.epsilon:
             ceiling = ceiling_of(job.picture.pixels, decoded.region, job.epsilon, smooth)
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
-        _check_bound(job.picture.pixels, protected, decoded.region, *budget)
+        largest = _check_bound(job.picture.pixels, protected, decoded.region, *budget)
         notes = decoded.notes
-        rows = zip(protected, job.picture.pixels, strict=True)
-        if budget[0] and decoded.region.any() and all((after == before).all() for after, before in rows):
+        if budget[0] and decoded.region.any() and not largest:
             notes = (*notes, "no pixel was changed: the image is too small, or its budget below one level")
         return Protected(
             original=job.picture,
@@ -657,13 +656,15 @@ def whole_levels(top: int, epsilon: float, epsilon_background: float) -> tuple[i
     return int(epsilon * top + 1e-6), int(epsilon_background * top + 1e-6)
 
 
-def _check_bound(original, protected, region, epsilon, epsilon_background) -> None:
+def _check_bound(original, protected, region, epsilon, epsilon_background) -> int:
+    """The largest change, in whole steps of the pixel range."""
     inside, outside = max_noise(original, protected, region)
     allowed = whole_levels(np.iinfo(original.dtype).max, epsilon, epsilon_background)
     if inside > allowed[0] or outside > allowed[1]:
         raise AssertionError(
             f"noise of {inside} and {outside} levels breaks the bound of {allowed}; please report this"
         )
+    return max(inside, outside)
 
 
 def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -> tuple[int, int]:

@@ -34,6 +34,9 @@ from unseg_hf.inspection import amplified_noise
 from unseg_hf.protection import Prompt
 
 PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
+QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of events that answer at once."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,10 +114,9 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
 def _strength(bench: Workbench) -> gr.Slider:
     presets = gr.Radio(list(PRESETS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
     epsilon = gr.Slider(0, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     # In the browser: whoever presses Protect at once means the strength that they have just chosen.
-    presets.input(None, presets, epsilon, js=f"preset => ({json.dumps(PRESETS)})[preset]", **quiet)
-    epsilon.change(_preset, epsilon, presets, **quiet)
+    presets.input(None, presets, epsilon, js=f"preset => ({json.dumps(PRESETS)})[preset]", **QUIET)
+    epsilon.change(_preset, epsilon, presets, **QUIET)
     return epsilon
 
 
@@ -381,12 +383,11 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             *(gr.update(value=image, label=texts.web_caption(title, share)) for image, title, share in treated),
         ]
 
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     light = job | {"show_progress": "minimal", "show_progress_on": [view]}
     for path, button in chosen:
-        button.click(lambda path=path: copied(path), None, upload, **quiet)
-    fill = {"fn": background, "inputs": session, "outputs": brush} | quiet
-    upload.change(emptied, session, [session, marking, protect, result, mask_file], **quiet).then(
+        button.click(lambda path=path: copied(path), None, upload, **QUIET)
+    fill = {"fn": background, "inputs": session, "outputs": brush} | QUIET
+    upload.change(emptied, session, [session, marking, protect, result, mask_file], **QUIET).then(
         open_photo,
         [session, upload, way],
         [marking, protect, refused, upload, *shown],
@@ -407,8 +408,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         return gr.update(visible=False)
 
     # A result stands only beside the settings that gave it. Strokes are told of late, and are in what is protected.
-    gr.on([epsilon.change, keep_exif.input], hide_result, [session, epsilon, keep_exif], result, **quiet)
-    brush.input(lambda: gr.update(visible=False), None, result, **quiet)
+    gr.on([epsilon.change, keep_exif.input], hide_result, [session, epsilon, keep_exif], result, **QUIET)
+    brush.input(lambda: gr.update(visible=False), None, result, **QUIET)
     protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
         look_closer, session, [noise, *web], **job, show_progress_on=web
     )
@@ -466,9 +467,8 @@ def _several_photos(bench: Workbench, job: dict) -> None:
         return str(target) if target.exists() else None, texts.batch_table(entries)
 
     # A zip stands only beside the photos and settings that gave it.
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     changed = [uploads.change, what.input, epsilon.change, keep_exif.input]
-    gr.on(changed, lambda: (None, None), None, [archive, table], **quiet)
+    gr.on(changed, lambda: (None, None), None, [archive, table], **QUIET)
     start.click(protect_all, [uploads, what, epsilon, keep_exif], [archive, table], **job)
 
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock, Thread
 from weakref import ref
 
@@ -23,6 +23,15 @@ class Session:
     protected: Protected | None = None  # until the pictures that take longer are there
 
 
+@dataclass(eq=False)
+class _Kept:
+    """A session, when it was used last, and what was noted of it."""
+
+    session: Session
+    used: float = field(default_factory=time.monotonic)
+    settings: Hashable | None = None
+
+
 class Sessions:
     """Sessions by ids that nobody can guess; beyond `most` the ones not used for longest go, and all after a while.
 
@@ -33,9 +42,7 @@ class Sessions:
 
     def __init__(self, most: int, seconds: float):
         self._most, self._seconds = most, seconds
-        self._kept: OrderedDict[str, Session] = OrderedDict()
-        self._used: dict[str, float] = {}
-        self._settings: dict[str, Hashable] = {}
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._lock = Lock()
         Thread(target=_forget_now_and_then, args=(ref(self), max(1.0, seconds / 6)), daemon=True).start()
 
@@ -43,53 +50,48 @@ class Sessions:
         """Drop the sessions that were not used for too long."""
         with self._lock:
             now = time.monotonic()
-            for key in [key for key, used in self._used.items() if now - used > self._seconds]:
-                self._forget(key)
+            for key in [key for key, kept in self._kept.items() if now - kept.used > self._seconds]:
+                del self._kept[key]
 
     def note(self, key: str | None, settings: Hashable) -> None:
         """Keep what the page's settings are now: what is being made may have been asked for with others."""
         with self._lock:
             if key in self._kept:
-                self._settings[key] = settings
+                self._kept[key].settings = settings
 
     def settings(self, key: str | None) -> Hashable | None:
         """What was noted last; None if nothing was, or there is no such session."""
         with self._lock:
-            return self._settings.get(key)
-
-    def _forget(self, key: str | None) -> None:
-        self._kept.pop(key, None)
-        self._used.pop(key, None)
-        self._settings.pop(key, None)
+            return self._kept[key].settings if key in self._kept else None
 
     def add(self, session: Session) -> str:
         """Keep a session; its id."""
         key = secrets.token_urlsafe(16)
         with self._lock:
-            self._kept[key] = session
-            self._used[key] = time.monotonic()
+            self._kept[key] = _Kept(session)
             while len(self._kept) > self._most:
-                self._forget(next(iter(self._kept)))
+                self._kept.popitem(last=False)
         return key
 
     def find(self, key: str | None) -> Session | None:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                self._used[key] = time.monotonic()
-            return self._kept.get(key)
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            self._kept[key].used = time.monotonic()
+            return self._kept[key].session
 
     def replace(self, key: str, session: Session) -> bool:
         """Put a session in the place of an earlier one; False, and nothing is kept, where that has gone meanwhile."""
         with self._lock:
             if key not in self._kept:
                 return False
-            self._kept[key] = session
+            self._kept[key].session = session
             return True
 
     def drop(self, key: str | None) -> None:
         with self._lock:
-            self._forget(key)
+            self._kept.pop(key, None)
 
 
 def _forget_now_and_then(sessions: ref[Sessions], seconds: float) -> None:

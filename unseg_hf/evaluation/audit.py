@@ -288,11 +288,11 @@ class Audit:
     def report(self) -> dict[str, Any]:
         """Write results and report of the cells that are done; nothing is trained, noises may be published."""
         self._restore()
-        results = self.results()  # publishes what is to be shown
+        for noise in self.config.noises:
+            self._publish(noise, self.train)
         if self.config.examples:
             self._write_examples()
-        write_report(self.config.output, results)
-        return results
+        return self._write_results()
 
     def _write_results(self) -> dict[str, Any]:
         results = self.results()

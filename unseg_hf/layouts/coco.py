@@ -115,15 +115,16 @@ class InstanceMasks:
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
                     raise ValueError(f"a code of size {form['size']}")
+                counts = form["counts"]
                 # What a code that is too short does not reach, the decoder leaves as it finds it in memory.
-                if isinstance(form["counts"], list):
-                    if sum(form["counts"]) != self.size[0] * self.size[1]:
-                        raise ValueError("the code does not fill the image")
-                    return [coder.frPyObjects(form, *self.size)]
-                whole = coder.encode(coder.decode(form))["counts"]
-                if whole != (form["counts"].encode() if isinstance(form["counts"], str) else form["counts"]):
+                if isinstance(counts, list):
+                    whole = sum(counts) == self.size[0] * self.size[1]
+                else:
+                    packed = counts.encode() if isinstance(counts, str) else counts
+                    whole = coder.encode(coder.decode(form))["counts"] == packed
+                if not whole:
                     raise ValueError("the code does not fill the image")
-                return [form]
+                return [coder.frPyObjects(form, *self.size) if isinstance(counts, list) else form]
             if any(len(polygon) % 2 for polygon in form):
                 raise ValueError("a polygon has an x without its y")
             # Two points cover nothing, and pycocotools would take them for a box.

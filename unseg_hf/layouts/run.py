@@ -142,7 +142,7 @@ class Worker:
         # One bad image must not stop the others, whatever is wrong with it.
         except Exception as error:
             target.unlink(missing_ok=True)
-            if getattr(error.__cause__ or error, "errno", None) in NO_ROOM:
+            if _number_of(error) in NO_ROOM:
                 raise
             return entry | _failure(task.path, error, self.root, self.output)
 
@@ -319,10 +319,9 @@ def _take_over(root: Path, output: Path, path: str, link: str | None) -> dict[st
             done = {"status": f"{link} link"}
         return {"path": path, **done, "bytes": target.stat().st_size, **state}
     except (OSError, ValueError) as error:
-        number = getattr(error.__cause__ or error, "errno", None)
-        if number == errno.EXDEV:
+        if _number_of(error) == errno.EXDEV:
             raise ValueError("--link hard: the output is on another disk; use --link symbolic") from error
-        if number in NO_ROOM:
+        if _number_of(error) in NO_ROOM:
             raise
         return {"path": path, **_failure(path, error, root, output)}
 
@@ -380,6 +379,11 @@ def _state(root: Path, path: str, annotation: Annotation | None) -> dict[str, An
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _number_of(error: Exception) -> int | None:
+    """The system's number for what went wrong, also where an error of this package says it."""
+    return getattr(error.__cause__ or error, "errno", None)
 
 
 def _failure(path: str, error: Exception, *folders: Path) -> dict[str, Any]:
