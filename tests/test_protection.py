@@ -13,7 +13,7 @@ from PIL import Image
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import apply_noise, compare, mean_width, standing_out, without_colour
+from unseg_hf.protection import apply_noise, compare, standing_out, typical_height, without_colour
 
 RNG = np.random.default_rng(0)
 
@@ -313,33 +313,33 @@ def test_segments_of_a_class_have_its_noise_in_every_image(coded_protector):
     np.testing.assert_array_equal(union.picture.pixels[mask].astype(int) - 128, of_masks)
 
 
-def test_the_code_for_tints_is_for_grey_images_and_thin_masks_alone(coded_protector, protector_of):
+def test_the_code_for_tints_is_for_what_is_too_low_for_waves(coded_protector, protector_of):
     with_tint = protector_of(noise_codes=4, tint_codes=[2])
     with_tint.model.load_state_dict(coded_protector.model.state_dict())
-    mask = box_mask()
 
     def noise(protector, image, **prompt):
-        result = protector.protect(image, **(prompt or {"mask": mask}))
+        result = protector.protect(image, **prompt)
         return result.picture.pixels.astype(int) - result.original.pixels
 
     one_channel = np.full((60, 80), 128, np.uint8)
     grey = np.repeat(one_channel[..., None], 3, axis=2)
     yellow = grey - np.uint8([0, 0, 9])
-    thin = np.zeros((60, 80), bool)
-    thin[20:24, 10:70] = True
-    for image, mask_of_it in ((yellow, mask), (one_channel, mask), (one_channel, thin)):
-        made = (noise(protector, image, mask=mask_of_it) for protector in (with_tint, coded_protector))
-        np.testing.assert_array_equal(*made)
-    # Lines that are thinner than half a patch of the encoder, which is a wave.
-    of_lines = coded_protector.protect(yellow, masks=[thin], classes=[1], mode="per_segment")
-    lines = of_lines.picture.pixels.astype(int) - yellow
-    np.testing.assert_array_equal(noise(with_tint, yellow, mask=thin)[thin], lines[thin])
-    assert difference(noise(coded_protector, yellow, mask=thin)[thin], lines[thin]).mean() > 1
-    of_class = [noise(coded_protector, grey, masks=[mask], classes=[i], mode="per_segment")[mask] for i in range(3)]
-    np.testing.assert_array_equal(noise(with_tint, grey)[mask], of_class[1])
-    for class_id in range(3):
-        own = noise(with_tint, grey, masks=[mask], classes=[class_id], mode="per_segment")[mask]
-        np.testing.assert_array_equal(own, of_class[class_id])
+    # A wave is a patch of the encoder: here a quarter of the longer side, 20 pixels. Without colour two are asked for.
+    for image, height, gets_it in (
+        (one_channel, 8, False), (yellow, 16, True), (yellow, 24, False), (grey, 24, True), (grey, 44, False)
+    ):  # fmt: skip
+        low = np.zeros((60, 80), bool)
+        low[8 : 8 + height, 10:70] = True
+        of_class = noise(coded_protector, image, masks=[low], classes=[1], mode="per_segment")[low]
+        of_masks = noise(coded_protector, image, mask=low)[low]
+        assert difference(of_masks, of_class).mean() > 1
+        np.testing.assert_array_equal(noise(with_tint, image, mask=low)[low], of_class if gets_it else of_masks)
+        for class_id in range(3):
+            own = (
+                noise(protector, image, masks=[low], classes=[class_id], mode="per_segment")[low]
+                for protector in (with_tint, coded_protector)
+            )
+            np.testing.assert_array_equal(*own)
 
 
 def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(coded_protector, protector_of):
@@ -416,11 +416,13 @@ def test_of_several_tints_the_one_is_taken_that_stands_out_of_the_colours():
     assert standing_out(np.full((1, 1, 3), 7, np.uint8), np.array([red, np.multiply(2, magenta)])) == 1
 
 
-def test_the_width_of_a_region_is_that_of_a_stripe_and_the_radius_of_a_disc():
-    rows, columns = np.mgrid[:200, :300]
-    assert mean_width((rows // 5) % 2 == 0) == pytest.approx(5, rel=0.05)
-    assert mean_width((rows - 100) ** 2 + (columns - 150) ** 2 < 60**2) == pytest.approx(60, rel=0.25)
-    assert mean_width(np.ones((9, 9), bool)) == float("inf")
+def test_the_typical_height_is_that_of_stripes_of_lines_and_of_most_of_the_pixels():
+    rows, columns = np.mgrid[:200, :1300]
+    assert typical_height((rows // 5) % 2 == 0) == 5
+    assert typical_height(columns % 7 == 0) == 200
+    assert typical_height((rows < 150) & (columns < 600) | (rows >= 199)) == 150
+    assert typical_height((rows < 150) & (columns < 6) | (rows >= 199)) == 1
+    assert typical_height(np.zeros((9, 9), bool)) == float("inf")
 
 
 def test_what_was_grey_is_grey_after_jpeg_and_a_faint_tint_is_a_colour():

@@ -28,10 +28,10 @@ class UnSegConfig(PreTrainedConfig):
             Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
             masks; the others, of which the paper's generator has none, are for classes.
         tint_codes (`list[int]`, *optional*):
-            Which of those sets are flat tints. They replace the first set where waves would be lost: in images of
-            three channels without colour, and in masks thinner than half a wave. Of several the one is taken that is
-            least like the image's own colours, and the first if none clearly is. They may be classes' noises as well.
-            `None`: such masks get the first set, too.
+            Which of those sets are flat tints. They replace the first set where waves would be lost: in masks whose
+            parts are typically lower than a wave, or than two in images of three channels without colour. Of several
+            the one is taken that is least like the image's own colours, and the first if none clearly is. They may be
+            classes' noises as well. `None`: such masks get the first set, too.
         faint_code (`int`, *optional*):
             Which of those sets replaces the first where `epsilon` is below 6/255: waves in colour alone, say, which
             victims still pick up at small amplitudes. `None`: none does.

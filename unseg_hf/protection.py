@@ -22,7 +22,7 @@ from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
 GREY = 3 / 255  # of an image's range, between its channels
-THIN = 0.5  # of a wave
+LOW, LOW_IN_GREY = 1, 2  # waves: of less height waves say little, in images without colour
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
 CLEARLY = 1.1  # times as far
 SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
@@ -502,14 +502,18 @@ class Decoded:
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
-    """Whether a tint says more than waves: in an image without colour, and in a region too thin for waves.
+    """Whether a tint says more than waves: where the region is lower than a wave, or two in an image without colour.
+
+    All images of a data set should get the same noise: those few that do not are as good as clean ones to a model,
+    which learns from them what its images show. So this asks for what photographs hardly ever are.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16. In an image of one channel there is no tint.
         region: `(height, width)` bool.
         wave: height of a wave in pixels.
     """
-    return pixels.shape[2] > 1 and (without_colour(pixels) or mean_width(region) < THIN * wave)
+    height = typical_height(region)
+    return pixels.shape[2] > 1 and height < LOW_IN_GREY * wave and (height < LOW * wave or without_colour(pixels))
 
 
 def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
@@ -575,10 +579,13 @@ def texture(pixels: np.ndarray) -> np.ndarray:
     return F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()[0, 0].numpy()
 
 
-def mean_width(region: np.ndarray) -> float:
-    """Twice the area of a `(height, width)` bool region by its perimeter: a stripe's width, about a disc's radius."""
-    perimeter = sum(np.count_nonzero(np.diff(region, axis=axis)) for axis in (0, 1))
-    return 2 * np.count_nonzero(region) / perimeter if perimeter else float("inf")
+def typical_height(region: np.ndarray) -> float:
+    """Half of a `(height, width)` bool region lies in columns' runs of at most so many pixels; infinite if empty."""
+    columns = np.ascontiguousarray(region[:, :: 1 + region.shape[1] // 512].T)
+    # Runs begin and end where a column, with nothing before and after it, changes.
+    changes = np.flatnonzero(np.diff(np.pad(columns, ((0, 0), (1, 1))), axis=1))
+    runs = np.sort(changes[1::2] - changes[::2])
+    return float(runs[np.searchsorted(np.cumsum(runs), runs.sum() / 2)]) if len(runs) else float("inf")
 
 
 def without_colour(pixels: np.ndarray) -> bool:
