@@ -326,7 +326,7 @@ def test_the_code_for_tints_is_for_what_is_too_low_for_waves(coded_protector, pr
     yellow = grey - np.uint8([0, 0, 9])
     # A wave is a patch of the encoder: here a quarter of the longer side, 20 pixels. Without colour two are asked for.
     for image, height, gets_it in (
-        (one_channel, 8, False), (yellow, 16, True), (yellow, 24, False), (grey, 24, True), (grey, 44, False)
+        (one_channel, 8, False), (yellow, 14, True), (yellow, 18, False), (grey, 24, True), (grey, 44, False)
     ):  # fmt: skip
         low = np.zeros((60, 80), bool)
         low[8 : 8 + height, 10:70] = True

@@ -29,7 +29,7 @@ class UnSegConfig(PreTrainedConfig):
             masks; the others, of which the paper's generator has none, are for classes.
         tint_codes (`list[int]`, *optional*):
             Which of those sets are flat tints. They replace the first set where waves would be lost: in masks whose
-            parts are typically lower than a wave, or than two in images of three channels without colour. Of several
+            parts are typically lower than 0.8 waves, or than 2 in images of three channels without colour. Of several
             the one is taken that is least like the image's own colours, and the first if none clearly is. They may be
             classes' noises as well. `None`: such masks get the first set, too.
         faint_code (`int`, *optional*):

@@ -22,7 +22,7 @@ from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 
 MODES = ("union", "per_segment")
 GREY = 3 / 255  # of an image's range, between its channels
-LOW, LOW_IN_GREY = 1, 2  # waves: of less height waves say little, in images without colour
+LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
 CLEARLY = 1.1  # times as far
 SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
@@ -502,7 +502,7 @@ class Decoded:
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
-    """Whether a tint says more than waves: where the region is lower than a wave, or two in an image without colour.
+    """Whether a tint says more than waves: where the region is lower than [`LOW`] of a wave, or [`LOW_IN_GREY`] in an image without colour.
 
     All images of a data set should get the same noise: those few that do not are as good as clean ones to a model,
     which learns from them what its images show. So this asks for what photographs hardly ever are.
