@@ -7,7 +7,7 @@ import numpy as np
 MASK, FAINT, TINTS = "ded", "dDd", ("+--", "+-+")
 """The noise of masks without a class: waves, half of them in colour, of which photographs have least between magenta
 and green, and half in luminance, which greyscale leaves; at small budgets waves in colour alone; and where waves say
-little, in images without colour and in masks thinner than a wave, a tint, red or magenta."""
+little, for objects lower than a wave or so, a tint, red or magenta."""
 
 _CLASSES = "dDd aAa +-+ -+- dDD aAA ddD aaA +-- -++ ++- --+ ddd aaa +++ --- DdD AaA Ddd Aaa DDd AAa DDD AAA"
 CLASSES = tuple(_CLASSES.split())

@@ -502,10 +502,10 @@ class Decoded:
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
-    """Whether a tint says more than waves: where the region is lower than [`LOW`] of a wave, or [`LOW_IN_GREY`] in an image without colour.
+    """Whether a tint says more than waves: the region is lower than [`LOW`] waves, or [`LOW_IN_GREY`] without colour.
 
-    All images of a data set should get the same noise: those few that do not are as good as clean ones to a model,
-    which learns from them what its images show. So this asks for what photographs hardly ever are.
+    The images of a data set should all get the same noise: from a few that do not, a model learns what objects look
+    like, as from clean ones. So the limits are such that photographs hardly ever get a tint.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16. In an image of one channel there is no tint.
