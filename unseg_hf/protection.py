@@ -581,9 +581,8 @@ def texture(pixels: np.ndarray) -> np.ndarray:
 
 def typical_height(region: np.ndarray) -> float:
     """Half of a `(height, width)` bool region lies in columns' runs of at most so many pixels; infinite if empty."""
-    columns = np.ascontiguousarray(region[:, :: 1 + region.shape[1] // 512].T)
     # Runs begin and end where a column, with nothing before and after it, changes.
-    changes = np.flatnonzero(np.diff(np.pad(columns, ((0, 0), (1, 1))), axis=1))
+    changes = np.flatnonzero(np.diff(np.pad(region.T, ((0, 0), (1, 1))), axis=1))
     runs = np.sort(changes[1::2] - changes[::2])
     return float(runs[np.searchsorted(np.cumsum(runs), runs.sum() / 2)]) if len(runs) else float("inf")
 
