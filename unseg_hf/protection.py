@@ -512,8 +512,10 @@ def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
         region: `(height, width)` bool.
         wave: height of a wave in pixels.
     """
+    if pixels.shape[2] == 1:
+        return False
     height = typical_height(region)
-    return pixels.shape[2] > 1 and height < LOW_IN_GREY * wave and (height < LOW * wave or without_colour(pixels))
+    return height < LOW * wave or (height < LOW_IN_GREY * wave and without_colour(pixels))
 
 
 def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
