@@ -4,26 +4,31 @@
 
 SAM ViT-B at 1024 px with random weights. The card's rate is measured once, by a large matrix product; operations are
 counted, not estimated. Then come the parts: one global layer's attention in several ways, encoding at several batch
-sizes, the noise of a prompt, and `unseg protect` from files to files. Medians; every row is timed after two rounds
-that are not.
+sizes, recorded, and compiled, the noise of a prompt, and `unseg protect` from files to files beside Pillow's decoding
+and encoding. Medians; every row is timed after two rounds that are not.
 """
 
 import argparse
+import io
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from protect_large import make, take_stock_sam
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unseg_hf import Protector, UnSegModel, vision_unseg
+from unseg_hf.cli import MOST_THREADS
+from unseg_hf.recorded_encoder import RecordedEncoder
 
 SIDE = 1024
 PHOTO = (1200, 800)
@@ -110,21 +115,29 @@ def encoding(folder: Path, batches: list[int], rounds: int, rate: float) -> None
     print(f"\nencoding one image: {count / 1e9:.0f} billion operations; limit {rate / count:.0f} images/s\n")
     print("| encoder | batch | images/s | share of the limit | GB |")
     print("|---|---|---|---|---|")
+
+    def row(name: str, encode, batch: int) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        pixels = torch.randn(batch, 3, SIDE, SIDE, device="cuda")
+        with torch.inference_mode():
+            per_second = batch / seconds(lambda: encode(pixels), rounds)
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        print(f"| {name} | {batch} | {per_second:.1f} | {per_second * count / rate:.0%} | {memory:.1f} |", flush=True)
+
     for name, build in ways.items():
         model = build().cuda().eval()
         for batch in batches:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            pixels = torch.randn(batch, 3, SIDE, SIDE, device="cuda")
-            with torch.inference_mode():
-                per_second = batch / seconds(lambda: model.get_image_embeddings(pixels), rounds)  # noqa: B023
-            memory = torch.cuda.max_memory_allocated() / 1e9
-            share = per_second * count / rate
-            print(f"| {name} | {batch} | {per_second:.1f} | {share:.0%} | {memory:.1f} |", flush=True)
-    profile(model, batches[-1])
+            row(name, model.get_image_embeddings, batch)
+    row("the last, recorded", RecordedEncoder(model), 1)
+    where_it_goes = profile(model, batches[-1])
+    model.sam.vision_encoder.compile(dynamic=False)
+    start = time.perf_counter()
+    row("the last, compiled", model.get_image_embeddings, batches[-1])
+    print(f"compiling took {time.perf_counter() - start:.0f} s\n\n{where_it_goes}")
 
 
-def profile(model: UnSegModel, batch: int) -> None:
+def profile(model: UnSegModel, batch: int) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -134,9 +147,10 @@ def profile(model: UnSegModel, batch: int) -> None:
         torch.cuda.synchronize()
     kernels = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(event.self_device_time_total for event in kernels)
-    print(f"\nwhere a batch of {batch} in bfloat16 goes, {total / 1e3:.1f} ms of kernels\n")
+    lines = [f"where a batch of {batch} in bfloat16 goes, {total / 1e3:.1f} ms of kernels\n"]
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:14]:
-        print(f"    {event.self_device_time_total / total:6.1%} {event.count:5} x {event.key[:110]}")
+        lines.append(f"    {event.self_device_time_total / total:6.1%} {event.count:5} x {event.key[:110]}")
+    return "\n".join(lines)
 
 
 def noise_of_prompts(folder: Path, rounds: int) -> None:
@@ -172,6 +186,17 @@ def files(folder: Path, count: int, scratch: Path) -> None:
             taken.append(time.perf_counter() - start)
         rate = (count - 1) / (taken[1] - taken[0])
         print(f"{' '.join(options) or 'float32'}: {rate:.1f} images/s after {taken[0]:.1f} s for one", flush=True)
+
+    def again(path: Path) -> None:
+        with Image.open(path) as image:
+            image.save(io.BytesIO(), "PNG")
+
+    threads = min(MOST_THREADS, os.cpu_count())
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(again, photos.iterdir()))
+    rate = count / (time.perf_counter() - start)
+    print(f"Pillow's decoding and PNG-encoding at its defaults in {threads} threads: {rate:.1f} images/s")
 
 
 def main() -> None:

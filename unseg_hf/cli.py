@@ -283,14 +283,18 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
     threads = torch.get_num_threads()
     at_a_time = min(threads, images, MOST_THREADS)
     model = protector.model
-    if model.device.type != "cpu" or model.config.sam_config.vision_config.image_size > SMALL_MODEL:
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and model.config.sam_config.vision_config.image_size > SMALL_MODEL:
         # It takes half a gigabyte an image, and makes good use of all threads.
         yield at_a_time, threading.Lock()
         return
-    # Threads inside a model this small wait for each other longer than they work.
+    if model.device.type == "cuda" and images > 1:
+        protector.record_encoder()
+    # Threads inside a model this small wait for each other longer than they work, and so do those beside a device.
+    # The device has one image on its way there or back while it works on another.
     torch.set_num_threads(1)
     try:
-        yield at_a_time, contextlib.nullcontext()
+        yield at_a_time, contextlib.nullcontext() if on_cpu else threading.Semaphore(2)
     finally:
         torch.set_num_threads(threads)
 

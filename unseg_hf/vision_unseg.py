@@ -71,8 +71,7 @@ class UnSegVisionLayer(SamVisionLayer):
         # Views, not copies: (images or windows, heads, tokens, channels of a head).
         query, key, value = projected.view(batch, tokens, 3, heads, -1).transpose(1, 3).unbind(2)
         if attn.use_rel_pos:
-            down = attn.get_rel_pos(height, height, attn.rel_pos_h)
-            across = attn.get_rel_pos(width, width, attn.rel_pos_w)
+            down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
             limit = _CPU_BIAS if query.device.type == "cpu" else _GPU_BIAS
             count = max(limit // tokens**2, 1)
             rows = max(limit // (width * tokens), 1)
@@ -86,6 +85,15 @@ class UnSegVisionLayer(SamVisionLayer):
         else:
             attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, height, width, -1)
+
+
+def _by_distance(table: torch.Tensor, side: int) -> torch.Tensor:
+    """`(2 * side - 1, channels)`, a row for each distance, to `(side, side, channels)`, one for each query and key.
+
+    The same as the stock layer's `get_rel_pos`, whose index is made on the CPU: a graphics card waits for that.
+    """
+    places = torch.arange(side, device=table.device)
+    return table[places[:, None] - places + side - 1]
 
 
 def _with_bias(
