@@ -318,6 +318,7 @@ def test_photos_without_masks_are_audited_on_proposed_segments_and_that_is_said(
         (["{train}", "--mask-column", "labels"], "has no column 'labels'"),
         (["{empty}"], "holds no images"),
         (["{train}", "--processes", "0"], "--processes 0: must be at least 1"),
+        (["{train}", "--device", "cuda", "--processes", "99"], "--processes 99: each needs a GPU of its own"),
         (["{train}", "--victims", "vgg"], "victims: unknown 'vgg' for the task semantic"),
     ],
 )

@@ -208,6 +208,14 @@ def _processes(options: argparse.Namespace) -> int:
     if "WORLD_SIZE" in os.environ:
         return 1
     if options.processes is not None:
+        if options.device == "cuda":
+            import torch
+
+            if options.processes > max(1, torch.cuda.device_count()):
+                raise ValueError(
+                    f"--processes {options.processes}: each needs a GPU of its own, and there are "
+                    f"{torch.cuda.device_count()}; run several audits into several folders instead"
+                )
         return options.processes
     if options.device == "cpu":
         return min(MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
