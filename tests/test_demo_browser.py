@@ -225,6 +225,12 @@ def test_what_is_brushed_is_protected(open_page, tmp_path, saved_generator):
     assert abs(rows.mean() - 200) < 40
     assert abs(columns.mean() - 300) < 40
     assert file.read_bytes() == by_command(page, tmp_path, saved_generator)
+    # Strokes are kept while another way is looked at.
+    choose(page, "Everything")
+    choose(page, "Brush")
+    hint(page, "Clear it to brush anew")
+    protect(page)
+    np.testing.assert_array_equal(np.asarray(Image.open(downloaded(page, tmp_path, "#mask-download"))), mask)
 
 
 def test_a_mask_file_takes_the_place_of_the_brush(open_page, tmp_path, saved_generator):

@@ -288,9 +288,10 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         return ready + refreshed(sessions.add(current), current)
 
     @failures_in_one_line
-    def choose_way(key: str | None, chosen: str):
+    def choose_way(key: str | None, chosen: str, brushed: np.ndarray | None):
         current = needed(key)
-        return refreshed(key, replace(current, marks=replace(current.marks, way=chosen)))
+        marks = _with_strokes(current, brushed)
+        return refreshed(key, replace(current, marks=replace(marks, way=chosen)))
 
     @failures_in_one_line
     def click(key: str | None, point_label: int, event: gr.SelectData):
@@ -336,9 +337,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     @failures_in_one_line
     def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool):
         current = needed(key)
-        photo, marks = current.photo, current.marks
-        if marks.way == "brush" and marks.drawn is None and brushed is not None:
-            marks = replace(marks, drawn=photo.mask_from_view(brushed))
+        photo, marks = current.photo, _with_strokes(current, brushed)
         prompt = marks.prompt()
         if prompt is None:
             raise ValueError(texts.NOTHING_MARKED[marks.way])
@@ -394,7 +393,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         **job,
         show_progress_on=[upload],
     ).success(**fill)
-    way.input(choose_way, [session, way], shown, **light).success(**fill)
+    way.input(choose_way, [session, way, brush], shown, **light).success(**fill)
     # Every click counts, also one that comes while the last one is being answered.
     view.select(click, [session, label], shown, **light, trigger_mode="multiple")
     typed.submit(type_in, [session, typed, label], [typed, *shown], **light)
@@ -476,6 +475,14 @@ def _with(session: Session, marks: Marks, most: int) -> Session:
     if max(len(marks.points), len(marks.boxes)) > most:
         raise ValueError(f"at most {most} points or boxes on a photo")
     return replace(session, marks=marks)
+
+
+def _with_strokes(session: Session, brushed: np.ndarray | None) -> Marks:
+    """The marks, with what is brushed as the mask: the canvas is empty when it is shown again."""
+    marks = session.marks
+    if marks.way != "brush" or marks.drawn is not None or brushed is None:
+        return marks
+    return replace(marks, drawn=session.photo.mask_from_view(brushed))
 
 
 def _status(text: str) -> str:

@@ -85,7 +85,8 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return HINTS[marks.way]
     share = np.logical_or.reduce(masks).mean()
     count = f"{len(masks)} objects" if len(masks) > 1 else "1 object"
-    return f"{count}, {share:.0%} of the photo."
+    advice = " Clear it to brush anew." if marks.way == "brush" else ""
+    return f"{count}, {share:.0%} of the photo.{advice}"
 
 
 def typed_marks(text: str, marks: Marks, label: int) -> Marks:
