@@ -171,7 +171,7 @@ def test_of_a_generator_of_several_noises_the_first_is_trained_on_and_the_others
     assert (after.config.noise_codes, after.config.tint_codes, after.config.faint_code) == (1, None, None)
     assert torch.equal(after.noise_head.noise_tokens.weight, before.noise_head.noise_tokens.weight[:3])
     processor = UnSegProcessor.from_pretrained(tmp_path / "run")
-    assert (processor.stretch, processor.sharpness) == (True, 3)
+    assert (processor.stretch, processor.sharpness) == (True, 6)
     assert "train.parquet (weight=2): 6 images" in (tmp_path / "run/README.md").read_text()
 
 

@@ -2,7 +2,7 @@
 
 The embedded default, from what `train_generator.py` left:
 
-    python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 --sharpness 3 \\
+    python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 --sharpness 6 \\
         --epsilon_background 0 --epsilon_smooth 2 --no-save_code --output runs/unseg-tiny \\
         --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions
 
