@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,6 +241,18 @@ def test_pixels_equal_those_of_the_python_api(folder, saved_generator):
         folder / "in/sub/b.jpg", mask=folder / "masks/sub/b.png", epsilon=12 / 255, epsilon_background=3 / 255
     )
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "b.png")), np.asarray(expected.image))
+
+
+def test_a_device_on_which_nothing_can_be_encoded_is_said_in_one_line(folder, monkeypatch, capsys):
+    def record_encoder():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    model = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(cli, "load_protector", lambda *_: SimpleNamespace(model=model, record_encoder=record_encoder))
+    assert run("protect", folder / "in", "-o", folder / "out", "--whole-image", "--device", "cuda") == 2
+    error = capsys.readouterr().err
+    assert error == "unseg: the generator does not run on 'cuda': CUDA out of memory. Tried to allocate 2 GiB\n"
+    assert not list(folder.glob("out/**/*.png"))
 
 
 def test_bf16_encodes_in_bfloat16(folder, saved_generator, monkeypatch):

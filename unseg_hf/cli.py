@@ -289,7 +289,12 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
         yield at_a_time, threading.Lock()
         return
     if model.device.type == "cuda" and images > 1:
-        protector.record_encoder()
+        try:
+            protector.record_encoder()
+        except RuntimeError as error:  # too little memory, mostly
+            from .image_files import one_line
+
+            raise UsageError(f"the generator does not run on {str(model.device)!r}: {one_line(error)}") from error
     # Threads inside a model this small wait for each other longer than they work, and so do those beside a device.
     # The device has one image on its way there or back while it works on another.
     torch.set_num_threads(1)
