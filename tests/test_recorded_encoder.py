@@ -26,3 +26,8 @@ def test_replays_give_each_image_of_each_thread_what_the_model_gives_it(saved_ge
         assert torch.equal(replayed.image_embeddings, single.image_embeddings)
         assert torch.equal(replayed.noise_features, single.noise_features)
     assert not torch.equal(expected[0].image_embeddings, expected[1].image_embeddings)
+
+
+def test_a_generator_on_a_cpu_cannot_be_recorded(generator):
+    with pytest.raises(ValueError, match="the generator is on 'cpu': only a CUDA device"):
+        RecordedEncoder(generator)

@@ -19,9 +19,14 @@ class RecordedEncoder:
 
     Args:
         model: a generator in evaluation mode on a CUDA device, where nothing else runs while this is made.
+
+    Raises:
+        ValueError: the generator is on another device.
     """
 
     def __init__(self, model: UnSegModel):
+        if model.device.type != "cuda":
+            raise ValueError(f"the generator is on {str(model.device)!r}: only a CUDA device records what it does")
         side = model.config.sam_config.vision_config.image_size
         self._turn = threading.Lock()
         self._pixels = torch.zeros(1, 3, side, side, device=model.device)
