@@ -227,6 +227,7 @@ def test_what_is_brushed_is_protected(open_page, tmp_path, saved_generator):
     assert file.read_bytes() == by_command(page, tmp_path, saved_generator)
     # Strokes are kept while another way is looked at.
     choose(page, "Everything")
+    hint(page, "The whole photo")
     choose(page, "Brush")
     hint(page, "Clear it to brush anew")
     protect(page)

@@ -27,7 +27,7 @@ from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import read_card, results
 from unseg_hf.demo.components import BrushedMask, FileUpload, PhotoUpload, Upload
 from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
-from unseg_hf.demo.session import Marks, Workbench, file_stem, report_rows
+from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.image_files import one_line
 from unseg_hf.inspection import amplified_noise
@@ -290,7 +290,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     @failures_in_one_line
     def choose_way(key: str | None, chosen: str, brushed: np.ndarray | None):
         current = needed(key)
-        marks = _with_strokes(current, brushed)
+        marks = _with_strokes(current.photo, current.marks, brushed)
         return refreshed(key, replace(current, marks=replace(marks, way=chosen)))
 
     @failures_in_one_line
@@ -335,9 +335,11 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         return [None, *refreshed(key, replace(current, marks=current.marks.cleared()))]
 
     @failures_in_one_line
-    def protect_photo(key: str | None, brushed: np.ndarray | None, level: float, exif: bool):
+    def protect_photo(key: str | None, chosen: str, brushed: np.ndarray | None, level: float, exif: bool):
         current = needed(key)
-        photo, marks = current.photo, _with_strokes(current, brushed)
+        photo = current.photo
+        # What the page shows as chosen: of two choices made at once, the one with strokes may come last.
+        marks = _with_strokes(photo, replace(current.marks, way=chosen), brushed)
         prompt = marks.prompt()
         if prompt is None:
             raise ValueError(texts.NOTHING_MARKED[marks.way])
@@ -393,7 +395,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         **job,
         show_progress_on=[upload],
     ).success(**fill)
-    way.input(choose_way, [session, way, brush], shown, **light).success(**fill)
+    way.input(choose_way, [session, way, brush], shown, **light, trigger_mode="always_last").success(**fill)
     # Every click counts, also one that comes while the last one is being answered.
     view.select(click, [session, label], shown, **light, trigger_mode="multiple")
     typed.submit(type_in, [session, typed, label], [typed, *shown], **light)
@@ -409,7 +411,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     # A result stands only beside the settings that gave it. Strokes are told of late, and are in what is protected.
     gr.on([epsilon.change, keep_exif.input], hide_result, [session, epsilon, keep_exif], result, **QUIET)
     brush.input(lambda: gr.update(visible=False), None, result, **QUIET)
-    protect.click(protect_photo, [session, brush, epsilon, keep_exif], results_of, **job).success(
+    protect.click(protect_photo, [session, way, brush, epsilon, keep_exif], results_of, **job).success(
         look_closer, session, [noise, *web], **job, show_progress_on=web
     )
 
@@ -477,12 +479,11 @@ def _with(session: Session, marks: Marks, most: int) -> Session:
     return replace(session, marks=marks)
 
 
-def _with_strokes(session: Session, brushed: np.ndarray | None) -> Marks:
+def _with_strokes(photo: Photo, marks: Marks, brushed: np.ndarray | None) -> Marks:
     """The marks, with what is brushed as the mask: the canvas is empty when it is shown again."""
-    marks = session.marks
     if marks.way != "brush" or marks.drawn is not None or brushed is None:
         return marks
-    return replace(marks, drawn=session.photo.mask_from_view(brushed))
+    return replace(marks, drawn=photo.mask_from_view(brushed))
 
 
 def _status(text: str) -> str:
