@@ -9,19 +9,16 @@ and encoding. Medians; every row is timed after two rounds that are not.
 """
 
 import argparse
-import io
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from protect_large import make, take_stock_sam
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -130,14 +127,14 @@ def encoding(folder: Path, batches: list[int], rounds: int, rate: float) -> None
         for batch in batches:
             row(name, model.get_image_embeddings, batch)
     row("the last, recorded", RecordedEncoder(model), 1)
-    where_it_goes = profile(model, batches[-1])
     model.sam.vision_encoder.compile(dynamic=False)
     start = time.perf_counter()
     row("the last, compiled", model.get_image_embeddings, batches[-1])
-    print(f"compiling took {time.perf_counter() - start:.0f} s\n\n{where_it_goes}")
+    print(f"compiling took {time.perf_counter() - start:.0f} s")
+    profile(bf16().cuda().eval(), batches[-1])
 
 
-def profile(model: UnSegModel, batch: int) -> str:
+def profile(model: UnSegModel, batch: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -147,10 +144,9 @@ def profile(model: UnSegModel, batch: int) -> str:
         torch.cuda.synchronize()
     kernels = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(event.self_device_time_total for event in kernels)
-    lines = [f"where a batch of {batch} in bfloat16 goes, {total / 1e3:.1f} ms of kernels\n"]
+    print(f"\nwhere a batch of {batch} in bfloat16 goes, {total / 1e3:.1f} ms of kernels\n")
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:14]:
-        lines.append(f"    {event.self_device_time_total / total:6.1%} {event.count:5} x {event.key[:110]}")
-    return "\n".join(lines)
+        print(f"    {event.self_device_time_total / total:6.1%} {event.count:5} x {event.key[:110]}")
 
 
 def noise_of_prompts(folder: Path, rounds: int) -> None:
@@ -166,7 +162,7 @@ def noise_of_prompts(folder: Path, rounds: int) -> None:
 
 def files(folder: Path, count: int, scratch: Path) -> None:
     """`unseg protect` of a folder of JPEGs, start-up apart, and what it takes to decode and encode them."""
-    from speed import photo
+    from speed import decode, photo
 
     photos = scratch / "photos"
     photos.mkdir()
@@ -176,27 +172,20 @@ def files(folder: Path, count: int, scratch: Path) -> None:
     one.mkdir()
     photo(one / "0.jpg", PHOTO, 0)
     print(f"\n`unseg protect --device cuda --whole-image` of {count} JPEGs of {PHOTO[0]} x {PHOTO[1]} pixels\n")
-    for options in ([], ["--bf16"]):
+    protect = ["-m", "unseg_hf.cli", "protect", "-o", scratch / "out", "--overwrite"]
+    protect += ["--whole-image", "--device", "cuda", "--model", folder]
+    threads = min(MOST_THREADS, os.cpu_count())
+    ways = {"float32": protect, "--bf16": [*protect, "--bf16"]}
+    ways[f"Pillow's decoding and PNG-encoding at its defaults in {threads} threads"] = ["-c", decode(threads, {})]
+    for name, command in ways.items():
         taken = []
         for source in (one, photos):
-            command = [sys.executable, "-m", "unseg_hf.cli", "protect", source, "-o", scratch / "out", "--overwrite"]
-            command += ["--whole-image", "--device", "cuda", "--model", folder, *options]
             start = time.perf_counter()
-            subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+            words = [str(word) for word in (sys.executable, *command, source)]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
             taken.append(time.perf_counter() - start)
         rate = (count - 1) / (taken[1] - taken[0])
-        print(f"{' '.join(options) or 'float32'}: {rate:.1f} images/s after {taken[0]:.1f} s for one", flush=True)
-
-    def again(path: Path) -> None:
-        with Image.open(path) as image:
-            image.save(io.BytesIO(), "PNG")
-
-    threads = min(MOST_THREADS, os.cpu_count())
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(again, photos.iterdir()))
-    rate = count / (time.perf_counter() - start)
-    print(f"Pillow's decoding and PNG-encoding at its defaults in {threads} threads: {rate:.1f} images/s")
+        print(f"{name}: {rate:.1f} images/s after {taken[0]:.1f} s for one", flush=True)
 
 
 def main() -> None:
