@@ -41,7 +41,7 @@ def test_a_click_answers_in_well_under_a_second_with_the_embedded_default():
     bench.protector.encode = None  # a click that encodes again fails
     bench.find_masks(photo, Prompt(points=[[300, 200]]))
     start = time.perf_counter()
-    marks = Marks().clicked(300, 200, 1)
+    marks = Marks("points").clicked(300, 200, 1)
     masks, _ = bench.find_masks(photo, marks.prompt())
     marked(photo, marks, masks)
     assert time.perf_counter() - start < 0.8
@@ -81,7 +81,7 @@ def test_sessions_that_nobody_uses_go_and_so_does_what_is_noted_of_them(coffee):
 
 
 def test_marks_become_the_prompt_and_the_arguments_of_the_command_line():
-    points = Marks().clicked(5, 6, 0)
+    points = Marks("points").clicked(5, 6, 0)
     assert points.prompt() is None
     points = points.clicked(7, 8, 1)
     assert (points.prompt().points, points.prompt().point_labels) == ([[5, 6], [7, 8]], [0, 1])
@@ -107,7 +107,7 @@ def test_undo_takes_back_one_thing_and_clear_all():
     assert marks.undone().undone() == Marks("boxes")
     assert Marks("boxes").undone() == Marks("boxes")
     assert marks.cleared() == Marks("boxes")
-    assert Marks(points=((1, 1, 1), (2, 2, 1))).undone().points == ((1, 1, 1),)
+    assert Marks("points", points=((1, 1, 1), (2, 2, 1))).undone().points == ((1, 1, 1),)
 
 
 def test_every_pixel_of_the_view_belongs_to_a_pixel_of_the_photo(bench, tmp_path):
@@ -127,7 +127,7 @@ def test_every_pixel_of_the_view_belongs_to_a_pixel_of_the_photo(bench, tmp_path
 def test_masks_are_coloured_and_clicks_are_signs(coffee):
     mask = np.zeros((400, 600), bool)
     mask[100:200, 100:300] = True
-    marks = Marks().clicked(450, 300, 1)
+    marks = Marks("points").clicked(450, 300, 1)
     before, after = np.asarray(coffee.view).astype(int), np.asarray(marked(coffee, marks, [mask])).astype(int)
     changed = np.abs(after - before).max(axis=2) > 5
     assert changed[105:195, 105:295].mean() > 0.95
@@ -154,20 +154,19 @@ def test_typed_coordinates_that_make_no_sense_are_named(text, way, words):
 
 
 def test_typed_coordinates_mark_the_same_as_clicks():
-    assert typed_marks(" 12, 34 ", Marks(), 0) == Marks().clicked(12, 34, 0)
+    assert typed_marks(" 12, 34 ", Marks("points"), 0) == Marks("points").clicked(12, 34, 0)
     assert typed_marks("1,2,30,40", Marks("boxes"), 1).boxes == ((1, 2, 30, 40),)
 
 
 def test_the_line_under_the_ways_says_what_was_found():
     half = np.zeros((4, 4), bool)
     half[:2] = True
-    assert found(Marks(points=((0, 0, 1),)), [half], []) == "1 object, 50% of the photo."
+    assert found(Marks("points", points=((0, 0, 1),)), [half], []) == "1 object, 50% of the photo."
     assert found(Marks("objects"), [half, ~half], []) == "2 objects, 100% of the photo."
     said = found(Marks("boxes", boxes=((0, 0, 1, 1),)), [half], ["no object was found in a box"] * 2)
     assert said == "No object was found in a box."
-    assert found(Marks("objects"), [half], ["none found"]).endswith(
-        ". To protect only a part, draw a box or brush over it."
-    )
+    said = found(Marks("objects"), [half], ["none found"])
+    assert said == "None found. That hardly protects: draw a box, or brush over it."
     assert "opposite" in found(Marks("boxes", corner=(1, 1)), [], [])
 
 

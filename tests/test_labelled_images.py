@@ -79,6 +79,19 @@ def test_things_are_the_classes_with_objects_and_segments_are_objects_then_stuff
     assert [class_id for _, class_id in segments] == [images.classes.index(first), 1, 0, 2]
 
 
+def test_boxes_are_around_objects_or_else_around_connected_parts_of_the_region():
+    labels = np.zeros((1, 30, 40), np.uint8)
+    labels[0, 2:6, 3:9] = labels[0, 10:15, 1:4] = labels[0, 12:18, 20:30] = 1
+    assert LabelledImages(InMemory(list(labels)))[0].boxes() == [(3, 2, 9, 6), (1, 10, 4, 15), (20, 12, 30, 18)]
+    numbers = labels.astype(np.int32)
+    numbers[:, :, 20:] = 0
+    # The first two are one object, and the third part is none.
+    assert LabelledImages(InMemory(list(labels), list(numbers)))[0].boxes() == [(1, 2, 9, 15), (20, 12, 30, 18)]
+    labels[:, 12:18, 20:25] = 2
+    of_classes = LabelledImages(InMemory(list(labels)), background=(0,))[0].boxes()
+    assert of_classes == [(3, 2, 9, 6), (1, 10, 4, 15), (25, 12, 30, 18), (20, 12, 25, 18)]
+
+
 def test_the_class_of_an_object_is_none_of_its_pixels_without_one():
     labels = np.where(NUMBERS > 0, 3, 0).astype(np.uint8)
     labels[:, ::2], labels[:, 1::4] = 255, np.where(NUMBERS[:, 1::4] > 0, 255, 0)

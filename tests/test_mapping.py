@@ -102,6 +102,21 @@ def test_pixels_are_those_of_the_protector_and_of_the_command(dataset, saved_gen
     assert mapped.features == dataset.features
 
 
+def test_boxes_in_a_column_are_the_protectors_boxes(dataset, saved_generator):
+    boxes = [[[8, 12, 40, 30.5], [0, 0, 5, 5]], [[2, 2, 20, 20]], [], None, [[90, 0, 99, 9]]]
+    protect = ProtectImages(str(saved_generator), box_column="boxes", on_error="mark")
+    mapped = dataset.add_column("boxes", boxes).map(protect, batched=True)
+    protector = Protector.from_pretrained(saved_generator)
+    for index in (0, 1):
+        expected = protector.protect(rows()["image"][index]["bytes"], boxes=boxes[index]).image
+        np.testing.assert_array_equal(np.asarray(mapped[index]["image"]), np.asarray(expected))
+    errors = mapped["protection_error"][:]
+    assert errors[:2] == ["", ""]
+    assert all("there is no box" in error for error in errors[2:4])
+    assert "lies outside the image" in errors[4]
+    assert stored(mapped)[2:] == [None] * 3
+
+
 def test_a_file_that_happens_to_have_the_images_name_is_not_stored_in_its_place(dataset, saved_generator, tmp_path):
     (tmp_path / "0.jpg").write_bytes(rows()["image"][0]["bytes"])
     (tmp_path / "0.png").write_bytes(rows()["image"][0]["bytes"])
@@ -262,6 +277,7 @@ def test_metadata_are_kept(saved_generator):
     [
         ({"model": "no/such/folder"}, "no/such/folder: no such folder"),
         ({"whole_image": True, "mask_column": "mask"}, "one kind of prompt"),
+        ({"mask_column": "mask", "box_column": "boxes"}, "mask_column='mask' and box_column='boxes' were given"),
         ({"label_maps": True}, "needs mask_column"),
         ({"on_error": "ignore"}, "must be one of raise, keep, mark, drop"),
         ({"mode": "all"}, "must be one of union"),

@@ -13,7 +13,7 @@ from PIL import Image
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import apply_noise, compare, standing_out, typical_height, without_colour
+from unseg_hf.protection import ALL_OVER, apply_noise, compare, standing_out, typical_height, without_colour
 
 RNG = np.random.default_rng(0)
 
@@ -105,7 +105,7 @@ def test_saved_files_keep_the_bound_in_every_mode(
 @pytest.mark.slow
 def test_an_image_that_stays_as_it_was_is_said_to_be(loud_protector):
     said = "no pixel was changed"
-    assert said in loud_protector.protect(photo(), whole_image=True, epsilon=0.3 / 255).notes[0]
+    assert said in loud_protector.protect(photo(), whole_image=True, epsilon=0.3 / 255).notes[-1]
     for changed in ({"epsilon": 8 / 255}, {"epsilon": 0}):
         assert not any(said in note for note in loud_protector.protect(photo(), mask=box_mask(), **changed).notes)
 
@@ -481,6 +481,18 @@ def test_boxes_bound_the_region_and_points_find_one(tiny_protector):
     assert boxed.region.any()
     assert not boxed.region[outside].any()
     assert tiny_protector.protect(photo(), points=[[40, 30], [5, 5]], point_labels=[1, 0]).region.any()
+
+
+def test_noise_that_says_nothing_of_where_objects_are_is_said_to_hardly_protect(tiny_protector):
+    everything, labels = np.ones((60, 80), bool), np.ones((60, 80), np.uint8)
+    labels[:, 40:] = 2
+    all_over = ({"whole_image": True}, {"mask": everything}, {"label_map": labels}, {"boxes": [[0, 0, 80, 60]]})
+    for prompt in all_over:
+        protected = tiny_protector.protect(photo(), **prompt)
+        assert (ALL_OVER in protected.notes) == protected.region.all()
+    assert protected.region.any()  # SAM's mask for a box may be smaller than the box
+    for prompt in ({"mask": box_mask()}, {"label_map": labels, "mode": "per_segment"}):
+        assert ALL_OVER not in tiny_protector.protect(photo(), **prompt).notes
 
 
 def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch):

@@ -157,7 +157,8 @@ def test_what_limits_the_findings_is_said():
     few["grid"]["noises"].append("whole")
     text = summary(few)
     for caveat in ("3 images were left out", "1 seed(s): too few for a claim", "8 of 20 victims of the grid are not",
-                   "`whole` has the full bound everywhere", "100 training images"):  # fmt: skip
+                   "Spend more, having the full bound beyond the objects too: `whole`.",
+                   "100 training images"):  # fmt: skip
         assert f"- {caveat}" in text
     alone = results({("clean", "none"): 0.5, ("generator", "none"): 0.1})
     assert "No control stands beside it" in summary(alone)

@@ -47,6 +47,7 @@ class ProtectImages:
         image_column: column of images, of the feature `datasets.Image()`; they come back as PNG, without a path
             (`datasets` would prefer a file of that name, if there is one, to the bytes).
         mask_column: column of mask images, or of lists of them; without one, SAM proposes segments.
+        box_column: column of lists of boxes `[x0, y0, x1, y1]` around objects, in pixels, in place of masks.
         revision: of a Hub id.
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
         ignore_labels: labels that are no objects.
@@ -78,6 +79,7 @@ class ProtectImages:
     model: str | None = None
     image_column: str = "image"
     mask_column: str | None = None
+    box_column: str | None = None
     revision: str | None = None
     label_maps: bool = False
     ignore_labels: tuple[int, ...] = (0, 255)
@@ -97,8 +99,10 @@ class ProtectImages:
         from . import __version__
 
         Prompt(whole_image=self.whole_image, mode=self.mode, ignore_labels=self.ignore_labels)
-        if self.whole_image and self.mask_column:
-            raise ValueError(f"whole_image and mask_column={self.mask_column!r} were given: pass one kind of prompt")
+        columns = {name: getattr(self, name) for name in ("mask_column", "box_column") if getattr(self, name)}
+        given = (["whole_image"] if self.whole_image else []) + [f"{n}={column!r}" for n, column in columns.items()]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
         if self.label_maps and not self.mask_column:
             raise ValueError("label_maps needs mask_column")
         if self.on_error not in ON_ERROR:
@@ -127,7 +131,8 @@ class ProtectImages:
         """The columns of a batch that change; with "drop" all of them, as those of which rows are dropped have to."""
         _one_thread_in_workers()
         images = _undecoded(batch, self.image_column)
-        masks = [None] * len(images) if self.mask_column is None else _undecoded(batch, self.mask_column)
+        column = self.mask_column or self.box_column
+        masks = [None] * len(images) if column is None else _undecoded(batch, column)
         rows: list[Any] = []
         errors: list[str] = []
         reports: dict[str, list] = {name: [] for name in self.report_columns}
@@ -170,7 +175,7 @@ class ProtectImages:
 
         Args:
             pairs: an image, as in a column (`{"bytes": ..., "path": ...}`, or as [`Protector.protect`] takes it), and
-                its mask, a list of masks, or None, which is an error where masks were announced.
+                its mask, a list of masks or of boxes, or None, which is an error where those were announced.
             rank: of the process among those of this machine.
         """
         protector = self.protector(rank)
@@ -201,12 +206,16 @@ class ProtectImages:
             return Outcome(error=one_line(error))
 
     def prompt(self, mask: Any) -> Prompt:
-        """What to protect in an image with this mask, or these masks.
+        """What to protect in an image with this mask, or these masks or boxes.
 
         Raises:
-            RecordError: there is no mask, though masks were announced.
+            RecordError: there is none, though it was announced.
         """
         fields: dict[str, Any] = {"mode": self.mode, "ignore_labels": self.ignore_labels}
+        if self.box_column is not None:
+            if mask is None or not len(mask):
+                raise RecordError("there is no box; give one, or choose what happens to such records")
+            return Prompt(boxes=mask, **fields)
         if self.mask_column is None:
             return Prompt(whole_image=self.whole_image, **fields)
         return stored_prompt(mask, self.label_maps, **fields)

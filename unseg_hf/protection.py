@@ -22,6 +22,10 @@ from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 from .recorded_encoder import RecordedEncoder
 
 MODES = ("union", "per_segment")
+ALL_OVER = (
+    "noise all over the image does not say where its objects are, and models learn them much as from clean images: "
+    "mark the objects, a box around each will do"
+)
 GREY = 3 / 255  # of an image's range, between its channels
 LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
@@ -64,10 +68,11 @@ class Prompt:
         classes: number of the class of each of `masks`, for "per_segment".
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
-        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it.
+        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
+            none, all of the box is protected, from which a model learns hardly more than from the object's own mask.
         points: `[x, y]` each, in pixels of the upright image; all belong to one object, which SAM finds.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
-        whole_image: everything gets the full budget.
+        whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
             each mask, on the same image embedding. Where classes are known, each class gets a noise of its own then,
             the same in all images; if the generator has fewer noises than there are classes, some share one.
@@ -320,6 +325,8 @@ class Protector:
         if not region.any():
             what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
             found.append(f"the mask is empty: {what}")
+        elif region.all() and not (job.prompt.mode == "per_segment" and job.classes is not None):
+            found.append(ALL_OVER)
         noise, softened = self._noise(job, embeddings, masks, region)
         job.seconds += time.perf_counter() - start
         return Decoded(noise, softened, region, len(masks), (*job.picture.notes, *found))
@@ -372,7 +379,7 @@ class Protector:
         if job.prompt.boxes is None and job.prompt.points is None:
             masks = self._proposed(job, embeddings)
             if not masks:
-                notes.append("no object was found: the whole image is protected")
+                notes.append("no object was found: the whole image gets noise")
             return masks or [everything]
         prompts = {k: v for k, v in job.features.items() if k in ("input_boxes", "input_points", "input_labels")}
         reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
@@ -381,7 +388,7 @@ class Protector:
         found = [bool(iou >= TRUSTED_IOU) and mask.any() for iou, mask in zip(ious, masks, strict=True)]
         if job.prompt.points is not None:
             if not found[0]:
-                notes.append("no object was found at the points: the whole image is protected")
+                notes.append("no object was found at the points: the whole image gets noise")
                 return [everything]
             return masks
         for i, (x0, y0, x1, y1) in enumerate(job.prompt.boxes):

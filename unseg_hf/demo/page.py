@@ -152,12 +152,14 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             with gr.Column(visible=False) as marking:
                 way = gr.Radio(
                     [(texts.WAYS[name], name) for name in texts.WAYS],
-                    value="points",
+                    value=Marks().way,
                     label="2. What to protect",
                     elem_classes="choices",
                 )
-                hint = gr.HTML(_status(texts.HINTS["points"]), elem_id="hint")
-                label = gr.Radio([("on the object", 1), ("not on it", 0)], value=1, label="My clicks are")
+                hint = gr.HTML(_status(texts.HINTS[Marks().way]), elem_id="hint")
+                label = gr.Radio(
+                    [("on the object", 1), ("not on it", 0)], value=1, label="My clicks are", visible=False
+                )
                 view = gr.Image(
                     type="pil",
                     format="jpeg",

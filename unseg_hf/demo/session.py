@@ -63,7 +63,7 @@ class Marks:
         drawn: `(height, width)` bool, brushed or from a mask file.
     """
 
-    way: str = "points"
+    way: str = "boxes"
     points: tuple[tuple[int, int, int], ...] = ()
     boxes: tuple[tuple[int, int, int, int], ...] = ()
     corner: tuple[int, int] | None = None

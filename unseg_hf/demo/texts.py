@@ -24,6 +24,8 @@ the generator of the package, at all elsewhere; that is checked before you get t
 - It does not stop anybody from segmenting **this** photo, by hand or with a model that exists already.
 - It does not hide who or what is in it, and it is no watermark.
 - It helps where many of the photos that a model is trained on are protected. One among thousands changes nothing.
+- It hardly protects where noise is all over a photo, for that does not say where the object is: mark the objects, a
+  box around each will do.
 - It is lost where the noise is lost: see "What a web site would do" for your own photo.
 
 ## What was measured
@@ -31,9 +33,9 @@ The rest of this page is the model card of the generator that is loaded here ({n
 """
 
 WAYS = {
-    "points": "Click on objects",
     "boxes": "Draw boxes",
     "brush": "Brush",
+    "points": "Click on objects",
     "objects": "Find objects",
     "whole": "Everything",
 }
@@ -48,7 +50,7 @@ HINTS = {
     "points": "Click on an object; further clicks make its mask better.",
     "boxes": "Click on one corner of a box, then on the opposite one.",
     "brush": "Brush over what is to be protected, or upload a mask.",
-    "whole": "The whole photo gets the full strength.",
+    "whole": "The whole photo gets noise. That hardly protects: it does not say where the object is.",
 }
 NOTHING_MARKED = {
     "points": "nothing is marked yet: click on an object first",
@@ -69,7 +71,8 @@ COMMAND = (
 )
 BATCH = (
     "Up to {photos} photos and {mb} MB at once. Each is protected by itself and comes back as a PNG in a zip, with a "
-    "report; one that cannot be read does not stop the others."
+    "report; one that cannot be read does not stop the others. Noise all over a photo hardly protects it: where you "
+    "can, mark the objects, one photo at a time, or use `unseg protect` with a folder of masks."
 )
 
 
@@ -79,7 +82,7 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return "Now click on the opposite corner."
     if notes:
         text = "; ".join(dict.fromkeys(notes))
-        advice = " To protect only a part, draw a box or brush over it." if marks.way in ("points", "objects") else ""
+        advice = " That hardly protects: draw a box, or brush over it." if marks.way in ("points", "objects") else ""
         return f"{text[0].upper()}{text[1:]}.{advice}"
     if not masks or marks.way == "whole":
         return HINTS[marks.way]

@@ -49,6 +49,18 @@ class LabelledImage:
         pairs = ((mask, self.labels[mask & (self.labels != IGNORED)]) for mask in objects + classes)
         return [(mask, int(np.bincount(labels).argmax())) for mask, labels in pairs if labels.size]
 
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """`(x0, y0, x1, y1)` in pixels around each object, where there are none around each connected part of each
+        class in the region."""
+        from scipy.ndimage import find_objects, label
+
+        numbers = np.zeros(self.labels.shape, np.int32) if self.instances is None else self.instances
+        maps = [np.where(self.region, numbers, 0)]
+        rest = self.region & (numbers == 0)
+        maps += [label(rest & (self.labels == value))[0] for value in np.unique(self.labels[rest])]
+        found = [slices for numbered in maps for slices in find_objects(numbered) if slices]
+        return [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in found]
+
 
 @dataclass(frozen=True)
 class Raw:

@@ -23,7 +23,18 @@ from unseg_hf.evaluation.removal import REMOVALS, fit_removal
 from unseg_hf.model_identity import model_identity
 from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS
 
-NOISES = ("clean", "generator", "generator-per-segment", *CONTROLS)
+GENERATORS = {
+    "generator": "the protected images",
+    "generator-per-segment": "images protected segment by segment",
+    "generator-boxes": "images protected by a box around each object",
+    "generator-whole-image": "images protected all over",
+}
+"""Ways to ask the generator, and what a report calls the images."""
+
+ROUGH = ("generator-boxes", "generator-whole-image")
+"""Those that reach beyond the objects: what users get who have no masks."""
+
+NOISES = ("clean", *GENERATORS, *CONTROLS)
 """What may be done to the training images: nothing, the generator's noise, or a control noise."""
 
 REMOVAL_PREFIX = "removal:"
@@ -125,7 +136,8 @@ def publish(
         noise: one of [`NOISES`].
         folder: where the files go.
         epsilon: bound in the region, in [0, 1] (8/255: eight grey levels).
-        epsilon_background: bound outside the region, in [0, 1]; for `whole` it is `epsilon`, whatever is given here.
+        epsilon_background: bound outside the region, in [0, 1]; for `whole` it is `epsilon`, whatever is given here,
+            and for those of [`ROUGH`] that of what lies outside the boxes.
         model: checkpoint for `generator`: a folder, a Hub id, or None for the embedded one.
         device: where the generator runs.
 
@@ -143,6 +155,8 @@ def publish(
 
     bounds = noise_budget(noise, epsilon, epsilon_background)
     protect = _protection(images, noise, *bounds, model, device)
+    if noise in ROUGH:
+        bounds = epsilon, epsilon
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -182,7 +196,11 @@ def _protection(
 
         def protect_with_generator(labelled: LabelledImage) -> Image.Image:
             prompt: dict[str, Any] = {"mask": labelled.region}
-            if noise == "generator-per-segment":
+            if noise == "generator-whole-image":
+                prompt = {"whole_image": True}
+            elif noise == "generator-boxes" and (boxes := labelled.boxes()):
+                prompt = {"boxes": boxes}
+            elif noise == "generator-per-segment":
                 segments = [(mask & labelled.region, label) for mask, label in labelled.segments()]
                 # One mask at least: an image of background alone gets its noise from an empty one.
                 segments = [segment for segment in segments if segment[0].any()] or [(labelled.region, 0)]

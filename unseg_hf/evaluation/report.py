@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED
+from unseg_hf.evaluation.published_images import GENERATORS, ROUGH
 from unseg_hf.image_files import put_in_place
 
 Results = dict[str, Any]
@@ -67,7 +68,7 @@ def summary(results: Results) -> str:
 
 
 def _generators(results: Results) -> list[str]:
-    return [noise for noise in results["grid"]["noises"] if noise != "clean" and noise not in CONTROLS]
+    return [noise for noise in results["grid"]["noises"] if noise in GENERATORS]
 
 
 def _finding(results: Results, victim: str, generator: str) -> str:
@@ -85,9 +86,8 @@ def _finding(results: Results, victim: str, generator: str) -> str:
         )
     if not clean or not protected:
         return f"{start}its victims on clean and on protected images are not both trained yet."
-    way = "images protected segment by segment" if generator == "generator-per-segment" else "the protected images"
     lines = [
-        f"{start}a model trained on {way} reached {mean(protected):.3f}, "
+        f"{start}a model trained on {GENERATORS[generator]} reached {mean(protected):.3f}, "
         f"{_percent(mean(protected) / mean(clean))} of the {mean(clean):.3f} that it reached on clean ones"
     ]
     if (random := retained_utility(results, "random", base, victim, training)) is not None:
@@ -164,8 +164,8 @@ def _caveats(results: Results) -> list[str]:
         caveats.append(f"{len(grid['seeds'])} seed(s): too few for a claim, which needs three.")
     if done < results["planned"]:
         caveats.append(f"{results['planned'] - done} of {results['planned']} victims of the grid are not trained.")
-    if unweighted := [noise for noise in grid["noises"] if noise in UNWEIGHTED]:
-        caveats.append(f"`{unweighted[0]}` has the full bound everywhere, and so spends more than the other noises.")
+    if larger := [f"`{noise}`" for noise in grid["noises"] if noise in (*UNWEIGHTED, *ROUGH)]:
+        caveats.append(f"Spend more, having the full bound beyond the objects too: {', '.join(larger)}.")
     if results["settings"]["train_images"] < 300:
         caveats.append(
             f"{results['settings']['train_images']} training images: victims of so few have been seen to learn the "
@@ -303,7 +303,9 @@ def _noise_table(results: Results) -> str:
 def _label(noise: str) -> str:
     if noise in UNWEIGHTED:
         return f"{noise} (control; spends more)"
-    return f"{noise} (control)" if noise in CONTROLS else f"**{noise}**" if noise != "clean" else noise
+    if noise in CONTROLS:
+        return f"{noise} (control)"
+    return f"**{noise}**{' (spends more)' if noise in ROUGH else ''}" if noise in GENERATORS else noise
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -396,6 +398,8 @@ _COLOURS = {
     "clean": "#000000",
     "generator": "#D55E00",
     "generator-per-segment": "#E69F00",
+    "generator-boxes": "#882255",
+    "generator-whole-image": "#332288",
     "random": "#999999",
     "stripes": "#0072B2",
     "bands": "#F0E442",
@@ -404,7 +408,13 @@ _COLOURS = {
     "patches": "#009E73",
     "whole": "#56B4E9",
 }
-_MARKERS = {"clean": "s", "generator": "o", "generator-per-segment": "D"}
+_MARKERS = {
+    "clean": "s",
+    "generator": "o",
+    "generator-per-segment": "D",
+    "generator-boxes": "P",
+    "generator-whole-image": "X",
+}
 
 
 def _style(noise: str) -> dict[str, Any]:
