@@ -627,7 +627,11 @@ def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_befor
         assert problem in capsys.readouterr().err
         assert not (tmp_path / f"out{number}/train2017/000000000009.jpg").exists()
         assert (tmp_path / f"out{number}/train2017/000000000010.jpg").exists()
-    content["annotations"][0]["segmentation"] = [[1, 2, 30, 30]]
+    content["annotations"][0] |= {"segmentation": None, "bbox": [1, 2, 30]}
+    text(path, content)
+    assert protect("coco-instance", output="bad box") == 1
+    assert "'bbox' is damaged" in capsys.readouterr().err
+    content["annotations"][0] |= {"segmentation": [[1, 2, 30, 30]], "bbox": [1, 2, 30, 30]}
     text(path, content)
     assert protect("coco-instance", output="two points") == 0
     entry = record(tmp_path / "two points")["train2017/000000000009.jpg"]
@@ -636,6 +640,20 @@ def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_befor
     assert protect("coco-instance", output="other") == 2
     assert "instances_train2017.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_objects_that_are_annotated_by_a_box_alone_are_protected_by_it(tmp_path, protect):
+    TREES["coco-instance"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for annotation, form in zip(content["annotations"], ({"segmentation": []}, {}, {}), strict=True):
+        del annotation["segmentation"]
+        annotation |= form | {"bbox": [3.0, 5.0, 20.0, 10.0]}
+    text(path, content)
+    assert protect("coco-instance", "--per-segment") == 0
+    entry = record(tmp_path / "out")["train2017/000000000009.jpg"]
+    assert entry["mask_share"] == pytest.approx(area((slice(5, 15), slice(3, 23))).mean())
+    assert entry["masks"] == 2
 
 
 def test_a_damaged_panoptic_entry_costs_its_image_alone(tmp_path, protect, capsys):

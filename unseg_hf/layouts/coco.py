@@ -15,7 +15,7 @@ from unseg_hf.data.sa1b import run_length_coder
 from .annotations import Annotation, Index, Segment, fitting, select_segments
 
 _NEEDED = {"images", "annotations", "categories", "id", "name", "file_name", "height", "width", "image_id", "iscrowd"}
-_NEEDED |= {"category_id", "segmentation", "segments_info", "size", "counts"}
+_NEEDED |= {"category_id", "segmentation", "bbox", "segments_info", "size", "counts"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CocoKind:
 
 @dataclass(frozen=True)
 class CocoInstances(CocoKind):
-    """Object masks as polygons or run-length codes; crowds are left out."""
+    """Object masks as polygons or run-length codes, or, where an object has none, its box; crowds are left out."""
 
     def index(self, base: Path, split: str) -> Index:
         run_length_coder()
@@ -102,16 +102,19 @@ class InstanceMasks:
             (code, one.get("category_id"))
             for one in self.objects
             if not one.get("iscrowd") and (classes is None or one.get("category_id") in classes)
-            for code in self._codes(coder, one.get("segmentation"))
+            for code in self._codes(coder, one.get("segmentation"), one.get("bbox"))
         ]
         if not separate and codes:
             codes = [(coder.merge([code for code, _ in codes]), None)]
         segments = [Segment(coder.decode(code).astype(bool), class_id) for code, class_id in codes]
         return [segment for segment in segments if segment.mask.any()] or [Segment(np.zeros(size, dtype=bool))]
 
-    def _codes(self, coder, form: Any) -> list[dict[str, Any]]:
+    def _codes(self, coder, form: Any, box: Any) -> list[dict[str, Any]]:
         """The compressed run-length code of an object; none where its polygons cover nothing."""
         try:
+            if not form and box is not None:  # annotated for detection
+                x, y, width, height = box
+                form = [[x, y, x + width, y, x + width, y + height, x, y + height]]
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
                     raise ValueError(f"a code of size {form['size']}")
@@ -131,7 +134,7 @@ class InstanceMasks:
             polygons = [list(polygon) for polygon in form if len(polygon) >= 6]
             return [coder.merge(coder.frPyObjects(polygons, *self.size))] if polygons else []
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.name}: an object's 'segmentation' is damaged ({error})") from error
+            raise ValueError(f"{self.name}: an object's 'segmentation' or 'bbox' is damaged ({error})") from error
 
 
 @dataclass(frozen=True)
