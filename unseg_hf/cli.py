@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     protect.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or file for one image"
     )
-    prompts = protect.add_argument_group("what to protect (default: the objects that SAM finds)")
+    prompts = protect.add_argument_group(
+        "what to protect (default: the objects that SAM finds; the embedded one finds none)"
+    )
     prompts.add_argument(
         "--masks",
         type=Path,
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_numbers(float, 4),
         action="append",
         metavar="X0,Y0,X1,Y1",
-        help="box around an object, in pixels; may be repeated",
+        help="box around an object, in pixels, which does as well as a mask; may be repeated",
     )
     prompts.add_argument(
         "--point",
@@ -105,7 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X,Y[,0]",
         help="pixel on the object; 0: not on it; may be repeated",
     )
-    prompts.add_argument("--whole-image", action="store_true", help="everything, at full strength")
+    prompts.add_argument(
+        "--whole-image", action="store_true", help="everything; hardly protects, for it does not say where objects are"
+    )
     prompts.add_argument(
         "--per-segment",
         action="store_true",
