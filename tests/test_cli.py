@@ -304,6 +304,41 @@ def test_boxes_points_and_labels_reach_the_generator(folder, saved_generator):
     assert report["protected_share"] == pytest.approx((mask() > 0).mean())
 
 
+def test_masks_and_boxes_may_stand_in_cocos_json(folder, saved_generator, capsys):
+    Image.fromarray(photo(seed=9)).save(folder / "in/other.png")
+    objects = [
+        {"image_id": 1, "category_id": 3, "segmentation": [[20, 10, 50, 10, 50, 30, 20, 30]]},
+        {"image_id": 1, "category_id": 4, "bbox": [2, 30, 10, 12]},
+        {"image_id": 2, "category_id": 3, "bbox": [20, 10, 30, 20]},
+    ]
+    images = [("a.jpg", 1), ("elsewhere/b.jpg", 2), ("empty.png", 3)]  # without suffix and folder, names are enough
+    content = {
+        "images": [{"id": number, "file_name": name, "height": 48, "width": 64} for name, number in images],
+        "annotations": objects,
+        "categories": [{"id": 3, "name": "cup"}, {"id": 4, "name": "spoon"}],
+    }
+    path = folder / "labels.json"
+    path.write_text(json.dumps(content))
+    protector = Protector.from_pretrained(saved_generator)
+    drawn, boxed = np.zeros((2, 48, 64), bool)
+    drawn[10:30, 20:50] = boxed[30:42, 2:12] = True
+    of_a = ({"masks": [drawn | boxed]}, {"masks": [drawn, boxed], "classes": [3, 4], "mode": "per_segment"})
+    for number, (options, expected) in enumerate(zip(((), ("--per-segment",)), of_a, strict=True)):
+        out = folder / f"out{number}"
+        assert run("protect", folder / "in", "-o", out, "--masks", path, "--model", saved_generator, *options) == 1
+        got = np.asarray(Image.open(out / "a.png"))
+        np.testing.assert_array_equal(got, np.asarray(protector.protect(folder / "in/a.png", **expected).image))
+        got, before = np.asarray(Image.open(out / "sub/b.png")), np.asarray(Image.open(folder / "in/sub/b.jpg"))
+        assert (got != before)[drawn].any()
+        assert np.abs(got.astype(int) - before)[~drawn].max() <= 2
+        assert not (out / "other.png").exists()
+        assert "other.png: " + str(path) + " has no image of this name" in capsys.readouterr().err
+    path.write_text("{}")
+    assert run("protect", folder / "in", "-o", folder / "none", "--masks", path, "--model", saved_generator) == 2
+    assert "labels.json is damaged, or no json as COCO's" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
 def test_jpeg_says_what_it_costs(folder, saved_generator, capsys):
     assert run("protect", folder / "in/a.png", "-o", folder / "a.jpg", "--format", "jpeg", "--quality", 75,
                "--whole-image", "--model", saved_generator) == 0  # fmt: skip

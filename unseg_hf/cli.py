@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import __version__
@@ -37,11 +37,13 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One image: where it is, where its protected version goes, and its mask file if masks were given."""
+    """One image: where it is, where its protected version goes, and the file of its mask, if masks were given; where
+    that is COCO's json, what it says of the image, None if nothing."""
 
     source: Path
     target: Path
     mask: Path | None = None
+    annotation: Any = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--masks",
         type=Path,
         metavar="PATH",
-        help="mask file, or folder of masks with the images' names",
+        help="mask file, folder of masks with the images' names, or COCO's json: its objects, or their boxes",
     )
     prompts.add_argument(
         "--labels", action="store_true", help="the masks are label maps: every label but --ignore-labels is an object"
@@ -207,8 +209,14 @@ def run_protect(options: argparse.Namespace) -> int:
         raise UsageError(f"{names} were given: pass one kind of prompt")
     if options.labels and not options.masks:
         raise UsageError("--labels needs --masks")
-    if options.per_segment and (options.whole_image or options.point or (options.masks and not options.labels)):
-        raise UsageError("--per-segment needs several masks: --labels, --box more than once, or no prompt")
+    of_coco = options.masks is not None and _is_json(options.masks)
+    if options.labels and of_coco:
+        raise UsageError(f"--labels is for mask images, not for {options.masks}")
+    one_mask = options.masks and not (options.labels or of_coco)
+    if options.per_segment and (options.whole_image or options.point or one_mask):
+        raise UsageError(
+            "--per-segment needs several masks: --labels, COCO's json, --box more than once, or no prompt"
+        )
     if options.ignore_labels is not None and not options.labels:
         raise UsageError("--ignore-labels needs --labels")
     if options.quality is not None and not 1 <= options.quality <= 100:
@@ -361,7 +369,7 @@ def plan(
         inputs: files, and folders that are searched.
         output: folder, or file for one image.
         format: of the outputs; None is the suffix of an output file, and PNG in a folder.
-        masks: mask file for one image, or folder of masks with the names of the images.
+        masks: mask file for one image, folder of masks with the names of the images, or COCO's json.
         unreadable: gets a line for each folder that cannot be searched.
 
     Raises:
@@ -400,7 +408,9 @@ def plan(
         raise UsageError(f"{output} is no {format} file: name it {output.with_suffix(f'.{format}')}")
     suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[wanted]
 
-    mask_of = match_masks(masks, found)
+    of_coco = masks is not None and _is_json(masks) and masks.is_file()
+    annotation_of = _annotations(masks, found) if of_coco else {}
+    mask_of = dict.fromkeys(found, masks) if of_coco else match_masks(masks, found)
     sharing = Counter(relative.with_suffix("") for relative in found.values())
     tasks: dict[Path, Task] = {}
     for source, relative in found.items():
@@ -409,9 +419,29 @@ def plan(
         target = output if to_file else output / name.with_name(name.name + suffix)
         if target in tasks:
             raise UsageError(f"{tasks[target].source} and {source} would both become {target}: rename one of them")
-        tasks[target] = Task(source, target, mask_of.get(source))
+        tasks[target] = Task(source, target, mask_of.get(source), annotation_of.get(source))
     _refuse_overwriting("the output", tasks, (p for t in tasks.values() for p in (t.source, t.mask)))
     return list(tasks.values())
+
+
+def _is_json(masks: Path) -> bool:
+    return masks.suffix.lower() == ".json" and not masks.is_dir()
+
+
+def _annotations(path: Path, images: dict[Path, Path]) -> dict[Path, Any]:
+    """What COCO's json says of images: by their paths below their folders, or their names where those are unique on
+    both sides; arguments as for `match_masks`."""
+    from .layouts.coco import CocoInstances
+
+    index = CocoInstances("{split}").index(path.parent, path.name)
+    last_part = {name: PurePosixPath(name).name for name in index.names}
+    listed, stems = Counter(last_part.values()), Counter(relative.stem for relative in images.values())
+    by_stem = {last: name for name, last in last_part.items() if listed[last] == stems[last] == 1}
+    names = {source: relative.with_suffix("").as_posix() for source, relative in images.items()}
+    return {
+        source: index.find(name if name in index.names else by_stem.get(images[source].stem, name))
+        for source, name in names.items()
+    }
 
 
 def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path]:
@@ -519,9 +549,17 @@ def _protect_one(
     from .protection import compare
 
     quality = 95 if options.quality is None else options.quality
-    if task.mask:
+    image: Any = task.source
+    if task.mask and _is_json(task.mask):
+        if task.annotation is None:
+            raise ValueError(f"{task.source}: {task.mask} has no image of this name")
+        image = image_files.read(task.source)
+        segments = task.annotation.segments((image.height, image.width), None, options.per_segment)
+        masks, classes = zip(*segments, strict=True)
+        prompt = replace(prompt, masks=masks, classes=None if None in classes else classes)
+    elif task.mask:
         prompt = replace(prompt, **{"label_map" if options.labels else "mask": image_files.read_mask(task.mask)})
-    job = protector.prepare(task.source, prompt, epsilon, background)
+    job = protector.prepare(image, prompt, epsilon, background)
     with model_turn:
         decoded = protector.decode(job, protector.encode([job])[0])
     protected = protector.apply(job, decoded)
