@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_numbers(float, 4),
         action="append",
         metavar="X0,Y0,X1,Y1",
-        help="box around an object, in pixels, which does as well as a mask; may be repeated",
+        help="box around an object, in pixels; may be repeated",
     )
     prompts.add_argument(
         "--point",

@@ -24,7 +24,7 @@ from .recorded_encoder import RecordedEncoder
 MODES = ("union", "per_segment")
 ALL_OVER = (
     "noise all over the image does not say where its objects are, and models learn them much as from clean images: "
-    "mark the objects, a box around each will do"
+    "mark the objects, if only by a box around each"
 )
 GREY = 3 / 255  # of an image's range, between its channels
 LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
@@ -69,7 +69,7 @@ class Prompt:
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
-            none, all of the box is protected, from which a model learns hardly more than from the object's own mask.
+            none, all of the box is protected: of photographs a model learns hardly more from that than from masks.
         points: `[x, y]` each, in pixels of the upright image; all belong to one object, which SAM finds.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
