@@ -20,7 +20,7 @@ from published_trees import LOWER, TREES, UPPER, area, labels, photo, save, text
 from unseg_hf import Prompt, Protector, cli, image_files
 from unseg_hf.layouts.run import RECORD, SETTINGS, alone
 from unseg_hf.layouts.table import DATA_SETS
-from unseg_hf.protection import ellipse_in
+from unseg_hf.protection import mask_of_box
 
 
 @pytest.fixture(scope="module")
@@ -643,7 +643,7 @@ def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_befor
     assert not (tmp_path / "other").exists()
 
 
-def test_of_objects_that_are_annotated_by_a_box_alone_the_ellipse_in_it_is_protected(tmp_path, protect):
+def test_objects_that_are_annotated_by_a_box_alone_are_protected_by_it(tmp_path, protect):
     TREES["coco-instance"][1](tmp_path / "in")
     path = tmp_path / "in/annotations/instances_train2017.json"
     content = json.loads(path.read_text())
@@ -653,7 +653,7 @@ def test_of_objects_that_are_annotated_by_a_box_alone_the_ellipse_in_it_is_prote
     text(path, content)
     assert protect("coco-instance", "--per-segment") == 0
     entry = record(tmp_path / "out")["train2017/000000000009.jpg"]
-    assert entry["mask_share"] == ellipse_in((3, 5, 23, 15), (40, 56)).mean()
+    assert entry["mask_share"] == mask_of_box((3, 5, 23, 15), (40, 56)).mean()
     assert entry["masks"] == 2
 
 

@@ -17,7 +17,7 @@ from unseg_hf.protection import (
     ALL_OVER,
     apply_noise,
     compare,
-    ellipse_in,
+    mask_of_box,
     standing_out,
     typical_height,
     without_colour,
@@ -511,22 +511,22 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
     assert 0.2 < tiny_protector.protect(photo(), **corner).region.mean() < 0.5
     assert 0.2 < tiny_protector.protect(photo(), points=[[5, 5]]).region.mean() < 0.5
     monkeypatch.setattr("unseg_hf.protection.segment", answer(0.2))
-    unsure = tiny_protector.protect(photo(), **corner)
-    np.testing.assert_array_equal(unsure.region, ellipse_in([0, 0, 80, 60], (60, 80)))
-    assert "the ellipse in it" in unsure.notes[0]
-    unsure = tiny_protector.protect(photo(), points=[[5, 5]])
-    assert unsure.region.all()
-    assert "the whole image" in unsure.notes[0]
+    for prompt, words in ((corner, "all of it"), ({"points": [[5, 5]]}, "the whole image")):
+        unsure = tiny_protector.protect(photo(), **prompt)
+        assert unsure.region.all()
+        assert words in unsure.notes[0]
 
 
-def test_an_ellipse_fills_its_box_and_is_cut_where_the_image_is():
-    filled = ellipse_in([10, 20, 50, 40], (60, 80))
-    rows, columns = np.nonzero(filled)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 39, 10, 49)
-    assert filled.sum() == pytest.approx(np.pi * 20 * 10, rel=0.02)
-    for box in ([5.7, 5.2, 6.2, 5.9], [-100, -100, 1, 1], [79, 0, 200, 3], [0, 0, 2, 2]):
-        assert ellipse_in(box, (60, 80)).any()
-    assert not ellipse_in([90, 0, 99, 9], (60, 80)).any()
+def test_of_a_small_box_the_ellipse_in_it_is_protected_and_of_others_all():
+    large, small = mask_of_box([10, 20, 50, 30], (60, 80)), mask_of_box([10, 20, 50, 29.5], (60, 80))
+    assert large.sum() == large[20:30, 10:50].sum() == 400
+    rows, columns = np.nonzero(small)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 29, 10, 49)
+    assert small.sum() == pytest.approx(np.pi * 20 * 5, rel=0.02)
+    for box in ([5.7, 5.2, 6.2, 5.9], [-100, -3, 1, 1], [79, 0, 200, 3], [0, 0, 2, 2]):
+        assert mask_of_box(box, (60, 80)).any()
+    for box in ([90, 0, 99, 9], [5, -9, 9, -3]):
+        assert not mask_of_box(box, (60, 80)).any()
 
 
 @pytest.mark.parametrize(

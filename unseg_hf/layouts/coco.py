@@ -11,7 +11,7 @@ import numpy as np
 
 from unseg_hf import image_files
 from unseg_hf.data.sa1b import run_length_coder
-from unseg_hf.protection import ellipse_in
+from unseg_hf.protection import mask_of_box
 
 from .annotations import Annotation, Index, Segment, fitting, select_segments
 
@@ -63,8 +63,7 @@ class CocoKind:
 
 @dataclass(frozen=True)
 class CocoInstances(CocoKind):
-    """Object masks as polygons or run-length codes, or, where an object has none, the ellipse in its box; crowds are
-    left out."""
+    """Object masks as polygons or run-length codes, or, where an object has none, its box; crowds are left out."""
 
     def index(self, base: Path, split: str) -> Index:
         run_length_coder()
@@ -116,7 +115,7 @@ class InstanceMasks:
         try:
             if not form and box is not None:  # annotated for detection
                 x, y, width, height = box
-                drawn = ellipse_in((x, y, x + width, y + height), self.size)
+                drawn = mask_of_box((x, y, x + width, y + height), self.size)
                 return [coder.encode(np.asfortranarray(drawn, dtype=np.uint8))]
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
