@@ -15,7 +15,6 @@ from PIL import Image
 
 import unseg_hf
 from unseg_hf import Protector, cli, image_files
-from unseg_hf.protection import mask_of_box
 
 
 def photo(seed=0, height=48, width=64):
@@ -321,8 +320,8 @@ def test_masks_and_boxes_may_stand_in_cocos_json(folder, saved_generator, capsys
     path = folder / "labels.json"
     path.write_text(json.dumps(content))
     protector = Protector.from_pretrained(saved_generator)
-    drawn, boxed = np.zeros((48, 64), bool), mask_of_box((2, 30, 12, 42), (48, 64))
-    drawn[10:30, 20:50] = True
+    drawn, boxed = np.zeros((2, 48, 64), bool)
+    drawn[10:30, 20:50] = boxed[30:42, 2:12] = True
     of_a = ({"masks": [drawn | boxed]}, {"masks": [drawn, boxed], "classes": [3, 4], "mode": "per_segment"})
     for number, (options, expected) in enumerate(zip(((), ("--per-segment",)), of_a, strict=True)):
         out = folder / f"out{number}"

@@ -13,15 +13,7 @@ from PIL import Image
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import (
-    ALL_OVER,
-    apply_noise,
-    compare,
-    mask_of_box,
-    standing_out,
-    typical_height,
-    without_colour,
-)
+from unseg_hf.protection import ALL_OVER, apply_noise, compare, standing_out, typical_height, without_colour
 
 RNG = np.random.default_rng(0)
 
@@ -494,8 +486,11 @@ def test_boxes_bound_the_region_and_points_find_one(tiny_protector):
 def test_noise_that_says_nothing_of_where_objects_are_is_said_to_hardly_protect(tiny_protector):
     everything, labels = np.ones((60, 80), bool), np.ones((60, 80), np.uint8)
     labels[:, 40:] = 2
-    for prompt in ({"whole_image": True}, {"mask": everything}, {"label_map": labels}):
-        assert ALL_OVER in tiny_protector.protect(photo(), **prompt).notes
+    all_over = ({"whole_image": True}, {"mask": everything}, {"label_map": labels}, {"boxes": [[0, 0, 80, 60]]})
+    for prompt in all_over:
+        protected = tiny_protector.protect(photo(), **prompt)
+        assert (ALL_OVER in protected.notes) == protected.region.all()
+    assert protected.region.any()  # SAM's mask for a box may be smaller than the box
     for prompt in ({"mask": box_mask()}, {"label_map": labels, "mode": "per_segment"}):
         assert ALL_OVER not in tiny_protector.protect(photo(), **prompt).notes
 
@@ -511,22 +506,10 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
     assert 0.2 < tiny_protector.protect(photo(), **corner).region.mean() < 0.5
     assert 0.2 < tiny_protector.protect(photo(), points=[[5, 5]]).region.mean() < 0.5
     monkeypatch.setattr("unseg_hf.protection.segment", answer(0.2))
-    for prompt, words in ((corner, "all of it"), ({"points": [[5, 5]]}, "the whole image")):
+    for prompt, words in ((corner, "all of the box"), ({"points": [[5, 5]]}, "the whole image")):
         unsure = tiny_protector.protect(photo(), **prompt)
         assert unsure.region.all()
         assert words in unsure.notes[0]
-
-
-def test_of_a_small_box_the_ellipse_in_it_is_protected_and_of_others_all():
-    large, small = mask_of_box([10, 20, 50, 30], (60, 80)), mask_of_box([10, 20, 50, 29.5], (60, 80))
-    assert large.sum() == large[20:30, 10:50].sum() == 400
-    rows, columns = np.nonzero(small)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 29, 10, 49)
-    assert small.sum() == pytest.approx(np.pi * 20 * 5, rel=0.02)
-    for box in ([5.7, 5.2, 6.2, 5.9], [-100, -3, 1, 1], [79, 0, 200, 3], [0, 0, 2, 2]):
-        assert mask_of_box(box, (60, 80)).any()
-    for box in ([90, 0, 99, 9], [5, -9, 9, -3]):
-        assert not mask_of_box(box, (60, 80)).any()
 
 
 @pytest.mark.parametrize(

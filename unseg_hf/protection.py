@@ -30,7 +30,6 @@ GREY = 3 / 255  # of an image's range, between its channels
 LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
 CLEARLY = 1.1  # times as far
-SMALL_BOX = 1 / 6  # of an image's height
 SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
 TEXTURE_CELLS = 48  # down an image and across it
 TEXTURED = 6 / 255  # deviation of grey from a plane, of its range, from which noise is hidden
@@ -70,8 +69,7 @@ class Prompt:
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
-            none, all of the box is protected, of a small one the ellipse in it ([`mask_of_box`]): of photographs a
-            model learns hardly more from that than from masks.
+            none, all of the box is protected: of photographs a model learns hardly more from that than from masks.
         points: `[x, y]` each, in pixels of the upright image; all belong to one object, which SAM finds.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
@@ -393,13 +391,13 @@ class Protector:
                 notes.append("no object was found at the points: the whole image gets noise")
                 return [everything]
             return masks
-        for i, box in enumerate(job.prompt.boxes):
-            outside = np.ones(size, dtype=bool)
-            outside[_pixels_of(box)] = False
-            masks[i][outside] = False
+        for i, (x0, y0, x1, y1) in enumerate(job.prompt.boxes):
+            box = np.zeros(size, dtype=bool)
+            box[int(max(y0, 0)) : int(np.ceil(y1)), int(max(x0, 0)) : int(np.ceil(x1))] = True
+            masks[i] &= box
             if not (found[i] and masks[i].any()):
-                notes.append("no object was found in a box: all of it is protected, of a small one the ellipse in it")
-                masks[i] = mask_of_box(box, size)
+                notes.append("no object was found in a box: all of the box is protected")
+                masks[i] = box
         return masks
 
     def _noise(
@@ -798,27 +796,6 @@ def given_masks(prompt: Prompt, size: tuple[int, int]) -> tuple[list[np.ndarray]
         found = [int(value) for value in np.unique(labels) if value not in prompt.ignore_labels]
         return ([labels == value for value in found], found) if found else ([np.zeros(size, dtype=bool)], None)
     return None, None
-
-
-def mask_of_box(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
-    """What is protected for a box `[x0, y0, x1, y1]` if nothing else is known, in an image of `(height, width)`: bool.
-
-    All of it; of one lower than [`SMALL_BOX`] the ellipse in it: small objects lie close together, as nuclei of cells
-    do, and a model learns where they end from what is free between them (`docs/experiments.md`).
-    """
-    mask = np.zeros(size, dtype=bool)
-    inside = mask[_pixels_of(box)]
-    inside[:] = True
-    if box[3] - box[1] < SMALL_BOX * size[0]:
-        down, across = (((np.arange(side) + 0.5) / side * 2 - 1) ** 2 for side in inside.shape)
-        inside[:] = down[:, None] + across <= 1
-    return mask
-
-
-def _pixels_of(box: Sequence[float]) -> tuple[slice, slice]:
-    """Rows and columns that a box touches; of an image they are those that it has."""
-    x0, y0, x1, y1 = (max(number, 0) for number in box)
-    return slice(int(y0), int(np.ceil(y1))), slice(int(x0), int(np.ceil(x1)))
 
 
 def read_region(mask, size: tuple[int, int]) -> np.ndarray:

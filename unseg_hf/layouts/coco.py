@@ -11,7 +11,6 @@ import numpy as np
 
 from unseg_hf import image_files
 from unseg_hf.data.sa1b import run_length_coder
-from unseg_hf.protection import mask_of_box
 
 from .annotations import Annotation, Index, Segment, fitting, select_segments
 
@@ -115,8 +114,7 @@ class InstanceMasks:
         try:
             if not form and box is not None:  # annotated for detection
                 x, y, width, height = box
-                drawn = mask_of_box((x, y, x + width, y + height), self.size)
-                return [coder.encode(np.asfortranarray(drawn, dtype=np.uint8))]
+                form = [[x, y, x + width, y, x + width, y + height, x, y + height]]
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
                     raise ValueError(f"a code of size {form['size']}")
