@@ -615,6 +615,8 @@ def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_befor
         (
             ([[1, 2, 30, 4, 5, 6, 7]], "an x without its y"),
             ([["one", "two"] * 3], "damaged"),
+            ([[1, 2, 30, 4, 1e12, 7]], "far outside the image"),
+            ([[1, 2, 30, 4, float("nan"), 7]], "far outside the image"),
             (None, "damaged"),
             ({"size": [40, 56], "counts": [100, 100]}, "does not fill the image"),
             ({"size": [40, 56], "counts": "04"}, "does not fill the image"),

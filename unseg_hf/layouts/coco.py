@@ -130,6 +130,10 @@ class InstanceMasks:
                 return [coder.frPyObjects(form, *self.size) if isinstance(counts, list) else form]
             if any(len(polygon) % 2 for polygon in form):
                 raise ValueError("a polygon has an x without its y")
+            # pycocotools would walk all the way there.
+            far = 2 * max(self.size)
+            if not all(-far <= number <= far for polygon in form for number in polygon):
+                raise ValueError("a corner lies far outside the image")
             # Two points cover nothing, and pycocotools would take them for a box.
             polygons = [list(polygon) for polygon in form if len(polygon) >= 6]
             return [coder.merge(coder.frPyObjects(polygons, *self.size))] if polygons else []
