@@ -215,6 +215,13 @@ def test_an_image_beside_a_mask_that_is_called_png_gets_a_name_of_its_own(place,
         assert tar.getnames() == ["0.image.png", "0.png"]
 
 
+def test_boxes_in_a_column_are_refused(place, saved_generator):
+    opened = open_source(**write_parquet(place), output=Path("out"), shard_size=5)
+    with pytest.raises(ValueError, match=r"box_column='caption' is for Dataset\.map"):
+        protect_dataset(opened, Path("out"), "parquet", ProtectImages(str(saved_generator), box_column="caption"))
+    assert not Path("out").exists()
+
+
 def test_names_in_a_tar_that_lead_out_of_the_output_are_refused(place, saved_generator):
     with tarfile.open("a.tar", "w") as tar:
         for name in ("../../evil.png", "fine.png", "fine.txt", "other.png", "fine.png"):

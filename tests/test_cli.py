@@ -309,7 +309,7 @@ def test_masks_and_boxes_may_stand_in_cocos_json(folder, saved_generator, capsys
     objects = [
         {"image_id": 1, "category_id": 3, "segmentation": [[20, 10, 50, 10, 50, 30, 20, 30]]},
         {"image_id": 1, "category_id": 4, "bbox": [2, 30, 10, 12]},
-        {"image_id": 2, "category_id": 3, "bbox": [20, 10, 30, 20]},
+        {"image_id": 2, "category_id": 3, "segmentation": [[]], "bbox": [20.4, 10.6, 29.1, 18.9]},
     ]
     images = [("a.jpg", 1), ("elsewhere/b.jpg", 2), ("empty.png", 3)]  # without suffix and folder, names are enough
     content = {
@@ -333,9 +333,33 @@ def test_masks_and_boxes_may_stand_in_cocos_json(folder, saved_generator, capsys
         assert np.abs(got.astype(int) - before)[~drawn].max() <= 2
         assert not (out / "other.png").exists()
         assert "other.png: " + str(path) + " has no image of this name" in capsys.readouterr().err
+
+
+def test_a_json_that_leaves_open_which_objects_an_image_has_is_refused(folder, saved_generator, capsys):
+    path = folder / "labels.json"
+
+    def refused(images, *arguments, sources=("in",), size=(48, 64)):
+        entries = [{"id": i, "file_name": n, "height": size[0], "width": size[1]} for i, n in enumerate(images)]
+        path.write_text(json.dumps({"images": entries, "annotations": [], "categories": []}))
+        sources = [folder / source for source in sources]
+        status = run(
+            "protect", *sources, "-o", folder / "out", "--masks", path, "--model", saved_generator, *arguments
+        )
+        assert not (folder / "out").exists()
+        return capsys.readouterr().err if status else ""
+
+    assert "several images called a, whatever their suffix" in refused(["a.png", "a.jpg"])
+    assert "--labels is for mask images" in refused(["a.png"], "--labels")
+    assert "lacks its height" in refused(["a.png"], sources=["in/a.png"], size=(None, None))
+    assert "was it turned?" in refused(["a.png"], sources=["in/a.png"], size=(64, 48))
+    (folder / "other").mkdir()
+    Image.fromarray(photo()).save(folder / "other/a.webp")
+    assert "would both get the objects of a" in refused(["a.png"], sources=["in", "other"])
     path.write_text("{}")
     assert run("protect", folder / "in", "-o", folder / "none", "--masks", path, "--model", saved_generator) == 2
     assert "labels.json is damaged, or no json as COCO's" in capsys.readouterr().err
+    assert run("protect", folder / "in", "-o", folder / "none", "--masks", folder / "no.json") == 2
+    assert "no such json file" in capsys.readouterr().err
     assert not (folder / "none").exists()
 
 

@@ -87,6 +87,12 @@ def test_boxes_are_around_objects_or_else_around_connected_parts_of_the_region()
     numbers[:, :, 20:] = 0
     # The first two are one object, and the third part is none.
     assert LabelledImages(InMemory(list(labels), list(numbers)))[0].boxes() == [(1, 2, 9, 15), (20, 12, 30, 18)]
+    numbers[:] = 2**24  # as in panoptic annotations
+    numbers[:, :, 20:] += 5
+    assert LabelledImages(InMemory(list(labels * 0 + 1), list(numbers)))[0].boxes() == [
+        (0, 0, 20, 30),
+        (20, 0, 40, 30),
+    ]
     labels[:, 12:18, 20:25] = 2
     of_classes = LabelledImages(InMemory(list(labels)), background=(0,))[0].boxes()
     assert of_classes == [(3, 2, 9, 6), (1, 10, 4, 15), (25, 12, 30, 18), (20, 12, 25, 18)]

@@ -491,7 +491,12 @@ def test_noise_that_says_nothing_of_where_objects_are_is_said_to_hardly_protect(
         protected = tiny_protector.protect(photo(), **prompt)
         assert (ALL_OVER in protected.notes) == protected.region.all()
     assert protected.region.any()  # SAM's mask for a box may be smaller than the box
-    for prompt in ({"mask": box_mask()}, {"label_map": labels, "mode": "per_segment"}):
+    even = {"mask": box_mask(), "epsilon": 4 / 255, "epsilon_background": 4 / 255}
+    one_class = {"label_map": np.ones((60, 80), np.uint8), "mode": "per_segment"}
+    for prompt in (even, one_class):
+        assert ALL_OVER in tiny_protector.protect(photo(), **prompt).notes
+    no_noise = {"whole_image": True, "epsilon": 0}
+    for prompt in ({"mask": box_mask()}, {"label_map": labels, "mode": "per_segment"}, no_noise):
         assert ALL_OVER not in tiny_protector.protect(photo(), **prompt).notes
 
 

@@ -148,6 +148,14 @@ def test_scores_near_zero_are_not_compared():
     assert "Nothing can be concluded" in summary(found)
 
 
+def test_a_rough_way_to_ask_the_generator_is_named_and_said_to_spend_more():
+    figures = {("clean", "none"): 0.5, ("generator", "none"): 0.1, ("generator-boxes", "none"): 0.2}
+    text = report_markdown(results(figures))
+    assert "a model trained on images protected by a box around each object reached 0.200, 40%" in text
+    assert "| **generator-boxes** (spends more) |" in text
+    assert "having the full bound beyond the objects too: `generator-boxes`." in text
+
+
 def test_what_limits_the_findings_is_said():
     found = results()
     assert "- " not in summary(found)

@@ -89,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--masks",
         type=Path,
         metavar="PATH",
-        help="mask file, folder of masks with the images' names, or COCO's json: its objects, or their boxes",
+        help="mask file, folder of masks with the images' names, or COCO's json of the upright images: its objects, "
+        "or all of their boxes (needs unseg-hf[layouts])",
     )
     prompts.add_argument(
         "--labels", action="store_true", help="the masks are label maps: every label but --ignore-labels is an object"
@@ -408,7 +409,7 @@ def plan(
         raise UsageError(f"{output} is no {format} file: name it {output.with_suffix(f'.{format}')}")
     suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[wanted]
 
-    of_coco = masks is not None and _is_json(masks) and masks.is_file()
+    of_coco = masks is not None and _is_json(masks)
     annotation_of = _annotations(masks, found) if of_coco else {}
     mask_of = dict.fromkeys(found, masks) if of_coco else match_masks(masks, found)
     sharing = Counter(relative.with_suffix("") for relative in found.values())
@@ -425,23 +426,33 @@ def plan(
 
 
 def _is_json(masks: Path) -> bool:
-    return masks.suffix.lower() == ".json" and not masks.is_dir()
+    return masks.suffix.lower() == ".json"
 
 
 def _annotations(path: Path, images: dict[Path, Path]) -> dict[Path, Any]:
     """What COCO's json says of images: by their paths below their folders, or their names where those are unique on
-    both sides; arguments as for `match_masks`."""
+    both sides; arguments and errors as for `match_masks`, and a ValueError for a json that is not COCO's."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such json file")
     from .layouts.coco import CocoInstances
 
     index = CocoInstances("{split}").index(path.parent, path.name)
     last_part = {name: PurePosixPath(name).name for name in index.names}
     listed, stems = Counter(last_part.values()), Counter(relative.stem for relative in images.values())
     by_stem = {last: name for name, last in last_part.items() if listed[last] == stems[last] == 1}
-    names = {source: relative.with_suffix("").as_posix() for source, relative in images.items()}
-    return {
-        source: index.find(name if name in index.names else by_stem.get(images[source].stem, name))
-        for source, name in names.items()
-    }
+    found: dict[Path, Any] = {}
+    owners: dict[str, Path] = {}
+    for source, relative in images.items():
+        name = relative.with_suffix("").as_posix()
+        name = name if name in index.names else by_stem.get(relative.stem, name)
+        owner = owners.setdefault(name, source)
+        found[source] = index.find(name)
+        # As for mask files.
+        if found[source] is not None and owner.with_suffix("") != source.with_suffix(""):
+            raise UsageError(
+                f"{owner} and {source} would both get the objects of {name} in {path}: protect the folders one by one"
+            )
+    return found
 
 
 def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path]:
@@ -551,12 +562,13 @@ def _protect_one(
     quality = 95 if options.quality is None else options.quality
     image: Any = task.source
     if task.mask and _is_json(task.mask):
+        from .layouts.annotations import prompt_of
+
         if task.annotation is None:
             raise ValueError(f"{task.source}: {task.mask} has no image of this name")
         image = image_files.read(task.source)
         segments = task.annotation.segments((image.height, image.width), None, options.per_segment)
-        masks, classes = zip(*segments, strict=True)
-        prompt = replace(prompt, masks=masks, classes=None if None in classes else classes)
+        prompt = prompt_of(segments, prompt.mode)
     elif task.mask:
         prompt = replace(prompt, **{"label_map" if options.labels else "mask": image_files.read_mask(task.mask)})
     job = protector.prepare(image, prompt, epsilon, background)

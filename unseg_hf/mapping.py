@@ -52,10 +52,10 @@ class ProtectImages:
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
         ignore_labels: labels that are no objects.
         mode: "union" or "per_segment", as in [`Prompt`].
-        whole_image: everything gets the full budget.
+        whole_image: everything gets the full budget, which hardly protects (see [`Prompt`]).
         epsilon, epsilon_background: as for [`Protector.protect`]; the second only with the first.
-        on_error: what happens to a row whose image or mask cannot be used: "raise", "keep" the row as it is, its
-            image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it (then `map`
+        on_error: what happens to a row whose image, mask or boxes cannot be used: "raise", "keep" the row as it is,
+            its image unprotected, "mark" it by a null image and the reason in `error_column`, or "drop" it (then `map`
             keeps all columns, whatever its `remove_columns` says).
         error_column: text, empty in rows without an error; written with "mark" and with "keep".
         report_columns: figures to add as columns `protection_<name>`, of REPORT_COLUMNS; nan and "" where there is no

@@ -325,11 +325,19 @@ class Protector:
         if not region.any():
             what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
             found.append(f"the mask is empty: {what}")
-        elif region.all() and not (job.prompt.mode == "per_segment" and job.classes is not None):
+        elif job.epsilon and self._all_over(job, region):
             found.append(ALL_OVER)
         noise, softened = self._noise(job, embeddings, masks, region)
         job.seconds += time.perf_counter() - start
         return Decoded(noise, softened, region, len(masks), (*job.picture.notes, *found))
+
+    @staticmethod
+    def _all_over(job: "Job", region: np.ndarray) -> bool:
+        """Whether nothing tells one part of the image's noise from another: neither its budget nor its kind."""
+        of_classes = job.prompt.mode == "per_segment" and job.classes is not None
+        if region.all():
+            return not (of_classes and len(set(job.classes)) > 1)
+        return job.epsilon_background == job.epsilon and not of_classes
 
     def apply(self, job: "Job", decoded: "Decoded") -> Protected:
         """The last step: adds the noise at the image's size and checks the bound."""
@@ -391,9 +399,8 @@ class Protector:
                 notes.append("no object was found at the points: the whole image gets noise")
                 return [everything]
             return masks
-        for i, (x0, y0, x1, y1) in enumerate(job.prompt.boxes):
-            box = np.zeros(size, dtype=bool)
-            box[int(max(y0, 0)) : int(np.ceil(y1)), int(max(x0, 0)) : int(np.ceil(x1))] = True
+        for i, corners in enumerate(job.prompt.boxes):
+            box = mask_of_box(corners, size)
             masks[i] &= box
             if not (found[i] and masks[i].any()):
                 notes.append("no object was found in a box: all of the box is protected")
@@ -796,6 +803,14 @@ def given_masks(prompt: Prompt, size: tuple[int, int]) -> tuple[list[np.ndarray]
         found = [int(value) for value in np.unique(labels) if value not in prompt.ignore_labels]
         return ([labels == value for value in found], found) if found else ([np.zeros(size, dtype=bool)], None)
     return None, None
+
+
+def mask_of_box(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+    """The pixels that a box `[x0, y0, x1, y1]` touches, in an image of `(height, width)`: bool."""
+    x0, y0, x1, y1 = (max(number, 0) for number in box)
+    mask = np.zeros(size, dtype=bool)
+    mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
+    return mask
 
 
 def read_region(mask, size: tuple[int, int]) -> np.ndarray:

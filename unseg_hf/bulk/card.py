@@ -77,7 +77,7 @@ def data_card(output: Path, summary: Summary) -> str:
 
 def _what(protection: dict[str, Any]) -> str:
     if protection["whole_image"]:
-        return "the whole image"
+        return "the whole image, which hardly protects: it does not say where objects are"
     each = "each with noise of its own" if protection["mode"] == "per_segment" else "together"
     if not protection["masks"]:
         return f"the objects that the SAM in the generator proposed, {each}"

@@ -33,6 +33,8 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
     from ..configuration_unseg import UnSegConfig
     from ..protection import default_checkpoint
 
+    if protect.box_column is not None:
+        raise ValueError(f"box_column={protect.box_column!r} is for Dataset.map: this takes masks")
     where = default_checkpoint() if protect.model is None else protect.model
     config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
     epsilon, background = config.budget(protect.epsilon, protect.epsilon_background)

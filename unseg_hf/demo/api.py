@@ -15,9 +15,9 @@ from unseg_hf.demo.session import Workbench, file_stem
 from unseg_hf.protection import Prompt
 
 PROTECT = """Protect one photo. Say what with one of mask, boxes, points or whole_image; with none of them the objects
-that SAM finds are protected, and the whole photo where it finds none. Returns the protected PNG (lossless; EXIF
-aside, equal to what `unseg protect` writes), the mask as PNG, and a report: max_noise and max_noise_background in grey
-levels of 255, psnr in dB, ssim, protected_share, notes and the settings."""
+that SAM finds are protected; where it finds none, noise is all over the photo and hardly protects. Returns the
+protected PNG (lossless; EXIF aside, equal to what `unseg protect` writes), the mask as PNG, and a report: max_noise
+and max_noise_background in grey levels of 255, psnr in dB, ssim, protected_share, notes and the settings."""
 PROPOSE = (
     "The objects that SAM finds in a photo by itself: a list of mask PNGs (white inside), best first, maybe empty."
 )
@@ -86,7 +86,7 @@ def add_api(
         mask = FileUpload(label="mask: image file of the photo's size, 0 is outside; or null")
         boxes = gr.JSON(label="boxes: [[left, top, right, bottom], ...] in pixels of the upright photo; or null")
         points = gr.JSON(label="points on one object: [[x, y], [x, y, 0 if not on it], ...]; or null")
-        whole_image = gr.Checkbox(False, label="whole_image: protect everything")
+        whole_image = gr.Checkbox(False, label="whole_image: noise all over, which hardly protects")
         epsilon = gr.Number(
             None, label=f"epsilon: largest change in the mask, of 255; null is the model's, {bench.epsilon:g}"
         )

@@ -44,7 +44,7 @@ VIEW_LABELS = {
     "boxes": "Click on two opposite corners",
     "brush": "Your mask",
     "objects": "What will be protected",
-    "whole": "Everything will be protected",
+    "whole": "Everything gets noise",
 }
 HINTS = {
     "points": "Click on an object; further clicks make its mask better.",
@@ -72,7 +72,7 @@ COMMAND = (
 BATCH = (
     "Up to {photos} photos and {mb} MB at once. Each is protected by itself and comes back as a PNG in a zip, with a "
     "report; one that cannot be read does not stop the others. Noise all over a photo hardly protects it: where you "
-    "can, mark the objects, one photo at a time, or use `unseg protect` with a folder of masks."
+    "can, mark the objects, one photo at a time, or use `unseg protect` with masks or boxes."
 )
 
 

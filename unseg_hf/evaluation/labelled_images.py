@@ -55,7 +55,9 @@ class LabelledImage:
         from scipy.ndimage import find_objects, label
 
         numbers = np.zeros(self.labels.shape, np.int32) if self.instances is None else self.instances
-        maps = [np.where(self.region, numbers, 0)]
+        # Numbered anew: of numbers in the millions, as panoptic ids are, it would go through them all.
+        values, anew = np.unique(np.where(self.region, numbers, 0), return_inverse=True)
+        maps = [anew.reshape(numbers.shape) + (values[0] != 0)]
         rest = self.region & (numbers == 0)
         maps += [label(rest & (self.labels == value))[0] for value in np.unique(self.labels[rest])]
         found = [slices for numbered in maps for slices in find_objects(numbered) if slices]

@@ -4,14 +4,17 @@ Each kind is a description with paths in which `{split}` and `{name}` stand for 
 the annotations of one split, and what it finds for an image can be pickled and is read only where the image is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from unseg_hf import image_files
+
+if TYPE_CHECKING:
+    from unseg_hf.protection import Prompt
 
 OBJECT = 1000
 """Number of an object times this, plus its class, tells apart all segments of a label image with objects."""
@@ -30,6 +33,14 @@ class Segment(NamedTuple):
 
     mask: np.ndarray
     class_id: int | None = None
+
+
+def prompt_of(segments: Sequence[Segment], mode: str) -> "Prompt":
+    """What to protect: all segments, with their classes where they are known."""
+    from unseg_hf.protection import Prompt  # it brings torch, which listing the data sets need not wait for
+
+    masks, classes = zip(*segments, strict=True)
+    return Prompt(masks=masks, classes=None if None in classes else classes, mode=mode)
 
 
 class Annotation(Protocol):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,7 +44,9 @@ class CocoKind:
                 if not isinstance(content[field], list):
                     raise TypeError(f"{field} is no list")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, or no json as COCO's ({error!r}); download it again") from error
+            raise ValueError(
+                f"{path} is damaged, or no json as COCO's ({error!r}); mend it, or download it again"
+            ) from error
         return content, path
 
     def _by_image(self, base: Path, split: str) -> tuple[dict[str, tuple[dict, list[dict]]], Path]:
@@ -54,10 +57,14 @@ class CocoKind:
             for annotation in content["annotations"]:
                 if annotation["image_id"] in by_id:
                     by_id[annotation["image_id"]][1].append(annotation)
-            names = (str(PurePosixPath(image["file_name"]).with_suffix("")) for image, _ in by_id.values())
-            return dict(zip(names, by_id.values(), strict=True)), path
+            names = [str(PurePosixPath(image["file_name"]).with_suffix("")) for image, _ in by_id.values()]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no json as COCO's: an entry lacks its {error}; download it again") from error
+            raise ValueError(
+                f"{path} is no json as COCO's: an entry lacks its {error}; mend it, or download it again"
+            ) from error
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{path} has several images called {twice[0]}, whatever their suffix: keep one")
+        return dict(zip(names, by_id.values(), strict=True)), path
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,13 @@ class InstanceMasks:
         return f"{self.json}, {self.image}"
 
     def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
+        if None in self.size:
+            raise ValueError(f"{self.name}: its entry in the json lacks its height or width")
         if tuple(size) != tuple(self.size):
-            raise ValueError(f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}")
+            turned = "; was it turned?" if tuple(size) == tuple(self.size[::-1]) else ""
+            raise ValueError(
+                f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}{turned}"
+            )
         coder = run_length_coder()
         codes = [
             (code, one.get("category_id"))
@@ -110,11 +122,20 @@ class InstanceMasks:
         return [segment for segment in segments if segment.mask.any()] or [Segment(np.zeros(size, dtype=bool))]
 
     def _codes(self, coder, form: Any, box: Any) -> list[dict[str, Any]]:
-        """The compressed run-length code of an object; none where its polygons cover nothing."""
+        """The compressed run-length code of an object; none where its polygons cover nothing.
+
+        Args:
+            form: polygons, or a run-length code.
+            box: left, top, width and height in pixels: all of it is the object where `form` has nothing.
+        """
         try:
-            if not form and box is not None:  # annotated for detection
+            outlined = form if isinstance(form, dict) else any(map(len, form or ()))
+            if not outlined and box is not None:  # annotated for detection
+                from unseg_hf.protection import mask_of_box
+
                 x, y, width, height = box
-                form = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+                mask = mask_of_box((x, y, x + width, y + height), self.size)
+                return [coder.encode(np.asfortranarray(mask, dtype=np.uint8))]
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
                     raise ValueError(f"a code of size {form['size']}")
@@ -133,11 +154,11 @@ class InstanceMasks:
             # pycocotools would walk all the way there.
             far = 2 * max(self.size)
             if not all(-far <= number <= far for polygon in form for number in polygon):
-                raise ValueError("a corner lies far outside the image")
+                raise ValueError("a corner of a polygon lies far outside the image")
             # Two points cover nothing, and pycocotools would take them for a box.
             polygons = [list(polygon) for polygon in form if len(polygon) >= 6]
             return [coder.merge(coder.frPyObjects(polygons, *self.size))] if polygons else []
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.name}: an object's 'segmentation' or 'bbox' is damaged ({error})") from error
 
 
@@ -193,6 +214,8 @@ class PanopticPng:
 def _needed(entry: dict[str, Any]) -> dict[str, Any]:
     """What is needed of an entry in COCO's json, polygons packed: the train split would take gigabytes as lists."""
     entry = {name: value for name, value in entry.items() if name in _NEEDED}
+    if entry.get("segmentation") or "image_id" not in entry:
+        entry.pop("bbox", None)  # no use where there are outlines, or of a panoptic segment
     if isinstance(entry.get("segmentation"), list):
         # A damaged one stays as it is, and is met when its image's turn comes.
         with contextlib.suppress(TypeError):

@@ -18,10 +18,10 @@ import torch
 
 import unseg_hf
 from unseg_hf import image_files
-from unseg_hf.protection import Prompt, Protector, max_noise
+from unseg_hf.protection import Protector, max_noise
 from unseg_hf.worker_processes import end_with_parent
 
-from .annotations import Annotation
+from .annotations import Annotation, prompt_of
 from .bounded_jpeg import encode_within_bound
 from .tree import JPEG_SUFFIXES, ImageTask, Plan
 
@@ -158,14 +158,9 @@ class Worker:
             None if settings.classes is None else frozenset(settings.classes),
             settings.per_segment,
         )
-        classes = [segment.class_id for segment in segments]
         protected = self.protector.protect(
             original,
-            Prompt(
-                masks=[segment.mask for segment in segments],
-                classes=None if None in classes else classes,
-                mode="per_segment" if settings.per_segment else "union",
-            ),
+            prompt_of(segments, "per_segment" if settings.per_segment else "union"),
             epsilon=settings.epsilon / 255,
             epsilon_background=settings.epsilon_background / 255,
         )

@@ -181,7 +181,7 @@ DATA_SETS: dict[str, DataSet] = {
                 labels=_COCO_LABELS,
             ),
         ),
-        "objects, without crowds",
+        "objects, without crowds; all of the box of one without a segmentation",
     ),
     "cityscapes": DataSet(
         "Cityscapes, fine annotations",
