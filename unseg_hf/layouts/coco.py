@@ -214,10 +214,11 @@ class PanopticPng:
 def _needed(entry: dict[str, Any]) -> dict[str, Any]:
     """What is needed of an entry in COCO's json, polygons packed: the train split would take gigabytes as lists."""
     entry = {name: value for name, value in entry.items() if name in _NEEDED}
-    if entry.get("segmentation") or "image_id" not in entry:
+    outlines = entry.get("segmentation")
+    if (any(outlines) if isinstance(outlines, list) else outlines) or "image_id" not in entry:
         entry.pop("bbox", None)  # no use where there are outlines, or of a panoptic segment
-    if isinstance(entry.get("segmentation"), list):
+    if isinstance(outlines, list):
         # A damaged one stays as it is, and is met when its image's turn comes.
         with contextlib.suppress(TypeError):
-            entry["segmentation"] = [array("d", polygon) for polygon in entry["segmentation"]]
+            entry["segmentation"] = [array("d", polygon) for polygon in outlines]
     return entry
