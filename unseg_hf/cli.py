@@ -210,7 +210,7 @@ def run_protect(options: argparse.Namespace) -> int:
         raise UsageError(f"{names} were given: pass one kind of prompt")
     if options.labels and not options.masks:
         raise UsageError("--labels needs --masks")
-    of_coco = options.masks is not None and _is_json(options.masks)
+    of_coco = _is_json(options.masks)
     if options.labels and of_coco:
         raise UsageError(f"--labels is for mask images, not for {options.masks}")
     one_mask = options.masks and not (options.labels or of_coco)
@@ -409,9 +409,8 @@ def plan(
         raise UsageError(f"{output} is no {format} file: name it {output.with_suffix(f'.{format}')}")
     suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[wanted]
 
-    of_coco = masks is not None and _is_json(masks)
-    annotation_of = _annotations(masks, found) if of_coco else {}
-    mask_of = dict.fromkeys(found, masks) if of_coco else match_masks(masks, found)
+    annotation_of = _annotations(masks, found) if _is_json(masks) else {}
+    mask_of = dict.fromkeys(found, masks) if _is_json(masks) else match_masks(masks, found)
     sharing = Counter(relative.with_suffix("") for relative in found.values())
     tasks: dict[Path, Task] = {}
     for source, relative in found.items():
@@ -425,8 +424,8 @@ def plan(
     return list(tasks.values())
 
 
-def _is_json(masks: Path) -> bool:
-    return masks.suffix.lower() == ".json"
+def _is_json(masks: Path | None) -> bool:
+    return masks is not None and masks.suffix.lower() == ".json"
 
 
 def _annotations(path: Path, images: dict[Path, Path]) -> dict[Path, Any]:
@@ -561,7 +560,7 @@ def _protect_one(
 
     quality = 95 if options.quality is None else options.quality
     image: Any = task.source
-    if task.mask and _is_json(task.mask):
+    if _is_json(task.mask):
         from .layouts.annotations import prompt_of
 
         if task.annotation is None:
