@@ -674,7 +674,7 @@ def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known
         protect = ProtectImages(str(saved_generator), whole_image=whole)
         protect_dataset(open_source(["in"], Path(f"{whole}")), Path(f"{whole}"), "folder", protect)
         assert cli.main(["verify", f"{whole}", "--originals", "in"]) == 0
-        assert ("NOT checked: SAM proposed them" in capsys.readouterr().out) == unchecked
+        assert ("NOT checked: the generator found them" in capsys.readouterr().out) == unchecked
 
 
 def test_verify_says_which_shards_are_not_there_yet(place, saved_generator, capsys):

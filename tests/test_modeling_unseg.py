@@ -334,6 +334,7 @@ def test_configuration_survives_saving(tiny_sam_config, tmp_path):
         freeze_sam=False,
         proposal_iou=0.5,
         proposal_stability=0.6,
+        object_finder_width=24,
     )
     config.save_pretrained(tmp_path)
     assert UnSegConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
@@ -360,6 +361,7 @@ def test_default_configuration_is_the_papers():
         ({"noise_codes": 2, "tint_codes": [1, 2]}, r"tint_codes=\[1, 2\]: all must be above 0 and below noise_codes="),
         ({"noise_codes": 2, "faint_code": 2}, "faint_code=2: must be from 0 to below noise_codes=2"),
         ({"epsilon_smooth": 2}, r"epsilon_smooth=2: must be from 0 to 1 \(2 grey levels are 2/255\)"),
+        ({"object_finder_width": 0}, "object_finder_width=0: must be at least 1"),
         ({"noise_token_offset": 1}, "noise_token_offset=1: must be from -5 to 0"),
         ({"noise_token_offset": -6}, "noise_token_offset=-6: must be from -5 to 0"),
     ],

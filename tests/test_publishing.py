@@ -27,7 +27,7 @@ CODE = {
     f"{name}.py"
     for name in (
         "configuration_unseg", "modeling_unseg", "processing_unseg", "pipeline_unseg", "protection", "proposals",
-        "image_files", "vision_unseg", "recorded_encoder",
+        "object_finder", "image_files", "vision_unseg", "recorded_encoder",
     )
 }  # fmt: skip
 

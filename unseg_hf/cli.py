@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or file for one image"
     )
     prompts = protect.add_argument_group(
-        "what to protect (default: the objects that SAM finds; the embedded one finds none)"
+        "what to protect (default: the objects that the generator finds; look at what it takes for them)"
     )
     prompts.add_argument(
         "--masks",

@@ -51,13 +51,16 @@ class UnSegConfig(PreTrainedConfig):
             Predicted IoU above which SAM's mask for a grid point becomes a proposed segment.
         proposal_stability (`float`, defaults to 0.95):
             Least IoU of that mask at the thresholds +1 and -1.
+        object_finder_width (`int`, *optional*):
+            Channels in the decoder of an [`ObjectFinder`] beside SAM, which says what a photo is of where there is no
+            prompt; for a SAM too small to propose anything. `None`: SAM is asked.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the normal distribution that new noise tokens are drawn from.
 
     Raises:
         ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes or a faint
-            one that are none of them, an epsilon_smooth outside 0 to 1, or a fusion layer or token offset that the SAM
-            inside does not have.
+            one that are none of them, an epsilon_smooth outside 0 to 1, an object_finder_width below 1, or a fusion
+            layer or token offset that the SAM inside does not have.
 
     Example:
 
@@ -87,6 +90,7 @@ class UnSegConfig(PreTrainedConfig):
     draw_prompts: bool = False
     proposal_iou: float | int = 0.88
     proposal_stability: float | int = 0.95
+    object_finder_width: int | None = None
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -121,6 +125,8 @@ class UnSegConfig(PreTrainedConfig):
             raise ValueError(f"faint_code={self.faint_code}: must be from 0 to below noise_codes={self.noise_codes}")
         if self.epsilon_smooth is not None and not 0 <= self.epsilon_smooth <= 1:
             raise ValueError(f"epsilon_smooth={self.epsilon_smooth:g}: must be from 0 to 1 (2 grey levels are 2/255)")
+        if self.object_finder_width is not None and self.object_finder_width < 1:
+            raise ValueError(f"object_finder_width={self.object_finder_width}: must be at least 1")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2
         if not -first_noise_token <= self.noise_token_offset <= 0:
             raise ValueError(

@@ -46,7 +46,7 @@ class ProtectImages:
         model: folder, Hub id, or None for the generator in the package.
         image_column: column of images, of the feature `datasets.Image()`; they come back as PNG, without a path
             (`datasets` would prefer a file of that name, if there is one, to the bytes).
-        mask_column: column of mask images, or of lists of them; without one, SAM proposes segments.
+        mask_column: column of mask images, or of lists of them; without one, the generator looks for objects.
         box_column: column of lists of boxes `[x0, y0, x1, y1]` around objects, in pixels, in place of masks.
         revision: of a Hub id.
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.

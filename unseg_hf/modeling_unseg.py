@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_unseg import UnSegConfig
+from .object_finder import ObjectFinder
 from .vision_unseg import UnSegVisionLayer
 
 
@@ -174,6 +175,8 @@ class UnSegModel(UnSegPreTrainedModel):
             for i, layer in enumerate(layers):
                 layers[i] = UnSegVisionLayer(layer)
         self.noise_head = UnSegNoiseHead(config)
+        width = config.object_finder_width
+        self.object_finder = None if width is None else ObjectFinder(width)
         self.post_init()
         self._freeze()
 
@@ -188,6 +191,8 @@ class UnSegModel(UnSegPreTrainedModel):
         self.sam.requires_grad_(not self.config.freeze_sam)
         # Random Fourier features: a buffer in the authors' SAM, a parameter in transformers; never trained.
         self.sam.shared_image_embedding.requires_grad_(False)
+        if self.object_finder is not None:
+            self.object_finder.requires_grad_(False)  # `train_object_finder.py` trains it, by itself
 
     def encode_in_bf16(self) -> None:
         """From now on images are encoded with matrix products and convolutions in bfloat16: nearly all of the work.

@@ -17,6 +17,7 @@ from PIL import Image
 
 from .image_files import Picture, from_array, from_pil, read, read_mask
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
+from .object_finder import find_objects
 from .processing_unseg import FullSizeNoise, UnSegProcessor
 from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 from .recorded_encoder import RecordedEncoder
@@ -25,6 +26,10 @@ MODES = ("union", "per_segment")
 ALL_OVER = (
     "noise all over the image does not say where its objects are, and models learn them much as from clean images: "
     "mark the objects, if only by a box around each"
+)
+UNSURE = (
+    "no object stands out: what is most likely one is protected; look at where the noise is, and mark the objects if "
+    "it is not on them"
 )
 GREY = 3 / 255  # of an image's range, between its channels
 LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
@@ -58,7 +63,7 @@ def check_model_name(name: str | os.PathLike) -> None:
 @dataclass(frozen=True)
 class Prompt:
     """What to protect in one image: at most one of `mask`, `masks`, `label_map`, `boxes`, `points` and `whole_image`;
-    with none of them SAM proposes segments.
+    with none of them the generator looks for objects itself: its object finder, or SAM where it has none.
 
     Args:
         mask: a mask image, numeric or boolean: PIL image, array or tensor `(height, width)`, or a file. Whole numbers
@@ -70,7 +75,7 @@ class Prompt:
         ignore_labels: labels of `label_map` that are no objects.
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
             none, all of the box is protected: of photographs a model learns hardly more from that than from masks.
-        points: `[x, y]` each, in pixels of the upright image; all belong to one object, which SAM finds.
+        points: `[x, y]` each, in pixels of the upright image; all belong to one object, which the finder or SAM finds.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
@@ -370,42 +375,69 @@ class Protector:
         return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
 
     def propose_masks(self, image: ImageInput) -> list[np.ndarray]:
-        """The segments that SAM finds by itself: a list of `(height, width)` bool arrays, best first, maybe empty."""
+        """What the generator finds by itself: its object finder, or SAM where it has none.
+
+        Returns:
+            `(height, width)` bool arrays: of a finder one or more, largest first; of SAM best first, maybe none.
+        """
         job = self.prepare(image, Prompt())
         with torch.inference_mode():
-            return self._proposed(job, self.encode([job])[0])
-
-    def _proposed(self, job: "Job", embeddings: UnSegImageEmbeddings) -> list[np.ndarray]:
-        reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
-        logits = propose(self.model, embeddings, reshaped)
-        return list(masks_at(logits, self.processor.target_size, reshaped, (job.picture.height, job.picture.width)))
+            return self._proposed(job, self.encode([job])[0], [])
 
     def _find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
-        """Masks for boxes, points, or no prompt at all; says in `notes` where SAM found nothing."""
-        size = (job.picture.height, job.picture.width)
-        everything = np.ones(size, dtype=bool)
-        if job.prompt.boxes is None and job.prompt.points is None:
-            masks = self._proposed(job, embeddings)
-            if not masks:
-                notes.append("no object was found: the whole image gets noise")
-            return masks or [everything]
-        prompts = {k: v for k, v in job.features.items() if k in ("input_boxes", "input_points", "input_labels")}
-        reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
-        logits, ious = segment(self.model, embeddings, **prompts)
-        masks = list(masks_at(logits, self.processor.target_size, reshaped, size))
-        found = [bool(iou >= TRUSTED_IOU) and mask.any() for iou, mask in zip(ious, masks, strict=True)]
-        if job.prompt.points is not None:
-            if not found[0]:
-                notes.append("no object was found at the points: the whole image gets noise")
-                return [everything]
-            return masks
+        """Masks for boxes, points, or no prompt at all; says in `notes` where nothing was found."""
+        if job.prompt.boxes is not None:
+            return self._in_boxes(job, embeddings, notes)
+        at_points = job.prompt.points is not None
+        masks = (self._at_points if at_points else self._proposed)(job, embeddings, notes)
+        if not masks:
+            where = " at the points" if at_points else ""
+            notes.append(f"no object was found{where}: the whole image gets noise")
+        return masks or [np.ones((job.picture.height, job.picture.width), dtype=bool)]
+
+    def _proposed(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
+        if self.model.object_finder is None:
+            reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
+            return self._at_full_size(job, propose(self.model, embeddings, reshaped))
+        pixels = job.features["pixel_values"].to(self.model.device, self.model.dtype)
+        logits, sure = find_objects(self.model.object_finder, pixels)
+        if not sure:
+            notes.append(UNSURE)
+        return self._at_full_size(job, logits)
+
+    def _at_points(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
+        """The one object of the points, or nothing."""
+        if self.model.object_finder is None:
+            masks, found = self._segmented(job, embeddings)
+            return masks if found[0] else []
+        # What a click is on has been found without it, or is not found.
+        labels = np.array(job.prompt.point_labels, bool)
+        x, y = (np.array(job.prompt.points).T).astype(int)
+        x, y = x.clip(max=job.picture.width - 1), y.clip(max=job.picture.height - 1)
+        masks = self._proposed(job, embeddings, [])
+        masks = [mask for mask in masks if mask[y, x][labels].any() and not mask[y, x][~labels].any()]
+        return [np.logical_or.reduce(masks)] if masks else []
+
+    def _in_boxes(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
+        masks, found = self._segmented(job, embeddings)
         for i, corners in enumerate(job.prompt.boxes):
-            box = mask_of_box(corners, size)
+            box = mask_of_box(corners, (job.picture.height, job.picture.width))
             masks[i] &= box
             if not (found[i] and masks[i].any()):
                 notes.append("no object was found in a box: all of the box is protected")
                 masks[i] = box
         return masks
+
+    def _segmented(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[bool]]:
+        """SAM's mask for each prompt, and whether it is to be trusted."""
+        prompts = {k: v for k, v in job.features.items() if k in ("input_boxes", "input_points", "input_labels")}
+        logits, ious = segment(self.model, embeddings, **prompts)
+        masks = self._at_full_size(job, logits)
+        return masks, [bool(iou >= TRUSTED_IOU) and mask.any() for iou, mask in zip(ious, masks, strict=True)]
+
+    def _at_full_size(self, job: "Job", logits: torch.Tensor) -> list[np.ndarray]:
+        reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
+        return list(masks_at(logits, self.processor.target_size, reshaped, (job.picture.height, job.picture.width)))
 
     def _noise(
         self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray

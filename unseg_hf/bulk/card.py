@@ -80,7 +80,7 @@ def _what(protection: dict[str, Any]) -> str:
         return "the whole image, which hardly protects: it does not say where objects are"
     each = "each with noise of its own" if protection["mode"] == "per_segment" else "together"
     if not protection["masks"]:
-        return f"the objects that the SAM in the generator proposed, {each}"
+        return f"the objects that the generator found by itself, {each}"
     if protection["label_maps"]:
         ignored = ", ".join(map(str, protection["ignore_labels"]))
         return f"every label of the label maps but {ignored}, {each}"

@@ -80,7 +80,7 @@ def _unchecked(settings: dict[str, Any], masks: Path | None) -> str:
     if settings["protection"]["whole_image"]:
         return ""
     if not settings["protection"]["masks"]:
-        return "the bound outside the masks was NOT checked: SAM proposed them, and they are not kept"
+        return "the bound outside the masks was NOT checked: the generator found them, and they are not kept"
     if settings["source"]["kind"] == "images" and masks is None:
         return "the bound outside the masks was NOT checked: name them with --masks"
     return ""

@@ -15,12 +15,10 @@ from unseg_hf.demo.session import Workbench, file_stem
 from unseg_hf.protection import Prompt
 
 PROTECT = """Protect one photo. Say what with one of mask, boxes, points or whole_image; with none of them the objects
-that SAM finds are protected; where it finds none, noise is all over the photo and hardly protects. Returns the
-protected PNG (lossless; EXIF aside, equal to what `unseg protect` writes), the mask as PNG, and a report: max_noise
-and max_noise_background in grey levels of 255, psnr in dB, ssim, protected_share, notes and the settings."""
-PROPOSE = (
-    "The objects that SAM finds in a photo by itself: a list of mask PNGs (white inside), best first, maybe empty."
-)
+that the generator finds are protected; where it finds none, noise is all over the photo and hardly protects. Returns
+the protected PNG (lossless; EXIF aside, equal to what `unseg protect` writes), the mask as PNG, and a report:
+max_noise and max_noise_background in grey levels of 255, psnr in dB, ssim, protected_share, notes and the settings."""
+PROPOSE = "The objects that the generator finds in a photo by itself: a list of mask PNGs (white inside), maybe empty."
 
 
 def add_api(

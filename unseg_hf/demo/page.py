@@ -439,8 +439,8 @@ def _several_photos(bench: Workbench, job: dict) -> None:
                 file_count="multiple", type="filepath", label="Photos", height=220, elem_id="batch-upload"
             )
             what = gr.Radio(
-                [(texts.WAYS["whole"], "whole"), (texts.WAYS["objects"], "objects")],
-                value="whole",
+                [(texts.WAYS[name], name) for name in ("objects", "whole")],
+                value="objects",
                 label="What to protect in each",
                 elem_classes="choices",
             )

@@ -56,14 +56,14 @@ class Marks:
     """What a user has marked on a photo, in pixels of the upright photo; each way keeps its own marks.
 
     Args:
-        way: the one that counts: "points", "boxes", "brush", "objects" (that SAM finds) or "whole".
+        way: the one that counts: "points", "boxes", "brush", "objects" (that the generator finds) or "whole".
         points: `(x, y, label)`, 1 for a point on the object and 0 for one that is not.
         boxes: `(x0, y0, x1, y1)`.
         corner: first corner of a box that is not finished.
         drawn: `(height, width)` bool, brushed or from a mask file.
     """
 
-    way: str = "boxes"
+    way: str = "objects"
     points: tuple[tuple[int, int, int], ...] = ()
     boxes: tuple[tuple[int, int, int, int], ...] = ()
     corner: tuple[int, int] | None = None
@@ -205,13 +205,13 @@ class Workbench:
         return mask != 0
 
     def find_masks(self, photo: Photo, prompt: Prompt) -> tuple[list[np.ndarray], list[str]]:
-        """The masks that `protect` will use, and notes on how they were found; runs SAM's decoder alone."""
+        """The masks that `protect` will use, and notes on how they were found; the photo is not encoded again."""
         return self._find_masks(self.protector.prepare(photo.picture, prompt), photo.embeddings)
 
     def propose_masks(self, photo: Photo) -> list[np.ndarray]:
-        """The objects that SAM finds by itself, best first; maybe none."""
-        masks, notes = self.find_masks(photo, Prompt())
-        return [] if notes else masks
+        """The objects that the generator finds by itself; maybe none, where only a SAM looks for them."""
+        masks, _ = self.find_masks(photo, Prompt())
+        return [] if masks[0].all() else masks
 
     def protect(
         self,

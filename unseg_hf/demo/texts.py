@@ -33,10 +33,10 @@ The rest of this page is the model card of the generator that is loaded here ({n
 """
 
 WAYS = {
+    "objects": "Find objects",
     "boxes": "Draw boxes",
     "brush": "Brush",
     "points": "Click on objects",
-    "objects": "Find objects",
     "whole": "Everything",
 }
 VIEW_LABELS = {
@@ -50,6 +50,7 @@ HINTS = {
     "points": "Click on an object; further clicks make its mask better.",
     "boxes": "Click on one corner of a box, then on the opposite one.",
     "brush": "Brush over what is to be protected, or upload a mask.",
+    "objects": "What the generator takes for objects is protected.",
     "whole": "The whole photo gets noise. That hardly protects: it does not say where the object is.",
 }
 NOTHING_MARKED = {
@@ -71,8 +72,9 @@ COMMAND = (
 )
 BATCH = (
     "Up to {photos} photos and {mb} MB at once. Each is protected by itself and comes back as a PNG in a zip, with a "
-    "report; one that cannot be read does not stop the others. Noise all over a photo hardly protects it: where you "
-    "can, mark the objects, one photo at a time, or use `unseg protect` with masks or boxes."
+    "report; one that cannot be read does not stop the others. The report says how much of each photo was taken for "
+    "an object; where that is wrong, mark it, one photo at a time, or use `unseg protect` with masks or boxes. Noise "
+    "all over a photo hardly protects it."
 )
 
 
@@ -82,14 +84,15 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return "Now click on the opposite corner."
     if notes:
         text = "; ".join(dict.fromkeys(notes))
-        advice = " That hardly protects: draw a box, or brush over it." if marks.way in ("points", "objects") else ""
+        everything = bool(masks) and masks[0].all()
+        advice = " That hardly protects: draw a box, or brush over it." if everything else ""
         return f"{text[0].upper()}{text[1:]}.{advice}"
     if not masks or marks.way == "whole":
         return HINTS[marks.way]
     share = np.logical_or.reduce(masks).mean()
     count = f"{len(masks)} objects" if len(masks) > 1 else "1 object"
-    advice = " Clear it to brush anew." if marks.way == "brush" else ""
-    return f"{count}, {share:.0%} of the photo.{advice}"
+    advice = {"brush": " Clear it to brush anew.", "objects": " If that is not them, draw boxes or brush."}
+    return f"{count}, {share:.0%} of the photo.{advice.get(marks.way, '')}"
 
 
 def typed_marks(text: str, marks: Marks, label: int) -> Marks:
@@ -134,7 +137,8 @@ def batch_table(entries: Sequence[dict[str, Any]]) -> str:
         else:
             figures = entry["report"]
             psnr = "no difference" if figures["psnr"] is None else f"{figures['psnr']:.1f} dB"
-            result = "; ".join([f"largest change {figures['max_noise']:g}", f"PSNR {psnr}", *figures["notes"]])
+            figure = f"largest change {figures['max_noise']:g}; PSNR {psnr}; noise on {figures['protected_share']:.0%}"
+            result = "; ".join([figure, *figures["notes"]])
         lines.append(f"| {_cell(entry['input'])} | {_cell(result)} |")
     done = sum(entry["status"] == "protected" for entry in entries)
     return f"{done} of {len(entries)} protected\n\n" + "\n".join(lines)

@@ -28,8 +28,8 @@ MOST_PROCESSES = 4
 """More victims at a time than this and memory may not do."""
 
 PROPOSED = (
-    "No masks were given: the victims learned and were tested on the segments that the SAM inside the generator "
-    "proposes. The scores say how well a model can learn those segments, not the objects that a person would draw."
+    "No masks were given: the victims learned and were tested on what the generator takes for objects by "
+    "itself. The scores say how well a model can learn those segments, not the objects that a person would draw."
 )
 DESCRIPTION = """Train victims on protected images, test them on clean ones, with control noises beside them.
 

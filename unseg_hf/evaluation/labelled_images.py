@@ -160,7 +160,7 @@ class ImageFiles:
 
 
 class ProposedSegments:
-    """Images without masks: what the SAM inside a generator takes for objects is the foreground.
+    """Images without masks: what a generator takes for objects is the foreground.
 
     Args:
         images: image files.
@@ -184,7 +184,7 @@ class ProposedSegments:
         picture = read(self._images[index])
         masks = self._protector.propose_masks(picture)
         if not masks:
-            raise ValueError(f"{self._images[index]}: the generator's SAM finds no object in it; give a mask")
+            raise ValueError(f"{self._images[index]}: the generator finds no object in it; give a mask")
         name = self._images[index].relative_to(self._folder).as_posix()
         return Raw(name, Image.fromarray(picture.rgb8()), np.logical_or.reduce(masks))
 

@@ -27,11 +27,12 @@ GENERATORS = {
     "generator": "the protected images",
     "generator-per-segment": "images protected segment by segment",
     "generator-boxes": "images protected by a box around each object",
+    "generator-found": "images protected where the generator itself found objects",
     "generator-whole-image": "images protected all over",
 }
 """Ways to ask the generator, and what a report calls the images."""
 
-ROUGH = ("generator-boxes", "generator-whole-image")
+ROUGH = ("generator-boxes", "generator-found", "generator-whole-image")
 """Those that reach beyond the objects: what users get who have no masks."""
 
 NOISES = ("clean", *GENERATORS, *CONTROLS)
@@ -137,7 +138,7 @@ def publish(
         folder: where the files go.
         epsilon: bound in the region, in [0, 1] (8/255: eight grey levels).
         epsilon_background: bound outside the region, in [0, 1]; for `whole` it is `epsilon`, whatever is given here,
-            and for those of [`ROUGH`] that of what lies outside the boxes.
+            and for those of [`ROUGH`] that of what lies outside what they mark.
         model: checkpoint for `generator`: a folder, a Hub id, or None for the embedded one.
         device: where the generator runs.
 
@@ -200,6 +201,8 @@ def _protection(
                 prompt = {"whole_image": True}
             elif noise == "generator-boxes" and (boxes := labelled.boxes()):
                 prompt = {"boxes": boxes}
+            elif noise == "generator-found":
+                prompt = {}
             elif noise == "generator-per-segment":
                 segments = [(mask & labelled.region, label) for mask, label in labelled.segments()]
                 # One mask at least: an image of background alone gets its noise from an empty one.

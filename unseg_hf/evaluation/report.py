@@ -399,6 +399,7 @@ _COLOURS = {
     "generator": "#D55E00",
     "generator-per-segment": "#E69F00",
     "generator-boxes": "#882255",
+    "generator-found": "#117733",
     "generator-whole-image": "#332288",
     "random": "#999999",
     "stripes": "#0072B2",
@@ -413,6 +414,7 @@ _MARKERS = {
     "generator": "o",
     "generator-per-segment": "D",
     "generator-boxes": "P",
+    "generator-found": "v",
     "generator-whole-image": "X",
 }
 

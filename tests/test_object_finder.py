@@ -1,0 +1,183 @@
+"""What a photo is of is found and protected without a prompt; clicks choose from it; masks teach the finder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from labelled_discs import discs, write_discs
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision_mobilenet import torchvision_mobilenet
+
+from unseg_hf import Protector, UnSegModel, UnSegProcessor
+from unseg_hf.object_finder import BELOW_MOST, LIKELY, ObjectFinder, above_threshold, objects_apart
+from unseg_hf.protection import ALL_OVER, UNSURE
+
+SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_object_finder.py"
+
+
+class RedFinder(torch.nn.Module):
+    """Takes for an object what is redder than blue, as sure as the difference is large."""
+
+    def forward(self, pixel_values):
+        return 4 * torch.nn.functional.avg_pool2d(pixel_values[:, :1] - pixel_values[:, 2:], 4)
+
+
+@pytest.fixture
+def finding(protector_of):
+    """A protector that finds what is red, with images stretched to its input of 64 pixels."""
+    protector = protector_of()
+    protector.model.object_finder = RedFinder()
+    processor = UnSegProcessor(protector.processor.image_processor, stretch=True)
+    return Protector(protector.model, processor)
+
+
+def scene(*boxes, red=200, size=(128, 192)):
+    """A blue photo with red boxes `(top, bottom, left, right)`, and where they are."""
+    pixels, mask = np.full((*size, 3), (60, 90, 160), np.uint8), np.zeros(size, bool)
+    for top, bottom, left, right in boxes:
+        mask[top:bottom, left:right] = True
+    pixels[mask] = (red, 90, 60)
+    return pixels, mask
+
+
+def overlap(one, other):
+    return np.count_nonzero(one & other) / np.count_nonzero(one | other)
+
+
+LEFT, RIGHT = (16, 112, 12, 84), (32, 64, 120, 180)
+
+
+def test_without_a_prompt_the_objects_alone_are_protected(finding):
+    pixels, mask = scene(LEFT, RIGHT)
+    protected = finding.protect(pixels, epsilon=8 / 255, epsilon_background=0)
+    assert overlap(protected.region, mask) > 0.8
+    assert protected.report["masks"] == 2
+    assert protected.report["max_noise"] > 0
+    assert (protected.picture.pixels == pixels)[~protected.region].all()
+    assert not {ALL_OVER, UNSURE} & set(protected.notes)
+    large, small = finding.propose_masks(pixels)
+    assert overlap(large, scene(LEFT)[1]) > 0.8
+    assert overlap(small, scene(RIGHT)[1]) > 0.7
+
+
+def test_a_click_means_the_object_that_it_is_on(finding):
+    pixels, _ = scene(LEFT, RIGHT)
+    found = {name: finding.protect(pixels, points=points).region for name, points in (
+        ("left", [[40, 50]]), ("right", [[150, 50]]), ("both", [[40, 50], [150, 50]]),
+    )}  # fmt: skip
+    assert overlap(found["left"], scene(LEFT)[1]) > 0.8
+    assert overlap(found["right"], scene(RIGHT)[1]) > 0.7
+    np.testing.assert_array_equal(found["both"], found["left"] | found["right"])
+    without = finding.protect(pixels, points=[[40, 50], [150, 50], [160, 60]], point_labels=[1, 1, 0])
+    np.testing.assert_array_equal(without.region, found["left"])
+    beside = finding.protect(pixels, points=[[100, 10], [192, 128]])
+    assert beside.region.all()
+    assert "no object was found at the points: the whole image gets noise" in beside.notes
+
+
+def test_where_nothing_stands_out_the_likeliest_is_protected_and_that_is_said(finding):
+    pixels, mask = scene(LEFT, red=70)
+    protected = finding.protect(pixels)
+    assert UNSURE in protected.notes
+    assert overlap(protected.region, mask) > 0.8
+    assert UNSURE not in finding.protect(pixels, mask=mask).notes
+
+
+def test_a_mask_reaches_down_to_what_is_likely_and_never_is_empty():
+    sure = torch.tensor([[3.0, LIKELY + 0.1, LIKELY - 0.1, -9]])
+    assert (above_threshold(sure) > 0).tolist() == [[True, True, False, False]]
+    unsure = torch.tensor([[-5.0, -5 - BELOW_MOST + 0.1, -5 - BELOW_MOST - 0.1, -9]])
+    assert (above_threshold(unsure) > 0).tolist() == [[True, True, False, False]]
+
+
+def test_objects_that_touch_at_a_corner_are_one_and_specks_are_none():
+    logits = torch.full((48, 48), -2.0)
+    logits[2:6, 2:6] = logits[6:10, 6:10] = 3
+    logits[20:40, 20:40] = 1
+    logits[45:47, 45:47] = 9
+    large, small = objects_apart(logits)
+    assert (large > 0).nonzero().aminmax(dim=0).min.tolist() == [20, 20]
+    assert int((large > 0).sum()) == 400
+    assert int((small > 0).sum()) == 32
+    assert small[30, 30] == -1  # as sure that it is another's
+    (speck,) = objects_apart(torch.where(logits > 3, logits, -2.0))
+    assert int((speck > 0).sum()) == 4
+
+
+def test_the_finder_has_a_mask_as_fine_as_sams():
+    with torch.no_grad():
+        assert ObjectFinder(8).eval()(torch.zeros(2, 3, 64, 96)).shape == (2, 1, 16, 24)
+
+
+@pytest.fixture(scope="module")
+def trained(protector_of, tmp_path_factory):
+    """A generator's folder, that of the same with a finder that has learned discs, and what training said."""
+    folder = tmp_path_factory.mktemp("finder")
+    start = protector_of(noise_codes=2)
+    start.model.save_pretrained(folder / "start")
+    UnSegProcessor(start.processor.image_processor, stretch=True).save_pretrained(folder / "start")
+    torch.manual_seed(0)
+    torch.save(torchvision_mobilenet()[0], folder / "mobilenet.pth")
+    data = write_discs(folder / "train.parquet", 48, seed=0)
+    held_out = write_discs(folder / "held_out.parquet", 8, seed=1)
+    options = ("--width", 16, "--epochs", 25, "--batch_size", 8, "--learning_rate", 1e-2, "--output", folder / "found")
+    sources = ("--train_data", data, "--validation_data", held_out)
+    done = train(folder / "start", "--pretrained", folder / "mobilenet.pth", *sources, *options)
+    assert done.returncode == 0, done.stderr
+    return folder / "start", folder / "found", done.stdout
+
+
+def train(*options):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, options)], capture_output=True, text=True)
+
+
+def test_it_learns_what_photos_are_of_from_their_masks(trained):
+    protector = Protector.from_pretrained(trained[1])
+    images, numbers = discs(8, 44, 52, seed=2)
+    found = [overlap(protector.protect(Image.fromarray(image)).region, number > 0)
+             for image, number in zip(images, numbers, strict=True)]  # fmt: skip
+    assert np.mean(found) > 0.6, found  # all of the image has 0.11
+    assert "held out: IoU 0." in trained[2]
+
+
+def test_the_noise_is_what_it_was_and_the_finder_takes_half_the_space(trained):
+    start, folder, _ = trained
+    before, after = UnSegModel.from_pretrained(start), UnSegModel.from_pretrained(folder)
+    kept = after.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
+    stored = load_file(folder / "model.safetensors")
+    assert {value.dtype for name, value in stored.items() if name.startswith("object_finder.")} >= {torch.float16}
+    assert {parameter.dtype for parameter in after.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in after.object_finder.parameters())
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:40] = True
+    one, other = (Protector.from_pretrained(f).protect(image, mask=mask).picture.pixels for f in (start, folder))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_copy_that_travels_with_its_code_finds_the_same(trained, tmp_path):
+    protector = Protector.from_pretrained(trained[1])
+    image = Image.fromarray(discs(1, 44, 52, seed=3)[0][0])
+    protector.model.save_pretrained(tmp_path)
+    protector.processor.save_pretrained(tmp_path)
+    again = Protector.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.protect(image).picture.pixels, protector.protect(image).picture.pixels)
+
+
+def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path):
+    start, folder, _ = trained
+    few = write_discs(tmp_path / "few.parquet", 3, seed=0)
+    weights = ("--pretrained", folder.parent / "mobilenet.pth")
+    for options, message in (
+        ((saved_generator, *weights, "--train_data", few), "pads images to its input"),
+        ((start, *weights, "--train_data", few, "--batch_size", 4), "3 images are less than a batch of 4"),
+        ((start, "--pretrained", tmp_path / "no.pth", "--train_data", few), "no.pth cannot be read"),
+    ):
+        assert message in train(*options, "--output", tmp_path / "out").stderr
+    assert not (tmp_path / "out").exists()
+    assert "choose a new folder" in train(start, "--train_data", few, "--output", start).stderr
