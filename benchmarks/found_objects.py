@@ -1,10 +1,11 @@
-"""How well the SAM inside a generator finds what a box or a click means, and what it proposes by itself.
+"""How well a generator finds what a box or a click means, and what it finds by itself.
 
     python benchmarks/found_objects.py --data ecssd/test.parquet --models default runs/sam
 
 Each mask of each image is asked for by the box around it and by the point that lies deepest inside it. Printed is the
 mean IoU of what would be protected, where an unsure SAM makes it all of the box or of the image, beside that of all of
-the box and of the image; and of the proposed segments that of the one that fits best, with their number.
+the box and of the image; of what is found without a prompt that of the part that fits best, with the number of parts;
+and that of all that is found with all masks of the image.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def main() -> None:
     def iou(one: np.ndarray, other: np.ndarray) -> float:
         return np.count_nonzero(one & other) / np.count_nonzero(one | other)
 
-    print("| data | generator | box | all of the box | click | all of the image | best proposal | proposals |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| data | generator | box | all of the box | click | all of the image | best part | parts | all, of all |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for text in options.data:
         source = parse_source(text)
         handles = itertools.islice(source.order(np.random.default_rng(0), 0, 1), options.images)
@@ -47,7 +48,10 @@ def main() -> None:
                 embeddings = protector.encode([everything])[0]
                 proposed = protector.find_masks(everything, embeddings)[0]
                 proposals.append(len(proposed))
-                for mask in map(np.asarray, record.masks):
+                masks = [np.asarray(mask) for mask in record.masks]
+                if masks:
+                    found.setdefault("all", []).append(iou(*map(np.logical_or.reduce, (proposed, masks))))
+                for mask in masks:
                     if mask.mean() < options.smallest:
                         continue
                     rows, columns = np.nonzero(mask)
@@ -65,7 +69,7 @@ def main() -> None:
                     found.setdefault("proposed", []).append(max(iou(one, mask) for one in proposed))
             columns = ("box", "filled", "click", "whole", "proposed")
             figures = " | ".join(f"{mean(found[kind]):.3f}" for kind in columns)
-            print(f"| {text} | {name} | {figures} | {mean(proposals):.1f} |", flush=True)
+            print(f"| {text} | {name} | {figures} | {mean(proposals):.1f} | {mean(found['all']):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torchvision_mobilenet import torchvision_mobilenet
 
 from unseg_hf import Protector, UnSegModel, UnSegProcessor
-from unseg_hf.object_finder import BELOW_MOST, LIKELY, ObjectFinder, above_threshold, objects_apart
+from unseg_hf.object_finder import BELOW_MOST, ObjectFinder, above_threshold, objects_apart
 from unseg_hf.protection import ALL_OVER, UNSURE
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_object_finder.py"
@@ -87,8 +87,8 @@ def test_where_nothing_stands_out_the_likeliest_is_protected_and_that_is_said(fi
     assert UNSURE not in finding.protect(pixels, mask=mask).notes
 
 
-def test_a_mask_reaches_down_to_what_is_likely_and_never_is_empty():
-    sure = torch.tensor([[3.0, LIKELY + 0.1, LIKELY - 0.1, -9]])
+def test_a_mask_holds_what_is_likelier_than_not_and_never_is_empty():
+    sure = torch.tensor([[3.0, 0.1, -0.1, -9]])
     assert (above_threshold(sure) > 0).tolist() == [[True, True, False, False]]
     unsure = torch.tensor([[-5.0, -5 - BELOW_MOST + 0.1, -5 - BELOW_MOST - 0.1, -9]])
     assert (above_threshold(unsure) > 0).tolist() == [[True, True, False, False]]

@@ -7,7 +7,6 @@ from transformers import MobileNetV2Config, MobileNetV2Model
 
 LAYERS = 11  # of MobileNetV2's 16 blocks: the rest has three quarters of the weights
 SKIPS = (1, 4)  # the last blocks at a quarter and at an eighth of the input's size
-LIKELY = -0.85  # logit of 0.3: a mask that reaches beyond the object protects as well, one that misses it does not
 BELOW_MOST = 1.0  # where no cell is likely: those up to so much below the likeliest, so that something is found
 SMALLEST = 0.002  # share of the image: what is smaller, and apart, is no object
 
@@ -70,7 +69,7 @@ def find_objects(finder: ObjectFinder, pixel_values: torch.Tensor) -> tuple[torc
 
 def above_threshold(logits: torch.Tensor) -> torch.Tensor:
     """Logits `(..., height, width)` moved so that what is to be protected is above 0; of each image something is."""
-    return logits - (logits.amax((-2, -1), keepdim=True) - BELOW_MOST).clamp(max=LIKELY)
+    return logits - (logits.amax((-2, -1), keepdim=True) - BELOW_MOST).clamp(max=0)
 
 
 def objects_apart(logits: torch.Tensor) -> torch.Tensor:
