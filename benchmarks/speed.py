@@ -121,7 +121,7 @@ def folder_of_photos(options: argparse.Namespace, folder: Path) -> None:
     if options.masks:
         rows["`unseg protect --masks`"] = (*protect, "--masks", options.masks)
     if options.proposals:
-        rows["`unseg protect`, SAM finds the objects"] = protect
+        rows["`unseg protect`, the generator finds the objects"] = protect
     compare("A folder of photos", options.trees, options.repeats, rows)
 
 
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--photos", type=Path, help="folder of photos, not made from the example photo")
     parser.add_argument("--masks", type=Path, help="folder of their masks")
-    parser.add_argument("--proposals", action="store_true", help="the folder also with the objects that SAM finds")
+    parser.add_argument("--proposals", action="store_true", help="the folder also with the objects that are found")
     parser.add_argument("--threads", type=int, default=1, help="of the large generator and of training")
     parser.add_argument("--bf16", action="store_true", help="the large generator in bfloat16, too")
     options = parser.parse_args()

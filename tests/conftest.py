@@ -86,10 +86,12 @@ def processor(saved_generator):
 
 @pytest.fixture(scope="session")
 def protector_of(build_generator):
-    """A function: a protector around `build_generator(**changes)`."""
+    """A function: a protector around `build_generator(**changes)`; it stretches images if it has an object finder."""
 
     def build(**changes) -> Protector:
-        return Protector(build_generator(**changes), UnSegProcessor.for_image_size(IMAGE_SIZE))
+        image_processor = UnSegProcessor.for_image_size(IMAGE_SIZE).image_processor
+        stretch = changes.get("object_finder_width") is not None
+        return Protector(build_generator(**changes), UnSegProcessor(image_processor, stretch=stretch))
 
     return build
 

@@ -36,6 +36,14 @@ def test_it_protects_the_example_within_the_bound_at_good_quality(protected):
     assert protected.report["psnr"] > 34
 
 
+def test_it_finds_what_the_example_is_of_without_a_mask():
+    mask = read_mask(EXAMPLES / "coffee_mask.png") != 0
+    found = Protector.from_pretrained().protect(EXAMPLES / "coffee.png")
+    assert np.count_nonzero(found.region & mask) > 0.7 * np.count_nonzero(found.region | mask)
+    assert found.notes == ()
+    assert (found.picture.pixels == found.original.pixels)[~found.region].all()
+
+
 def test_its_noise_lives_through_jpeg_and_reduction(protected):
     assert noise_left(protected.original, protected.picture, quality=75) > 0.7
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from labelled_discs import discs, write_discs
+from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision_mobilenet import torchvision_mobilenet
 
 from unseg_hf import Protector, UnSegModel, UnSegProcessor
-from unseg_hf.object_finder import BELOW_MOST, ObjectFinder, above_threshold, objects_apart
+from unseg_hf.object_finder import BELOW_MOST, ObjectFinder, above_threshold, find_objects, objects_apart
 from unseg_hf.protection import ALL_OVER, UNSURE
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_object_finder.py"
@@ -74,9 +74,13 @@ def test_a_click_means_the_object_that_it_is_on(finding):
     np.testing.assert_array_equal(found["both"], found["left"] | found["right"])
     without = finding.protect(pixels, points=[[40, 50], [150, 50], [160, 60]], point_labels=[1, 1, 0])
     np.testing.assert_array_equal(without.region, found["left"])
+    assert "is left out: give a box" in without.notes[0]
+    half = finding.protect(pixels, points=[[40, 50], [100, 10]])
+    np.testing.assert_array_equal(half.region, found["left"])
+    assert "nothing was found at one of the points" in half.notes[0]
     beside = finding.protect(pixels, points=[[100, 10], [192, 128]])
     assert beside.region.all()
-    assert "no object was found at the points: the whole image gets noise" in beside.notes
+    assert beside.notes == ("no object was found at the points: the whole image gets noise", ALL_OVER)
 
 
 def test_where_nothing_stands_out_the_likeliest_is_protected_and_that_is_said(finding):
@@ -84,7 +88,31 @@ def test_where_nothing_stands_out_the_likeliest_is_protected_and_that_is_said(fi
     protected = finding.protect(pixels)
     assert UNSURE in protected.notes
     assert overlap(protected.region, mask) > 0.8
+    assert finding.propose_masks(pixels) == []
     assert UNSURE not in finding.protect(pixels, mask=mask).notes
+
+
+def test_images_of_a_few_pixels_get_noise_all_over_where_what_was_found_vanishes(finding, monkeypatch):
+    logits = torch.full((1, 1, 16, 16), -9.0)
+    logits[..., 0, 0] = 5
+    monkeypatch.setattr(finding.model.object_finder, "forward", lambda pixel_values: logits)
+    protected = finding.protect(np.full((1, 3, 3), 90, np.uint8))
+    assert protected.region.all()
+    assert protected.report["masks"] == 1
+    assert UNSURE not in protected.notes
+    assert "no object was found: the whole image gets noise" in protected.notes
+    assert 0 < finding.protect(scene()[0]).region.mean() < 0.02
+
+
+def test_what_does_not_fit_is_refused(finding, monkeypatch):
+    padding = UnSegProcessor(finding.processor.image_processor)
+    with pytest.raises(ValueError, match="looks at stretched images, and the processor pads them"):
+        Protector(finding.model, padding)
+    monkeypatch.setattr(
+        finding.model.object_finder, "forward", lambda pixel_values: torch.full((1, 1, 16, 16), torch.nan)
+    )
+    with pytest.raises(FloatingPointError, match="object finder says is not finite"):
+        finding.protect(scene()[0])
 
 
 def test_a_mask_holds_what_is_likelier_than_not_and_never_is_empty():
@@ -106,6 +134,10 @@ def test_objects_that_touch_at_a_corner_are_one_and_specks_are_none():
     assert small[30, 30] == -1  # as sure that it is another's
     (speck,) = objects_apart(torch.where(logits > 3, logits, -2.0))
     assert int((speck > 0).sum()) == 4
+    _, sure = find_objects(lambda _: logits[None, None], None)
+    assert sure
+    _, sure = find_objects(lambda _: torch.where(logits > 3, logits, -2.0)[None, None], None)
+    assert not sure
 
 
 def test_the_finder_has_a_mask_as_fine_as_sams():
@@ -150,7 +182,8 @@ def test_the_noise_is_what_it_was_and_the_finder_takes_half_the_space(trained):
     kept = after.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
     stored = load_file(folder / "model.safetensors")
-    assert {value.dtype for name, value in stored.items() if name.startswith("object_finder.")} >= {torch.float16}
+    finder = [value.dtype for name, value in stored.items() if name.startswith("object_finder.")]
+    assert set(finder) == {torch.float16, torch.int64}  # batch norm counts in whole numbers
     assert {parameter.dtype for parameter in after.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in after.object_finder.parameters())
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
@@ -160,7 +193,7 @@ def test_the_noise_is_what_it_was_and_the_finder_takes_half_the_space(trained):
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_copy_that_travels_with_its_code_finds_the_same(trained, tmp_path):
+def test_a_saved_copy_finds_the_same(trained, tmp_path):
     protector = Protector.from_pretrained(trained[1])
     image = Image.fromarray(discs(1, 44, 52, seed=3)[0][0])
     protector.model.save_pretrained(tmp_path)
@@ -173,11 +206,19 @@ def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path):
     start, folder, _ = trained
     few = write_discs(tmp_path / "few.parquet", 3, seed=0)
     weights = ("--pretrained", folder.parent / "mobilenet.pth")
+    bad = (start, *weights, "--train_data", few, "--width", 0)
     for options, message in (
+        (bad, "object_finder_width=0: must be at least 1"),
         ((saved_generator, *weights, "--train_data", few), "pads images to its input"),
         ((start, *weights, "--train_data", few, "--batch_size", 4), "3 images are less than a batch of 4"),
         ((start, "--pretrained", tmp_path / "no.pth", "--train_data", few), "no.pth cannot be read"),
     ):
         assert message in train(*options, "--output", tmp_path / "out").stderr
     assert not (tmp_path / "out").exists()
+    write_parquet(tmp_path / "empty.parquet", {
+        "image": [encoded(np.zeros((20, 20, 3), np.uint8))], "mask": [encoded(np.zeros((20, 20), np.uint8))],
+    })  # fmt: skip
+    nothing = train(start, *weights, "--train_data", tmp_path / "empty.parquet", "--output", tmp_path / "out").stderr
+    assert "left out: " in nothing
+    assert "no photo shows an object" in nothing
     assert "choose a new folder" in train(start, "--train_data", few, "--output", start).stderr

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="A noise for each mask or label, not one for their union.",
     )
-    add("--whole_image", action="store_true", help="Everything; hardly protects.")
+    add("--whole_image", action="store_true", help="Everything; hardly protects (default: masks, else what is found).")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
     add(
         "--epsilon_background",

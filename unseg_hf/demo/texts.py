@@ -47,7 +47,7 @@ VIEW_LABELS = {
     "whole": "Everything gets noise",
 }
 HINTS = {
-    "points": "Click on an object; further clicks make its mask better.",
+    "points": "Click on an object; further clicks say what else is on it, or is not.",
     "boxes": "Click on one corner of a box, then on the opposite one.",
     "brush": "Brush over what is to be protected, or upload a mask.",
     "objects": "What the generator takes for objects is protected.",
@@ -84,7 +84,7 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return "Now click on the opposite corner."
     if notes:
         text = "; ".join(dict.fromkeys(notes))
-        everything = bool(masks) and masks[0].all()
+        everything = marks.way in ("points", "objects") and bool(masks) and masks[0].all()
         advice = " That hardly protects: draw a box, or brush over it." if everything else ""
         return f"{text[0].upper()}{text[1:]}.{advice}"
     if not masks or marks.way == "whole":
