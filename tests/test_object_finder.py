@@ -1,5 +1,6 @@
 """What a photo is of is found and protected without a prompt; clicks choose from it; masks teach the finder."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -202,23 +203,28 @@ def test_a_saved_copy_finds_the_same(trained, tmp_path):
     np.testing.assert_array_equal(again.protect(image).picture.pixels, protector.protect(image).picture.pixels)
 
 
-def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path):
+def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path, monkeypatch):
     start, folder, _ = trained
     few = write_discs(tmp_path / "few.parquet", 3, seed=0)
-    weights = ("--pretrained", folder.parent / "mobilenet.pth")
-    bad = (start, *weights, "--train_data", few, "--width", 0)
-    for options, message in (
-        (bad, "object_finder_width=0: must be at least 1"),
-        ((saved_generator, *weights, "--train_data", few), "pads images to its input"),
-        ((start, *weights, "--train_data", few, "--batch_size", 4), "3 images are less than a batch of 4"),
-        ((start, "--pretrained", tmp_path / "no.pth", "--train_data", few), "no.pth cannot be read"),
-    ):
-        assert message in train(*options, "--output", tmp_path / "out").stderr
-    assert not (tmp_path / "out").exists()
     write_parquet(tmp_path / "empty.parquet", {
         "image": [encoded(np.zeros((20, 20, 3), np.uint8))], "mask": [encoded(np.zeros((20, 20), np.uint8))],
     })  # fmt: skip
-    nothing = train(start, *weights, "--train_data", tmp_path / "empty.parquet", "--output", tmp_path / "out").stderr
-    assert "left out: " in nothing
-    assert "no photo shows an object" in nothing
-    assert "choose a new folder" in train(start, "--train_data", few, "--output", start).stderr
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def refused(*options, by: type[Exception] = ValueError) -> str:
+        options = ("--pretrained", folder.parent / "mobilenet.pth", *options)  # a later one counts
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, options)])
+        with pytest.raises(by) as raised:
+            main()
+        return str(raised.value)
+
+    out = ("--output", tmp_path / "out")
+    assert "--width 0: must be at least 1" in refused(start, "--train_data", few, "--width", 0, *out)
+    assert "pads images to its input" in refused(saved_generator, "--train_data", few, *out)
+    assert "3 images are less than a batch of 4" in refused(start, "--train_data", few, "--batch_size", 4, *out)
+    missing = tmp_path / "no.pth"
+    assert "no.pth cannot be read" in refused(start, "--train_data", few, "--pretrained", missing, *out)
+    with pytest.warns(UserWarning, match="left out: .* shows no object"):
+        assert "no photo shows an object" in refused(start, "--train_data", tmp_path / "empty.parquet", *out)
+    assert not (tmp_path / "out").exists()
+    assert "choose a new folder" in refused(start, "--train_data", few, "--output", start, by=FileExistsError)

@@ -46,6 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.exists():
         raise FileExistsError(f"{options.output} is there: choose a new folder")
+    if options.width < 1:
+        raise ValueError(f"--width {options.width}: must be at least 1")
 
     import torch
     from accelerate import Accelerator
@@ -117,7 +119,6 @@ def with_finder(generator, width: int):
 
     config = copy.deepcopy(generator.config)
     config.object_finder_width = width
-    config.validate()
     new = UnSegModel(config)
     weights = {name: value for name, value in generator.state_dict().items() if not name.startswith("object_finder.")}
     new.load_state_dict(weights, strict=False)

@@ -8,7 +8,7 @@ A small one, at the input size of the generator whose it is, on a GPU:
 As SAM was trained (Segment Anything, section 3 and appendix A), made short: a loose box or a few points of an object
 first, then a click where the answer is wrong; of three masks the best one learns, and each learns to say how good it
 is. The noise head knows the old SAM's features only: `teach_noise_codes.py` comes after this. An object finder is left
-out, for what it finds SAM is not asked.
+out: it would be asked in SAM's place.
 
 Masks of everything in a photo, which no data set at hand has, come from `teacher_masks.py`.
 """
@@ -71,7 +71,6 @@ def main() -> None:
     processor = UnSegProcessor.from_pretrained(options.generator)
     model = UnSegModel.from_pretrained(options.generator)
     model.config.draw_prompts = True
-    # It would be asked in place of the SAM.
     model.object_finder = model.config.object_finder_width = None
     if options.anew:
         begin_anew(model.sam)

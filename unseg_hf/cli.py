@@ -634,7 +634,7 @@ class Report:
             from statistics import median
 
             shares = [report["protected_share"] for report in reports]
-            print(f"noise on {min(shares):.0%} to {max(shares):.0%} of an image, {median(shares):.0%} of most")
+            print(f"noise on {median(shares):.0%} of an image (median; {min(shares):.0%} to {max(shares):.0%})")
         for note, count in Counter(note for report in reports for note in report["notes"]).items():
             print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
         left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]
