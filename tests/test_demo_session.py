@@ -162,7 +162,7 @@ def test_the_line_under_the_ways_says_what_was_found():
     half = np.zeros((4, 4), bool)
     half[:2] = True
     assert found(Marks("points", points=((0, 0, 1),)), [half], []) == "1 object, 50% of the photo."
-    advice = " If that is not them, draw boxes or brush."
+    advice = " Not right? Draw boxes or brush."
     assert found(Marks("objects"), [half, ~half], []) == f"2 objects, 100% of the photo.{advice}"
     said = found(Marks("boxes", boxes=((0, 0, 1, 1),)), [half], ["no object was found in a box"] * 2)
     assert said == "No object was found in a box."

@@ -91,7 +91,7 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return HINTS[marks.way]
     share = np.logical_or.reduce(masks).mean()
     count = f"{len(masks)} objects" if len(masks) > 1 else "1 object"
-    advice = {"brush": " Clear it to brush anew.", "objects": " If that is not them, draw boxes or brush."}
+    advice = {"brush": " Clear it to brush anew.", "objects": " Not right? Draw boxes or brush."}
     return f"{count}, {share:.0%} of the photo.{advice.get(marks.way, '')}"
 
 
