@@ -5,11 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2Model
 
+OUTPUT_STRIDE = 16  # of the backbone's last features
 LAYERS = 11  # of MobileNetV2's 16 blocks: the rest has three quarters of the weights
 SKIPS = (1, 4)  # the last blocks at a quarter and at an eighth of the input's size
 BELOW_MOST = 1.0  # where no cell is likely: those up to so much below the likeliest, so that something is found
 SURE = 3.0  # logit that the likeliest cell of photos of something has, and of what the finder does not know often not
 SMALLEST = 0.002  # share of the image: what is smaller, and apart, is no object
+
+
+def mobilenet(depth_multiplier: float = 1.0) -> MobileNetV2Model:
+    """MobileNetV2 (Sandler et al., CVPR 2018) with new weights, padded and normalised as torchvision's."""
+    config = MobileNetV2Config(
+        depth_multiplier=depth_multiplier, output_stride=OUTPUT_STRIDE, tf_padding=False, layer_norm_eps=1e-5
+    )
+    return MobileNetV2Model(config, add_pooling_layer=False)
 
 
 class ObjectFinder(nn.Module):
@@ -24,9 +33,7 @@ class ObjectFinder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        # Padded and normalised as torchvision's, whose weights it begins with when it is trained.
-        config = MobileNetV2Config(output_stride=16, tf_padding=False, layer_norm_eps=1e-5)
-        self.backbone = MobileNetV2Model(config, add_pooling_layer=False)
+        self.backbone = mobilenet()
         self.backbone.layer = self.backbone.layer[:LAYERS]
         self.backbone.conv_1x1 = nn.Identity()
         *skips, last = (self.backbone.layer[i].reduce_1x1.convolution.out_channels for i in (*SKIPS, LAYERS - 1))

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import MobileNetV2Config, MobileNetV2Model
+from transformers import MobileNetV2Model
 
-OUTPUT_STRIDE = 16
+from unseg_hf.object_finder import mobilenet
+
 BATCH_NORM_MOMENTUM = 0.3
 """Share of the newest batch in the running statistics.
 
@@ -19,14 +20,6 @@ transformers has 0.997, which is TensorFlow's share of the old value: the last b
 PyTorch's 0.1, statistics of 50 layers on end lag so far behind that after some fifty steps evaluation finds nothing of
 what training does.
 """
-
-
-def mobilenet(depth_multiplier: float = 1.0) -> MobileNetV2Model:
-    """MobileNetV2 (Sandler et al., CVPR 2018) with new weights, padded and normalised as torchvision's."""
-    config = MobileNetV2Config(
-        depth_multiplier=depth_multiplier, output_stride=OUTPUT_STRIDE, tf_padding=False, layer_norm_eps=1e-5
-    )
-    return MobileNetV2Model(config, add_pooling_layer=False)
 
 
 class DeepLabV3Plus(nn.Module):

@@ -288,14 +288,16 @@ class DeepLabV3PlusVictim(SemanticVictim):
     pretrained_lr = 1e-3
 
     def _new(self, num_classes: int, preset: str) -> nn.Module:
-        from .deeplab import mobilenet
+        from unseg_hf.object_finder import mobilenet
 
         return self._on(mobilenet(0.35 if preset == "small" else 1.0), num_classes, preset)
 
     def _loaded(self, num_classes: int, preset: str, pretrained: str | Path) -> nn.Module:
         from transformers import MobileNetV2Model
 
-        from .deeplab import OUTPUT_STRIDE, imagenet_weights_file, load_torchvision_mobilenet
+        from unseg_hf.object_finder import OUTPUT_STRIDE
+
+        from .deeplab import imagenet_weights_file, load_torchvision_mobilenet
 
         if pretrained == "imagenet":
             pretrained = imagenet_weights_file()
