@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import skimage.measure
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,15 @@ from PIL import Image
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.evaluation.post_processing import jpeg
 from unseg_hf.image_files import from_array
-from unseg_hf.protection import ALL_OVER, apply_noise, compare, standing_out, typical_height, without_colour
+from unseg_hf.protection import (
+    ALL_OVER,
+    apply_noise,
+    compare,
+    parts_less_holes,
+    standing_out,
+    typical_height,
+    without_colour,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -324,15 +333,19 @@ def test_the_code_for_tints_is_for_what_is_too_low_for_waves(coded_protector, pr
     one_channel = np.full((60, 80), 128, np.uint8)
     grey = np.repeat(one_channel[..., None], 3, axis=2)
     yellow = grey - np.uint8([0, 0, 9])
-    # A wave is a patch of the encoder: here a quarter of the longer side, 20 pixels. Without colour two are asked for.
-    for image, height, gets_it in (
-        (one_channel, 8, False), (yellow, 14, True), (yellow, 18, False), (grey, 24, True), (grey, 44, False)
+    # A wave is a patch of the encoder: here a quarter of the longer side, 20 pixels. Without colour two are asked for,
+    # and two and a half of eight parts.
+    for image, height, parts, gets_it in (
+        (one_channel, 8, 1, False), (one_channel, 18, 8, False), (yellow, 14, 1, True), (yellow, 18, 1, False),
+        (grey, 24, 1, True), (grey, 44, 1, False), (yellow, 44, 8, True), (yellow, 44, 7, False),
+        (grey, 44, 8, True), (yellow, 52, 8, False),
     ):  # fmt: skip
         low = np.zeros((60, 80), bool)
-        low[8 : 8 + height, 10:70] = True
+        for part in range(parts):
+            low[4 : 4 + height, 10 + 8 * part : 16 + 8 * part] = True
         of_class = noise(coded_protector, image, masks=[low], classes=[1], mode="per_segment")[low]
         of_masks = noise(coded_protector, image, mask=low)[low]
-        assert difference(of_masks, of_class).mean() > 1
+        assert difference(of_masks, of_class).mean() > 0.5
         np.testing.assert_array_equal(noise(with_tint, image, mask=low)[low], of_class if gets_it else of_masks)
         for class_id in range(3):
             own = (
@@ -423,6 +436,17 @@ def test_the_typical_height_is_that_of_stripes_of_lines_and_of_most_of_the_pixel
     assert typical_height((rows < 150) & (columns < 600) | (rows >= 199)) == 150
     assert typical_height((rows < 150) & (columns < 6) | (rows >= 199)) == 1
     assert typical_height(np.zeros((9, 9), bool)) == float("inf")
+
+
+def test_parts_less_holes_is_eulers_number():
+    random = np.random.default_rng(0)
+    shapes = ((40, 33), (1, 9), (7, 1), (511, 511))
+    for region in (random.random(shape) < random.random() for shape in shapes for _ in range(8)):
+        assert parts_less_holes(region) == skimage.measure.euler_number(region, connectivity=2)
+    # Of large ones every other pixel is looked at.
+    rows, columns = np.mgrid[:900, :40]
+    assert parts_less_holes((rows % 100 < 40) & (columns % 10 < 6)) == 36
+    assert parts_less_holes(np.zeros((9, 9), bool)) == 0
 
 
 def test_what_was_grey_is_grey_after_jpeg_and_a_faint_tint_is_a_colour():

@@ -33,6 +33,7 @@ UNSURE = (
 )
 GREY = 3 / 255  # of an image's range, between its channels
 LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
+LOW_OF_MANY, MANY = 2.5, 8  # waves, and so many parts: what cells are like under a microscope, and hardly any photo
 LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
 CLEARLY = 1.1  # times as far
 SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
@@ -584,10 +585,11 @@ class Decoded:
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
-    """Whether a tint says more than waves: the region is lower than [`LOW`] waves, or [`LOW_IN_GREY`] without colour.
+    """Whether a tint says more than waves: the region is lower than [`LOW`] waves, [`LOW_IN_GREY`] without colour, or
+    [`LOW_OF_MANY`] if it has [`MANY`] parts.
 
     The images of a data set should all get the same noise: from a few that do not, a model learns what objects look
-    like, as from clean ones. So the limits are such that photographs hardly ever get a tint.
+    like, as from clean ones. So the limits are such that photographs hardly ever get a tint, and cells nearly always.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16. In an image of one channel there is no tint.
@@ -596,8 +598,12 @@ def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
     """
     if pixels.shape[2] == 1:
         return False
-    height = typical_height(region)
-    return height < LOW * wave or (height < LOW_IN_GREY * wave and without_colour(pixels))
+    waves = typical_height(region) / wave
+    return (
+        waves < LOW
+        or (waves < LOW_IN_GREY and without_colour(pixels))
+        or (waves < LOW_OF_MANY and parts_less_holes(region) >= MANY)
+    )
 
 
 def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
@@ -669,6 +675,17 @@ def typical_height(region: np.ndarray) -> float:
     changes = np.flatnonzero(np.diff(np.pad(region.T, ((0, 0), (1, 1))), axis=1))
     runs = np.sort(changes[1::2] - changes[::2])
     return float(runs[np.searchsorted(np.cumsum(runs), runs.sum() / 2)]) if len(runs) else float("inf")
+
+
+def parts_less_holes(region: np.ndarray) -> int:
+    """Euler's number of a `(height, width)` bool region whose pixels hang together at corners, too, counted from the
+    windows of 2 x 2 pixels (Gray, "Local properties of binary images in two dimensions", 1971)."""
+    around = np.pad(_thinned(region), 1).view(np.uint8)
+    above, below = around[:-1], around[1:]
+    inside = above[:, :-1] + above[:, 1:] + below[:, :-1] + below[:, 1:]
+    diagonal = (inside == 2) & (above[:, :-1] == below[:, 1:])
+    corners = np.count_nonzero(inside == 1) - np.count_nonzero(inside == 3)
+    return (corners - 2 * np.count_nonzero(diagonal)) // 4
 
 
 def without_colour(pixels: np.ndarray) -> bool:
