@@ -194,9 +194,7 @@ class TestLocations:
 class TestRecords:
     def test_columns_are_checked(self, tmp_path):
         path = parquet(tmp_path, [png(LABELS)], number=[3])
-        with pytest.raises(
-            ValueError, match=r"no column 'masks'; it has image, mask, number: say which with mask_col"
-        ):
+        with pytest.raises(ValueError, match=r"no column 'masks': name one of image, mask, number"):
             DatasetSource(path, mask_column="masks")
         with pytest.raises(ValueError, match=r"column 'number' of .* holds no images"):
             DatasetSource(path, mask_column="number")

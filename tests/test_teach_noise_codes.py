@@ -60,6 +60,8 @@ def test_the_noises_asked_for_are_learned_and_the_sam_stays(saved_generator, tmp
     assert "code 'xyz'" in run("--class_codes", "xyz", "--output", tmp_path / "other").stderr
     wrong = run("--class_codes", "ddd", "--tint_codes", "+++", "--output", tmp_path / "other")
     assert "--tint_codes +++: must be among the codes ded ddd" in wrong.stderr
+    wrong = run("--epsilon_smooth", "300", "--output", tmp_path / "other")
+    assert wrong.stderr.strip().endswith("must be from 0 to 1 (2 grey levels are 2/255)")
 
 
 def test_at_another_input_size_the_sam_keeps_all_weights_but_the_positions(saved_generator, tmp_path):

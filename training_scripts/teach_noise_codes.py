@@ -93,7 +93,7 @@ def main() -> None:
     model.config.faint_code = codes.index(faint)
     if options.epsilon_smooth is not None:
         model.config.epsilon_smooth = options.epsilon_smooth / 255
-    model.config.validate()
+    model.config.validate_architecture()
     if options.epsilon_background is not None:
         _, model.config.epsilon_background = model.config.budget(None, options.epsilon_background / 255)
     model.sam.requires_grad_(False)

@@ -56,11 +56,10 @@ class DatasetSource:
         if self.masks not in MASK_KINDS:
             raise ValueError(f"masks={self.masks!r} of {self.location}: must be one of {', '.join(MASK_KINDS)}")
         rows = _open(self.location, self.config, self.split).with_format(None)
-        for option in ("image_column", "mask_column"):
-            if (column := getattr(self, option)) not in rows.column_names:
+        for column in (self.image_column, self.mask_column):
+            if column not in rows.column_names:
                 raise ValueError(
-                    f"{self.location} has no column {column!r}; it has {', '.join(rows.column_names)}: "
-                    f"say which with {option}"
+                    f"{self.location} has no column {column!r}: name one of {', '.join(rows.column_names)}"
                 )
         others = set(rows.column_names) - {self.image_column, self.mask_column}
         self._name_column = next((name for name in ("name", "file_name") if name in others), None)
