@@ -757,6 +757,20 @@ def script():
     return load_script()
 
 
+def test_a_tint_reaches_the_images_and_the_settings(place, script):
+    """With the generator in the package, which has one."""
+    Path("in").mkdir()
+    Image.fromarray(photo(1, 60, 80)).save("in/a.png")
+    assert script("in", "--output", "out", "--output_format", "folder", "--whole_image", "--tint", "always") == 0
+    assert manifest.read_settings(Path("out"))["protection"]["tint"] == "always"
+    tinted, plain = (
+        Protector.from_pretrained().protect("in/a.png", whole_image=True, tint=tint) for tint in ("always", "auto")
+    )
+    assert (tinted.tinted, plain.tinted) == (True, False)
+    (written,) = Path("out").rglob("a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(written)), tinted.picture.pixels)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -566,6 +566,7 @@ def test_other_settings_on_the_same_output_are_refused_by_name(tmp_path, protect
     for options, name in (
         (("--epsilon", "4"), "epsilon=8.0, and now epsilon=4.0"),
         (("--per-segment",), "per_segment=False"),
+        (("--tint", "never"), "tint='auto', and now tint='never'"),
         (("--classes", "person"), "classes=None, and now classes=[15]"),
         (("--split", "val"), "splits=['train']"),
         (("--jpeg-names", "jpeg"), "jpeg_names='png-bytes'"),

@@ -247,6 +247,21 @@ def test_a_list_of_masks_and_a_label_map_reach_the_generator(saved_generator, da
         np.testing.assert_array_equal(np.asarray(result[0]["image"]), np.asarray(expected.image))
 
 
+def test_all_images_of_a_data_set_may_get_the_same_noise():
+    """With the generator in the package, which has a tint for what is low."""
+    masks = np.zeros((3, 96, 128), np.uint8)
+    masks[:, 20:24, 10:100] = masks[0, 20:90, 10:100] = 1
+    image, masks = encoded(np.full((96, 128, 3), 90, np.uint8)), [encoded(mask) for mask in masks]
+    columns = {
+        name: [{"bytes": data, "path": None} for data in stored]
+        for name, stored in (("image", [image] * 3), ("mask", masks))
+    }
+    images = Dataset.from_dict(columns, features=Features({"image": Image(), "mask": Image()}))
+    for tint, wanted in (("auto", [0, 1, 1]), ("always", [1, 1, 1]), ("never", [0, 0, 0])):
+        protect = ProtectImages(mask_column="mask", tint=tint, report_columns=("tinted",))
+        assert images.map(protect, batched=True)["protection_tinted"][:] == wanted
+
+
 def test_report_columns_keep_their_type_where_the_first_rows_have_no_figures(broken, saved_generator):
     figures = ("max_noise", "psnr", "notes")
     protect = ProtectImages(str(saved_generator), mask_column="mask", on_error="mark", report_columns=figures)
@@ -281,6 +296,7 @@ def test_metadata_are_kept(saved_generator):
         ({"label_maps": True}, "needs mask_column"),
         ({"on_error": "ignore"}, "must be one of raise, keep, mark, drop"),
         ({"mode": "all"}, "must be one of union"),
+        ({"tint": "some"}, "tint='some': must be one of auto, always, never"),
         ({"report_columns": ["noise"]}, "report_columns has noise: there is max_noise"),
         ({"epsilon": 2.0}, "epsilon"),
         ({"batch_size": 0}, "at least 1"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision_mobilenet import torchvision_mobilenet
 
 from unseg_hf import Protector, UnSegModel, UnSegProcessor
@@ -228,3 +228,18 @@ def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path, m
         assert "no photo shows an object" in refused(start, "--train_data", tmp_path / "empty.parquet", *out)
     assert not (tmp_path / "out").exists()
     assert "choose a new folder" in refused(start, "--train_data", few, "--output", start, by=FileExistsError)
+
+
+def test_a_generator_whose_finder_lacks_its_weights_says_how_to_do_without_it(tmp_path):
+    Protector.from_pretrained().model.save_pretrained(tmp_path)
+    Protector.from_pretrained().processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    others = {name: value for name, value in weights.items() if not name.startswith("object_finder.")}
+    save_file(others, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"object_finder.* pass object_finder_width=None to do without"):
+        Protector.from_pretrained(tmp_path)
+    pixels, mask = scene(LEFT)
+    without, embedded = Protector.from_pretrained(tmp_path, object_finder_width=None), Protector.from_pretrained()
+    protected = without.protect(pixels, mask=mask)
+    np.testing.assert_array_equal(protected.picture.pixels, embedded.protect(pixels, mask=mask).picture.pixels)
+    assert UNSURE not in without.protect(pixels).notes  # SAM looks for objects instead

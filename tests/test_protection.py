@@ -343,16 +343,25 @@ def test_the_code_for_tints_is_for_what_is_too_low_for_waves(coded_protector, pr
         low = np.zeros((60, 80), bool)
         for part in range(parts):
             low[4 : 4 + height, 10 + 8 * part : 16 + 8 * part] = True
+        for tint, has_it in (("auto", gets_it), ("always", image is not one_channel), ("never", False)):
+            protected = with_tint.protect(image, mask=low, tint=tint)
+            assert protected.tinted == protected.report["tinted"] == has_it
+            assert any("one channel takes none" in note for note in protected.notes) == (has_it < (tint == "always"))
+            wanted = {"masks": [low], "classes": [1], "mode": "per_segment"} if has_it else {"mask": low}
+            expected = coded_protector.protect(image, **wanted).picture.pixels
+            np.testing.assert_array_equal(protected.picture.pixels[low], expected[low])
         of_class = noise(coded_protector, image, masks=[low], classes=[1], mode="per_segment")[low]
         of_masks = noise(coded_protector, image, mask=low)[low]
         assert difference(of_masks, of_class).mean() > 0.5
-        np.testing.assert_array_equal(noise(with_tint, image, mask=low)[low], of_class if gets_it else of_masks)
         for class_id in range(3):
             own = (
                 noise(protector, image, masks=[low], classes=[class_id], mode="per_segment")[low]
                 for protector in (with_tint, coded_protector)
             )
             np.testing.assert_array_equal(*own)
+    always = coded_protector.protect(yellow, mask=low, tint="always")
+    assert always.notes == ("it has noise that is no tint: this generator has none",)
+    np.testing.assert_array_equal(always.picture.pixels, coded_protector.protect(yellow, mask=low).picture.pixels)
 
 
 def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(coded_protector, protector_of):

@@ -45,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="A noise for each mask or label, not one for their union.",
     )
+    add(
+        "--tint",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="A flat tint in place of waves (default: for small things, such as cells); best alike in a data set.",
+    )
     add("--whole_image", action="store_true", help="Everything; hardly protects (default: masks, else what is found).")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")
     add(
@@ -122,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
         label_maps=options.labels,
         ignore_labels=tuple(options.ignore_labels),
         mode="per_segment" if options.per_segment else "union",
+        tint=options.tint,
         whole_image=options.whole_image,
         epsilon=None if options.epsilon is None else options.epsilon / 255,
         epsilon_background=None if options.epsilon_background is None else options.epsilon_background / 255,

@@ -179,6 +179,12 @@ def _add_strength_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest change elsewhere (default: as much smaller as the model's is)",
     )
+    strength.add_argument(
+        "--tint",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="a flat tint in place of waves (default: for small things, such as cells); best alike in a data set",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -271,6 +277,7 @@ def _prompt_of(options: argparse.Namespace):
         point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
         whole_image=options.whole_image,
         mode="per_segment" if options.per_segment else "union",
+        tint=options.tint,
         **({} if options.ignore_labels is None else {"ignore_labels": options.ignore_labels}),
     )
 
@@ -567,7 +574,7 @@ def _protect_one(
             raise ValueError(f"{task.source}: {task.mask} has no image of this name")
         image = image_files.read(task.source)
         segments = task.annotation.segments((image.height, image.width), None, options.per_segment)
-        prompt = prompt_of(segments, prompt.mode)
+        prompt = prompt_of(segments, prompt.mode, prompt.tint)
     elif task.mask:
         prompt = replace(prompt, **{"label_map" if options.labels else "mask": image_files.read_mask(task.mask)})
     job = protector.prepare(image, prompt, epsilon, background)
@@ -577,7 +584,8 @@ def _protect_one(
     with ThreadPoolExecutor(1) as aside:
         writing = aside.submit(image_files.write, protected.picture, task.target, options.format, quality)
         # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
-        report = protected.report if measure else {"notes": list(protected.notes), "protected_share": protected.share}
+        few = {"notes": list(protected.notes), "protected_share": protected.share, "tinted": protected.tinted}
+        report = protected.report if measure else few
         written = writing.result()
     report["notes"] += [note for note in written.notes if note not in report["notes"]]
     if _is_lossy(task.target):
@@ -635,6 +643,8 @@ class Report:
 
             shares = [report["protected_share"] for report in reports]
             print(f"noise on {median(shares):.0%} of an image (median; {min(shares):.0%} to {max(shares):.0%})")
+            if mixed := said_of_tints([report["tinted"] for report in reports]):
+                print(mixed)
         for note, count in Counter(note for report in reports for note in report["notes"]).items():
             print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
         left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]
@@ -695,6 +705,18 @@ def run_verify(options: argparse.Namespace) -> int:
     for sentence in result.unprotected:
         print(f"{options.output}: {sentence}")
     return 1 if result.wrong else 0
+
+
+def said_of_tints(tinted: list[bool]) -> str:
+    """Of images of which some have a tint and others do not, what to do about it; "" if all are alike."""
+    count = sum(tinted)
+    if count in (0, len(tinted)):
+        return ""
+    few, remedy = min((count, "never"), (len(tinted) - count, "always"))
+    return (
+        f"note: {count} of {len(tinted)} images have a tint, the others waves; in one data set, a model learns from "
+        f"the {few} as from clean images: --tint {remedy} makes all alike"
+    )
 
 
 def _decibels(psnr: float | None) -> str:

@@ -15,7 +15,7 @@ from .model_identity import model_identity
 from .protection import Job, Prompt, Protected, Protector
 
 ON_ERROR = ("raise", "keep", "mark", "drop")
-REPORT_COLUMNS = ("max_noise", "max_noise_background", "psnr", "ssim", "masks", "protected_share", "notes")
+REPORT_COLUMNS = ("max_noise", "max_noise_background", "psnr", "ssim", "masks", "tinted", "protected_share", "notes")
 
 
 class RecordError(ValueError):
@@ -52,6 +52,7 @@ class ProtectImages:
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
         ignore_labels: labels that are no objects.
         mode: "union" or "per_segment", as in [`Prompt`].
+        tint: "auto", "always" or "never", as in [`Prompt`].
         whole_image: everything gets the full budget, which hardly protects (see [`Prompt`]).
         epsilon, epsilon_background: as for [`Protector.protect`]; the second only with the first.
         on_error: what happens to a row whose image, mask or boxes cannot be used: "raise", "keep" the row as it is,
@@ -84,6 +85,7 @@ class ProtectImages:
     label_maps: bool = False
     ignore_labels: tuple[int, ...] = (0, 255)
     mode: str = "union"
+    tint: str = "auto"
     whole_image: bool = False
     epsilon: float | None = None
     epsilon_background: float | None = None
@@ -98,7 +100,7 @@ class ProtectImages:
     def __post_init__(self):
         from . import __version__
 
-        Prompt(whole_image=self.whole_image, mode=self.mode, ignore_labels=self.ignore_labels)
+        Prompt(whole_image=self.whole_image, mode=self.mode, tint=self.tint, ignore_labels=self.ignore_labels)
         columns = {name: getattr(self, name) for name in ("mask_column", "box_column") if getattr(self, name)}
         given = (["whole_image"] if self.whole_image else []) + [f"{n}={column!r}" for n, column in columns.items()]
         if len(given) > 1:
@@ -211,7 +213,7 @@ class ProtectImages:
         Raises:
             RecordError: there is none, though it was announced.
         """
-        fields: dict[str, Any] = {"mode": self.mode, "ignore_labels": self.ignore_labels}
+        fields: dict[str, Any] = {"mode": self.mode, "tint": self.tint, "ignore_labels": self.ignore_labels}
         if self.box_column is not None:
             if mask is None or not len(mask):
                 raise RecordError("there is no box; give one, or choose what happens to such records")

@@ -23,6 +23,7 @@ from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 from .recorded_encoder import RecordedEncoder
 
 MODES = ("union", "per_segment")
+TINTS = ("auto", "always", "never")
 ALL_OVER = (
     "noise all over the image does not say where its objects are, and models learn them much as from clean images: "
     "mark the objects, if only by a box around each"
@@ -83,6 +84,9 @@ class Prompt:
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
             each mask, on the same image embedding. Where classes are known, each class gets a noise of its own then,
             the same in all images; if the generator has fewer noises than there are classes, some share one.
+        tint: when masks without a class get a flat tint in place of the generator's noise, if it has one: "auto" where
+            that says more ([`needs_tint`]), "always", but in images of one channel, or "never". All images of a data
+            set should get the same: from a few that do not, a model learns what objects look like.
 
     Raises:
         ValueError: contradicting fields, naming them.
@@ -98,6 +102,7 @@ class Prompt:
     point_labels: Sequence[int] | None = None
     whole_image: bool = False
     mode: str = "union"
+    tint: str = "auto"
 
     def __post_init__(self):
         given = [n for n in ("mask", "masks", "label_map", "boxes", "points") if getattr(self, n) is not None]
@@ -106,6 +111,8 @@ class Prompt:
             raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
+        if self.tint not in TINTS:
+            raise ValueError(f"tint={self.tint!r}: must be one of {', '.join(TINTS)}")
         if self.classes is not None:
             object.__setattr__(self, "classes", _class_numbers(self.classes, self.masks))
         for name, width in (("boxes", 4), ("points", 2)):
@@ -161,6 +168,7 @@ class Protected:
         region: `(height, width)` bool, where the full budget applies.
         epsilon, epsilon_background: the budget, as shares of the pixel range.
         masks: number of masks that made up the region.
+        tinted: whether its noise is a tint (see [`Prompt`]).
         seconds: time it took, reading included.
         notes: what a user should know, in plain words.
     """
@@ -171,6 +179,7 @@ class Protected:
     epsilon: float
     epsilon_background: float
     masks: int
+    tinted: bool
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -193,6 +202,7 @@ class Protected:
             "epsilon": self.epsilon * 255,
             "epsilon_background": self.epsilon_background * 255,
             "masks": self.masks,
+            "tinted": self.tinted,
             "protected_share": self.share,
             "height": self.picture.height,
             "width": self.picture.width,
@@ -254,10 +264,12 @@ class Protector:
         checkpoint = default_checkpoint() if checkpoint is None else checkpoint
         check_model_name(checkpoint)
         model, loading = UnSegModel.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
-        if loading["missing_keys"]:
+        if missing := loading["missing_keys"]:
+            of_finder = all(name.startswith("object_finder.") for name in missing)
+            remedy = "pass object_finder_width=None to do without its object finder" if of_finder else "train it first"
             raise ValueError(
-                f"{checkpoint} is no trained generator: {len(loading['missing_keys'])} weights are missing, "
-                f"{min(loading['missing_keys'])} among them; train it first, or choose another checkpoint"
+                f"{checkpoint} is no trained generator: {len(missing)} weights are missing, {min(missing)} among "
+                f"them; {remedy}, or choose another checkpoint"
             )
         if bf16:
             model.encode_in_bf16()
@@ -347,9 +359,13 @@ class Protector:
             found.append(f"the mask is empty: {what}")
         elif job.epsilon and self._all_over(job, region):
             found.append(ALL_OVER)
-        noise, softened = self._noise(job, embeddings, masks, region)
+        noise, of_classes, tinted = self._noise(job, embeddings, masks, region)
+        if job.prompt.tint == "always" and not (tinted or of_classes):
+            has_none = "this generator has none" if self.model.config.tint_codes is None else "one channel takes none"
+            found.append(f"it has noise that is no tint: {has_none}")
         job.seconds += time.perf_counter() - start
-        return Decoded(noise, softened, region, len(masks), (*job.picture.notes, *found))
+        notes = (*job.picture.notes, *found)
+        return Decoded(noise, not (tinted or of_classes), tinted, region, len(masks), notes)
 
     @staticmethod
     def _all_over(job: "Job", region: np.ndarray) -> bool:
@@ -379,6 +395,7 @@ class Protector:
             epsilon=job.epsilon,
             epsilon_background=job.epsilon_background,
             masks=decoded.masks,
+            tinted=decoded.tinted,
             seconds=job.seconds + time.perf_counter() - start,
             notes=notes,
         )
@@ -469,9 +486,9 @@ class Protector:
 
     def _noise(
         self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
-    ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool]":
-        """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], and whether all of it is that of masks without a
-        class and no tint."""
+    ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool, bool]":
+        """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], whether it is that of classes, and whether it is
+        a tint of masks without one."""
         apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
@@ -495,17 +512,20 @@ class Protector:
             )
 
         everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
-        tinted = codes[chosen] in (self.model.config.tint_codes or ())
-        softened = not tinted and not (segments and job.classes is not None)
+        of_classes = bool(segments) and job.classes is not None
+        tinted = not of_classes and codes[chosen] in (self.model.config.tint_codes or ())
         if not segments:
-            return everywhere, softened
+            return everywhere, of_classes, tinted
         own = [(*segment, one) for segment, one in zip(segments, own, strict=True)]
-        return NoiseOfSegments(everywhere, own), softened
+        return NoiseOfSegments(everywhere, own), of_classes, tinted
 
     def _codes_of_masks(self, job: "Job", region: np.ndarray, patch: float) -> list[int]:
         """Those that are in question for masks without a class; a patch has so many pixels of height."""
         config = self.model.config
-        if config.tint_codes and needs_tint(job.picture.pixels, region, patch):
+        pixels, tint = job.picture.pixels, job.prompt.tint
+        # Of one channel there is nothing to tint.
+        possible = config.tint_codes and tint != "never" and pixels.shape[2] > 1
+        if possible and (tint == "always" or needs_tint(pixels, region, patch)):
             return list(config.tint_codes)
         return [config.faint_code if config.faint_code is not None and job.epsilon < SMALL_BUDGET else 0]
 
@@ -574,11 +594,12 @@ class Job:
 @dataclass(eq=False)
 class Decoded:
     """What the model said of a [`Job`]: noise in [-1, 1], whose rows at the image's size are made when they are asked
-    for, whether smooth parts get less of it (a tint and a class's noise stay whole), the union `(height, width)`
-    bool of its masks and their number, and notes for the user."""
+    for, whether smooth parts get less of it (a tint and a class's noise stay whole), whether it is a tint, the union
+    `(height, width)` bool of its masks and their number, and notes for the user."""
 
     noise: "FullSizeNoise | NoiseOfSegments"
     softened: bool
+    tinted: bool
     region: np.ndarray
     masks: int
     notes: tuple[str, ...]
@@ -592,12 +613,10 @@ def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
     like, as from clean ones. So the limits are such that photographs hardly ever get a tint, and cells nearly always.
 
     Args:
-        pixels: `(height, width, channels)` uint8 or uint16. In an image of one channel there is no tint.
+        pixels: `(height, width, 3)` uint8 or uint16.
         region: `(height, width)` bool.
         wave: height of a wave in pixels.
     """
-    if pixels.shape[2] == 1:
-        return False
     waves = typical_height(region) / wave
     return (
         waves < LOW

@@ -23,6 +23,7 @@ SETTINGS_KEYS = {
         "label_maps",
         "ignore_labels",
         "mode",
+        "tint",
         "whole_image",
     ),
     "model": ("name", "identity"),

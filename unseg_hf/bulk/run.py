@@ -48,6 +48,7 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
             "label_maps": protect.label_maps,
             "ignore_labels": list(protect.ignore_labels),
             "mode": protect.mode,
+            "tint": protect.tint,
             "whole_image": protect.whole_image,
         },
         "model": {

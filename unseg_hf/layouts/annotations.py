@@ -35,12 +35,12 @@ class Segment(NamedTuple):
     class_id: int | None = None
 
 
-def prompt_of(segments: Sequence[Segment], mode: str) -> "Prompt":
+def prompt_of(segments: Sequence[Segment], mode: str, tint: str) -> "Prompt":
     """What to protect: all segments, with their classes where they are known."""
     from unseg_hf.protection import Prompt  # it brings torch, which listing the data sets need not wait for
 
     masks, classes = zip(*segments, strict=True)
-    return Prompt(masks=masks, classes=None if None in classes else classes, mode=mode)
+    return Prompt(masks=masks, classes=None if None in classes else classes, mode=mode, tint=tint)
 
 
 class Annotation(Protocol):

@@ -116,6 +116,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
         names=None if names is None else hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest(),
         classes=None if classes is None else tuple(sorted(classes)),
         per_segment=options.per_segment,
+        tint=options.tint,
         epsilon=round(levels[0], 6),
         epsilon_background=round(levels[1], 6),
         jpeg_names=options.jpeg_names,
@@ -147,6 +148,8 @@ def _progress(entries, total: int):
 
 
 def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries: list[dict[str, Any]]) -> None:
+    from unseg_hf.cli import said_of_tints
+
     for entry in entries:
         if entry["status"] == "failed":
             print(f"unseg: {entry['error']}", file=sys.stderr)
@@ -154,6 +157,8 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
     failed = sum(entry["status"] == "failed" for entry in entries)
     for note, count in Counter(note for entry in protected for note in entry["notes"]).items():
         print(f"note ({count} images): {note}")
+    if mixed := said_of_tints([entry["tinted"] for entry in protected]):
+        print(mixed)
     if jpegs := [entry for entry in protected if "over_bound_share" in entry]:
         left = [entry["noise_left"] for entry in jpegs if entry["noise_left"] is not None]
         share = sum(entry["over_bound_share"] for entry in jpegs) / len(jpegs)

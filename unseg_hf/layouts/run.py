@@ -51,6 +51,7 @@ class Settings:
         names: SHA-256 of the names of the images to protect; None for all.
         classes: numbers of the classes to protect; None for all.
         per_segment: prompt once for each segment, for the noise of its class.
+        tint: when segments without a class get a tint, see [`Prompt`].
         epsilon, epsilon_background: the budget in grey levels of 255.
         jpeg_names: one of [`JPEG_NAMES`].
         quality: of JPEG; None where none is written.
@@ -65,6 +66,7 @@ class Settings:
     names: str | None
     classes: tuple[int, ...] | None
     per_segment: bool
+    tint: str
     epsilon: float
     epsilon_background: float
     jpeg_names: str
@@ -160,7 +162,7 @@ class Worker:
         )
         protected = self.protector.protect(
             original,
-            prompt_of(segments, "per_segment" if settings.per_segment else "union"),
+            prompt_of(segments, "per_segment" if settings.per_segment else "union", settings.tint),
             epsilon=settings.epsilon / 255,
             epsilon_background=settings.epsilon_background / 255,
         )
@@ -186,6 +188,7 @@ class Worker:
             "epsilon": settings.epsilon,
             "epsilon_background": settings.epsilon_background,
             "masks": protected.masks,
+            "tinted": protected.tinted,
             "mask_share": float(protected.region.mean()),
             "max_noise": inside * scale,
             "max_noise_background": outside * scale,
