@@ -804,6 +804,16 @@ def test_a_run_that_is_interrupted_or_lacks_an_extra_says_so(place, saved_genera
         assert ("stopped" if status == 130 else "install pycocotools") in capsys.readouterr().err
 
 
+def test_an_output_from_before_there_was_a_tint_is_verified_and_not_gone_on_with(place, saved_generator):
+    run(write_images(place), saved_generator)
+    settings = manifest.read_settings(Path("out"))
+    del settings["protection"]["tint"]
+    Path("out/settings.json").write_text(json.dumps(settings))
+    assert cli.main(["verify", "out"]) == 0
+    with pytest.raises(manifest.SettingsError, match=r"protection\.tint None and not 'auto'"):
+        run(write_images(place), saved_generator)
+
+
 def test_verify_names_damaged_settings_and_marks(place, saved_generator, capsys):
     run(write_images(place), saved_generator)
     mark = Path("out/manifest/000001.json")

@@ -23,13 +23,13 @@ SETTINGS_KEYS = {
         "label_maps",
         "ignore_labels",
         "mode",
-        "tint",
         "whole_image",
     ),
     "model": ("name", "identity"),
     "versions": ("unseg_hf",),
 }
-"""What [`unseg_hf.bulk.run.run_settings`] writes for every kind of source."""
+"""What [`unseg_hf.bulk.run.run_settings`] writes for every kind of source, but for what was not there from the
+beginning (`tint`): outputs that are older can be verified, and not be gone on with."""
 
 
 class SettingsError(ValueError):
