@@ -28,17 +28,18 @@ class UnSegConfig(PreTrainedConfig):
             Sets of three noise tokens: noises that the generator can make for the same prompt. The first is that of
             masks; the others, of which the paper's generator has none, are for classes.
         tint_codes (`list[int]`, *optional*):
-            Which of those sets are flat tints. They replace the first set where waves would be lost: in masks whose
-            parts are typically lower than 0.8 waves, or than 2 in images of three channels without colour. Of several
-            the one is taken that is least like the image's own colours, and the first if none clearly is. They may be
-            classes' noises as well. `None`: such masks get the first set, too.
+            Which of those sets are flat tints. They replace the first set where waves would be lost, unless a prompt's
+            `tint` says otherwise: in masks whose parts are typically lower than 0.8 waves, than 2 in images of three
+            channels without colour, or than 2.5 in eight parts or more, less their holes. Of several the one is taken
+            that is least like the image's own colours, and the first if none clearly is. They may be classes' noises
+            as well. `None`: such masks get the first set, too.
         faint_code (`int`, *optional*):
             Which of those sets replaces the first where `epsilon` is below 6/255: waves in colour alone, say, which
             victims still pick up at small amplitudes. `None`: none does.
         epsilon_smooth (`float`, *optional*):
             Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin;
             rounded to whole grey levels. About a quarter of what is protected keeps `epsilon` all the same, the
-            roughest where all is smooth. It holds whatever budget is asked for, but not for tints and the noises of
+            roughest where all is smooth. It holds for budgets of 6/255 or more, and not for tints and the noises of
             classes. `None`: `epsilon` and `epsilon_background` hold everywhere, as in the paper.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.

@@ -300,7 +300,7 @@ class Protector:
                 tensor `(channels, height, width)` of the same kinds; path, bytes or open file.
             prompt: what to protect; its fields may be passed by name instead (`mask=...`).
             epsilon: budget inside the masks, 0 to 1; the model's by default. Where the image is smooth no more than
-                the model's `epsilon_smooth` is spent.
+                the model's `epsilon_smooth` is spent, of a budget of 6/255 or more.
             epsilon_background: the same outside, 0 to `epsilon`; by default as much smaller as the model's is
                 ([`UnSegConfig.budget`]): nothing, for the embedded default.
 
@@ -381,7 +381,8 @@ class Protector:
         budget = (job.epsilon, job.epsilon_background)
         ceiling = None
         smooth = self.model.config.epsilon_smooth
-        if decoded.softened and smooth is not None and smooth < job.epsilon:
+        # A small budget is spent everywhere: victims would not find what smooth parts leave of it.
+        if decoded.softened and smooth is not None and smooth < job.epsilon and job.epsilon >= SMALL_BUDGET:
             ceiling = ceiling_of(job.picture.pixels, decoded.region, job.epsilon, smooth)
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         largest = _check_bound(job.picture.pixels, protected, decoded.region, *budget)
