@@ -293,18 +293,36 @@ def test_a_folder_says_that_its_images_have_unlike_noises_and_how_to_make_them_a
     """With the generator in the package, which has a tint for what is low."""
     for folder in ("in", "masks"):
         (tmp_path / folder).mkdir()
-    for index, height in enumerate((70, 70, 4)):
+    for index, height in enumerate((70, 70, 4, 0)):  # the last has nothing to protect
         low = np.zeros((96, 128), np.uint8)
         low[20 : 20 + height, 10:100] = 255
         Image.fromarray(photo(index, 96, 128)).save(tmp_path / f"in/{index}.png")
         Image.fromarray(low).save(tmp_path / f"masks/{index}.png")
     arguments = ("protect", tmp_path / "in", "-o", tmp_path / "out", "--masks", tmp_path / "masks", "--overwrite")
-    said = "note: 1 of 3 images have a tint, the others waves; in one data set, a model learns from the 1"
     for options, expected in (((), True), (("--tint", "never"), False), (("--tint", "always"), False)):
         assert run(*arguments, *options) == 0
-        assert (said in capsys.readouterr().out) == expected
+        said = capsys.readouterr().out
+        assert ("note: 1 images have a tint and 2 waves;" in said) == expected
+        assert ("take --tint never for photographs, --tint always for small things" in said) == expected
     expected = Protector.from_pretrained().protect(tmp_path / "in/0.png", mask=tmp_path / "masks/0.png", tint="always")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/0.png")), expected.picture.pixels)
+
+
+def test_a_tint_reaches_the_objects_of_cocos_json(tmp_path):
+    Image.fromarray(photo(1, 96, 128)).save(tmp_path / "a.png")
+    labels = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 96, "width": 128}],
+        "categories": [{"id": 1, "name": "o"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 90, 60], "area": 5400, "iscrowd": 0}
+        ],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    arguments = ("protect", tmp_path / "a.png", "-o", tmp_path / "b.png", "--masks", tmp_path / "labels.json")
+    assert run(*arguments, "--tint", "always") == 0
+    expected = Protector.from_pretrained().protect(tmp_path / "a.png", boxes=[[10, 20, 100, 80]], tint="always")
+    assert expected.tinted
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "b.png")), expected.picture.pixels)
 
 
 def test_boxes_points_and_labels_reach_the_generator(folder, saved_generator):

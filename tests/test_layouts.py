@@ -577,6 +577,19 @@ def test_other_settings_on_the_same_output_are_refused_by_name(tmp_path, protect
     assert files(tmp_path / "out") == before
 
 
+def test_a_tint_may_be_asked_for(tmp_path):
+    """Of the generator in the package, which has one."""
+    TREES["voc2012"][1](tmp_path / "in")
+    command = ["protect-dataset", "voc2012", "--root", str(tmp_path / "in"), "--output"]
+    changes = {}
+    for tint in ("never", "always"):
+        assert cli.main([*command, str(tmp_path / tint), "--tint", tint]) == 0
+        done = [entry for entry in record(tmp_path / tint).values() if entry["status"] == "protected"]
+        assert {entry["tinted"] for entry in done} == {tint == "always"}
+        changes[tint] = [(tmp_path / tint / entry["path"]).read_bytes() for entry in done]
+    assert all(one != other for one, other in zip(*changes.values(), strict=True))
+
+
 def test_bad_images_and_masks_are_named_and_left_out_until_they_are_mended(tmp_path, protect, capsys):
     many(tmp_path / "in", 5)
     before = files(tmp_path / "in")

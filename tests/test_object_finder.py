@@ -236,7 +236,7 @@ def test_a_generator_whose_finder_lacks_its_weights_says_how_to_do_without_it(tm
     weights = load_file(tmp_path / "model.safetensors")
     others = {name: value for name, value in weights.items() if not name.startswith("object_finder.")}
     save_file(others, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"object_finder.* pass object_finder_width=None to do without"):
+    with pytest.raises(ValueError, match=r"object_finder.* in Python, object_finder_width=None does without"):
         Protector.from_pretrained(tmp_path)
     pixels, mask = scene(LEFT)
     without, embedded = Protector.from_pretrained(tmp_path, object_finder_width=None), Protector.from_pretrained()

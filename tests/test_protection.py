@@ -359,8 +359,11 @@ def test_the_code_for_tints_is_for_what_is_too_low_for_waves(coded_protector, pr
                 for protector in (with_tint, coded_protector)
             )
             np.testing.assert_array_equal(*own)
-    always = coded_protector.protect(yellow, mask=low, tint="always")
-    assert always.notes == ("it has noise that is no tint: this generator has none",)
+    for none in (None, []):
+        coded_protector.model.config.tint_codes = none
+        always = coded_protector.protect(yellow, mask=low, tint="always")
+        assert always.notes == ("it has noise that is no tint: this generator has none",)
+    coded_protector.model.config.tint_codes = None
     np.testing.assert_array_equal(always.picture.pixels, coded_protector.protect(yellow, mask=low).picture.pixels)
 
 
@@ -444,6 +447,17 @@ def test_the_typical_height_is_that_of_stripes_of_lines_and_of_most_of_the_pixel
     assert typical_height((rows < 150) & (columns < 600) | (rows >= 199)) == 150
     assert typical_height((rows < 150) & (columns < 6) | (rows >= 199)) == 1
     assert typical_height(np.zeros((9, 9), bool)) == float("inf")
+
+
+def test_where_nothing_is_protected_or_each_class_has_its_noise_there_is_no_tint_to_speak_of(protector_of):
+    protector = protector_of(noise_codes=4, tint_codes=[2])
+    image, empty, full = np.full((60, 80, 3), 90, np.uint8), np.zeros((60, 80), int), np.ones((60, 80), int)
+    for prompt in ({"mask": empty}, {"label_map": empty}, {"label_map": full, "mode": "per_segment"}):
+        for tint in ("auto", "always"):
+            protected = protector.protect(image, tint=tint, **prompt)
+            assert protected.tinted is None
+            assert not [note for note in protected.notes if "tint" in note]
+    assert protector.protect(image, mask=full, tint="always").tinted
 
 
 def test_parts_less_holes_is_eulers_number():

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tint",
         choices=("auto", "always", "never"),
         default="auto",
-        help="A flat tint in place of waves (default: for small things, such as cells); best alike in a data set.",
+        help="A flat tint in place of waves, for masks without a class (default: for small things, such as cells).",
     )
     add("--whole_image", action="store_true", help="Everything; hardly protects (default: masks, else what is found).")
     add("--epsilon", type=float, help="Largest change in a mask, in grey levels of 255 (default: the model's).")

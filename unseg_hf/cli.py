@@ -183,7 +183,8 @@ def _add_strength_options(parser: argparse.ArgumentParser) -> None:
         "--tint",
         choices=("auto", "always", "never"),
         default="auto",
-        help="a flat tint in place of waves (default: for small things, such as cells); best alike in a data set",
+        help="a flat tint in place of waves, for masks without a class (default: for small things, such as cells); "
+        "best alike in a data set",
     )
 
 
@@ -643,8 +644,7 @@ class Report:
 
             shares = [report["protected_share"] for report in reports]
             print(f"noise on {median(shares):.0%} of an image (median; {min(shares):.0%} to {max(shares):.0%})")
-            if mixed := said_of_tints([report["tinted"] for report in reports]):
-                print(mixed)
+            say_of_tints([report["tinted"] for report in reports])
         for note, count in Counter(note for report in reports for note in report["notes"]).items():
             print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
         left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]
@@ -707,16 +707,15 @@ def run_verify(options: argparse.Namespace) -> int:
     return 1 if result.wrong else 0
 
 
-def said_of_tints(tinted: list[bool]) -> str:
-    """Of images of which some have a tint and others do not, what to do about it; "" if all are alike."""
-    count = sum(tinted)
-    if count in (0, len(tinted)):
-        return ""
-    few, remedy = min((count, "never"), (len(tinted) - count, "always"))
-    return (
-        f"note: {count} of {len(tinted)} images have a tint, the others waves; in one data set, a model learns from "
-        f"the {few} as from clean images: --tint {remedy} makes all alike"
-    )
+def say_of_tints(tinted: list[bool | None]) -> None:
+    """Of images of which some have a tint and others, that might have one, do not: what to do about it."""
+    found = Counter(tinted)
+    if found[True] and found[False]:
+        print(
+            f"note: {found[True]} images have a tint and {found[False]} waves; a model learns from a few that are "
+            "unlike the others as from clean images: in one data set, take --tint never for photographs, --tint "
+            "always for small things (images of one channel always have waves)"
+        )
 
 
 def _decibels(psnr: float | None) -> str:

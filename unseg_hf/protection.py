@@ -85,7 +85,7 @@ class Prompt:
             each mask, on the same image embedding. Where classes are known, each class gets a noise of its own then,
             the same in all images; if the generator has fewer noises than there are classes, some share one.
         tint: when masks without a class get a flat tint in place of the generator's noise, if it has one: "auto" where
-            that says more ([`needs_tint`]), "always", but in images of one channel, or "never". All images of a data
+            that says more ([`needs_tint`]), "always" (images of one channel excepted) or "never". All images of a data
             set should get the same: from a few that do not, a model learns what objects look like.
 
     Raises:
@@ -168,7 +168,7 @@ class Protected:
         region: `(height, width)` bool, where the full budget applies.
         epsilon, epsilon_background: the budget, as shares of the pixel range.
         masks: number of masks that made up the region.
-        tinted: whether its noise is a tint (see [`Prompt`]).
+        tinted: whether the noise of masks without a class is a tint (see [`Prompt`]); None where there is no such.
         seconds: time it took, reading included.
         notes: what a user should know, in plain words.
     """
@@ -179,7 +179,7 @@ class Protected:
     epsilon: float
     epsilon_background: float
     masks: int
-    tinted: bool
+    tinted: bool | None
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -266,7 +266,9 @@ class Protector:
         model, loading = UnSegModel.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
         if missing := loading["missing_keys"]:
             of_finder = all(name.startswith("object_finder.") for name in missing)
-            remedy = "pass object_finder_width=None to do without its object finder" if of_finder else "train it first"
+            remedy = (
+                "in Python, object_finder_width=None does without its object finder" if of_finder else "train it first"
+            )
             raise ValueError(
                 f"{checkpoint} is no trained generator: {len(missing)} weights are missing, {min(missing)} among "
                 f"them; {remedy}, or choose another checkpoint"
@@ -360,12 +362,15 @@ class Protector:
         elif job.epsilon and self._all_over(job, region):
             found.append(ALL_OVER)
         noise, of_classes, tinted = self._noise(job, embeddings, masks, region)
-        if job.prompt.tint == "always" and not (tinted or of_classes):
-            has_none = "this generator has none" if self.model.config.tint_codes is None else "one channel takes none"
+        softened = not (tinted or of_classes)
+        if of_classes or not region.any():
+            tinted = None
+        elif job.prompt.tint == "always" and not tinted:
+            has_none = "one channel takes none" if self.model.config.tint_codes else "this generator has none"
             found.append(f"it has noise that is no tint: {has_none}")
         job.seconds += time.perf_counter() - start
         notes = (*job.picture.notes, *found)
-        return Decoded(noise, not (tinted or of_classes), tinted, region, len(masks), notes)
+        return Decoded(noise, softened, tinted, region, len(masks), notes)
 
     @staticmethod
     def _all_over(job: "Job", region: np.ndarray) -> bool:
@@ -595,12 +600,12 @@ class Job:
 @dataclass(eq=False)
 class Decoded:
     """What the model said of a [`Job`]: noise in [-1, 1], whose rows at the image's size are made when they are asked
-    for, whether smooth parts get less of it (a tint and a class's noise stay whole), whether it is a tint, the union
-    `(height, width)` bool of its masks and their number, and notes for the user."""
+    for, whether smooth parts get less of it (a tint and a class's noise stay whole), whether it is a tint (as in
+    [`Protected`]), the union `(height, width)` bool of its masks and their number, and notes for the user."""
 
     noise: "FullSizeNoise | NoiseOfSegments"
     softened: bool
-    tinted: bool
+    tinted: bool | None
     region: np.ndarray
     masks: int
     notes: tuple[str, ...]
@@ -608,7 +613,7 @@ class Decoded:
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
     """Whether a tint says more than waves: the region is lower than [`LOW`] waves, [`LOW_IN_GREY`] without colour, or
-    [`LOW_OF_MANY`] if it has [`MANY`] parts.
+    [`LOW_OF_MANY`] if it has [`MANY`] parts or more, less their holes.
 
     The images of a data set should all get the same noise: from a few that do not, a model learns what objects look
     like, as from clean ones. So the limits are such that photographs hardly ever get a tint, and cells nearly always.

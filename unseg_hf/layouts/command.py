@@ -148,7 +148,7 @@ def _progress(entries, total: int):
 
 
 def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries: list[dict[str, Any]]) -> None:
-    from unseg_hf.cli import said_of_tints
+    from unseg_hf.cli import say_of_tints
 
     for entry in entries:
         if entry["status"] == "failed":
@@ -157,8 +157,7 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
     failed = sum(entry["status"] == "failed" for entry in entries)
     for note, count in Counter(note for entry in protected for note in entry["notes"]).items():
         print(f"note ({count} images): {note}")
-    if mixed := said_of_tints([entry["tinted"] for entry in protected]):
-        print(mixed)
+    say_of_tints([entry["tinted"] for entry in protected])
     if jpegs := [entry for entry in protected if "over_bound_share" in entry]:
         left = [entry["noise_left"] for entry in jpegs if entry["noise_left"] is not None]
         share = sum(entry["over_bound_share"] for entry in jpegs) / len(jpegs)
