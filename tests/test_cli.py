@@ -302,7 +302,7 @@ def test_a_folder_says_that_its_images_have_unlike_noises_and_how_to_make_them_a
     for options, expected in (((), True), (("--tint", "never"), False), (("--tint", "always"), False)):
         assert run(*arguments, *options) == 0
         said = capsys.readouterr().out
-        assert ("note: 1 images have a tint and 2 waves;" in said) == expected
+        assert ("note: images with a tint: 1, with waves: 2;" in said) == expected
         assert ("take --tint never for photographs, --tint always for small things" in said) == expected
     expected = Protector.from_pretrained().protect(tmp_path / "in/0.png", mask=tmp_path / "masks/0.png", tint="always")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/0.png")), expected.picture.pixels)

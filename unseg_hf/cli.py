@@ -712,7 +712,7 @@ def say_of_tints(tinted: list[bool | None]) -> None:
     found = Counter(tinted)
     if found[True] and found[False]:
         print(
-            f"note: {found[True]} images have a tint and {found[False]} waves; a model learns from a few that are "
+            f"note: images with a tint: {found[True]}, with waves: {found[False]}; a model learns from a few that are "
             "unlike the others as from clean images: in one data set, take --tint never for photographs, --tint "
             "always for small things (images of one channel always have waves)"
         )
