@@ -361,16 +361,13 @@ class Protector:
             found.append(f"the mask is empty: {what}")
         elif job.epsilon and self._all_over(job, region):
             found.append(ALL_OVER)
-        noise, of_classes, tinted = self._noise(job, embeddings, masks, region)
-        softened = not (tinted or of_classes)
-        if of_classes or not region.any():
-            tinted = None
-        elif job.prompt.tint == "always" and not tinted:
+        noise, tinted = self._noise(job, embeddings, masks, region)
+        if job.prompt.tint == "always" and tinted is False and region.any():
             has_none = "one channel takes none" if self.model.config.tint_codes else "this generator has none"
             found.append(f"it has noise that is no tint: {has_none}")
         job.seconds += time.perf_counter() - start
         notes = (*job.picture.notes, *found)
-        return Decoded(noise, softened, tinted, region, len(masks), notes)
+        return Decoded(noise, tinted, region, len(masks), notes)
 
     @staticmethod
     def _all_over(job: "Job", region: np.ndarray) -> bool:
@@ -386,8 +383,10 @@ class Protector:
         budget = (job.epsilon, job.epsilon_background)
         ceiling = None
         smooth = self.model.config.epsilon_smooth
-        # A small budget is spent everywhere: victims would not find what smooth parts leave of it.
-        if decoded.softened and smooth is not None and smooth < job.epsilon and job.epsilon >= SMALL_BUDGET:
+        # A tint and the noises of classes stay whole, and a small budget is spent everywhere: victims would not find
+        # what smooth parts leave of it.
+        softened = decoded.tinted is False and job.epsilon >= SMALL_BUDGET
+        if softened and smooth is not None and smooth < job.epsilon:
             ceiling = ceiling_of(job.picture.pixels, decoded.region, job.epsilon, smooth)
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         largest = _check_bound(job.picture.pixels, protected, decoded.region, *budget)
@@ -401,7 +400,7 @@ class Protector:
             epsilon=job.epsilon,
             epsilon_background=job.epsilon_background,
             masks=decoded.masks,
-            tinted=decoded.tinted,
+            tinted=decoded.tinted if decoded.region.any() else None,
             seconds=job.seconds + time.perf_counter() - start,
             notes=notes,
         )
@@ -492,9 +491,9 @@ class Protector:
 
     def _noise(
         self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
-    ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool, bool]":
-        """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], whether it is that of classes, and whether it is
-        a tint of masks without one."""
+    ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool | None]":
+        """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], and whether it is a tint; None if it is that of
+        classes."""
         apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
@@ -518,12 +517,11 @@ class Protector:
             )
 
         everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
-        of_classes = bool(segments) and job.classes is not None
-        tinted = not of_classes and codes[chosen] in (self.model.config.tint_codes or ())
+        tinted = codes[chosen] in (self.model.config.tint_codes or ())
         if not segments:
-            return everywhere, of_classes, tinted
+            return everywhere, tinted
         own = [(*segment, one) for segment, one in zip(segments, own, strict=True)]
-        return NoiseOfSegments(everywhere, own), of_classes, tinted
+        return NoiseOfSegments(everywhere, own), tinted if job.classes is None else None
 
     def _codes_of_masks(self, job: "Job", region: np.ndarray, patch: float) -> list[int]:
         """Those that are in question for masks without a class; a patch has so many pixels of height."""
@@ -600,11 +598,10 @@ class Job:
 @dataclass(eq=False)
 class Decoded:
     """What the model said of a [`Job`]: noise in [-1, 1], whose rows at the image's size are made when they are asked
-    for, whether smooth parts get less of it (a tint and a class's noise stay whole), whether it is a tint (as in
-    [`Protected`]), the union `(height, width)` bool of its masks and their number, and notes for the user."""
+    for, whether it is a tint (None if it is that of classes), the union `(height, width)` bool of its masks and their
+    number, and notes for the user."""
 
     noise: "FullSizeNoise | NoiseOfSegments"
-    softened: bool
     tinted: bool | None
     region: np.ndarray
     masks: int
