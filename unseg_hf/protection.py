@@ -366,8 +366,7 @@ class Protector:
             has_none = "one channel takes none" if self.model.config.tint_codes else "this generator has none"
             found.append(f"it has noise that is no tint: {has_none}")
         job.seconds += time.perf_counter() - start
-        notes = (*job.picture.notes, *found)
-        return Decoded(noise, tinted, region, len(masks), notes)
+        return Decoded(noise, tinted, region, len(masks), (*job.picture.notes, *found))
 
     @staticmethod
     def _all_over(job: "Job", region: np.ndarray) -> bool:
