@@ -34,8 +34,8 @@ def pattern_noise(number: int, labelled, pattern: str, count: int, place: str, c
     import torch
 
     from unseg_hf.evaluation.controls import tint_for
+    from unseg_hf.noise_choice import needs_tint
     from unseg_hf.noise_codes import code_noise
-    from unseg_hf.protection import needs_tint
 
     waves, *tints = pattern.split("/")
     random = np.random.default_rng(number)

@@ -19,7 +19,7 @@ from unseg_hf.demo.pictures import DETAIL, detail_window, marked, web_treatments
 from unseg_hf.demo.session import VIEW_SIDE, Limits, Marks, Workbench, file_stem, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.demo.texts import found, typed_marks
-from unseg_hf.protection import Prompt
+from unseg_hf.inputs import Prompt
 
 COFFEE = Path(__file__).parents[1] / "spaces_demo" / "examples" / "coffee.png"
 

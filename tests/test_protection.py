@@ -5,24 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-import skimage.measure
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
-from unseg_hf.evaluation.post_processing import jpeg
-from unseg_hf.image_files import from_array
-from unseg_hf.protection import (
-    ALL_OVER,
-    apply_noise,
-    compare,
-    parts_less_holes,
-    standing_out,
-    typical_height,
-    without_colour,
-)
+from unseg_hf.fidelity import compare
+from unseg_hf.protection import ALL_OVER, apply_noise
 
 RNG = np.random.default_rng(0)
 
@@ -423,32 +413,6 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
         assert np.abs(noise(protector, pixels[:height, :width])).max() <= 2
 
 
-def test_of_several_tints_the_one_is_taken_that_stands_out_of_the_colours():
-    grey = np.random.default_rng(0).integers(0, 256, (600, 500, 1)).repeat(3, axis=2).astype(np.uint8)
-    red, magenta, white = (1, -1, -1), (1, -1, 1), (1, 1, 1)
-    for tints, wanted in (((red, magenta), red), ((magenta, red), magenta), ((white, red), red), ((red, white), red)):
-        tints = np.array(tints, np.float32)
-        assert tuple(tints[standing_out(grey, tints)]) == wanted
-    redder, yellower = (grey // 2 for _ in range(2))
-    redder[..., 0] = np.arange(500) // 4
-    yellower[..., :2] = (np.arange(500) // 4)[:, None]
-    for tint, pixels in ((magenta, redder), (red, yellower)):
-        for of_its_kind in (pixels, pixels.astype(np.uint16) * 257):
-            tints = 0.1 * np.array([red, magenta])
-            assert tuple(np.sign(tints[standing_out(of_its_kind, tints)])) == tint
-    # One pixel, or one colour, varies in nothing.
-    assert standing_out(np.full((1, 1, 3), 7, np.uint8), np.array([red, np.multiply(2, magenta)])) == 1
-
-
-def test_the_typical_height_is_that_of_stripes_of_lines_and_of_most_of_the_pixels():
-    rows, columns = np.mgrid[:200, :1300]
-    assert typical_height((rows // 5) % 2 == 0) == 5
-    assert typical_height(columns % 7 == 0) == 200
-    assert typical_height((rows < 150) & (columns < 600) | (rows >= 199)) == 150
-    assert typical_height((rows < 150) & (columns < 6) | (rows >= 199)) == 1
-    assert typical_height(np.zeros((9, 9), bool)) == float("inf")
-
-
 def test_where_nothing_is_protected_or_each_class_has_its_noise_there_is_no_tint_to_speak_of(protector_of):
     protector = protector_of(noise_codes=4, tint_codes=[2])
     image, empty, full = np.full((60, 80, 3), 90, np.uint8), np.zeros((60, 80), int), np.ones((60, 80), int)
@@ -458,26 +422,6 @@ def test_where_nothing_is_protected_or_each_class_has_its_noise_there_is_no_tint
             assert protected.tinted is None
             assert not [note for note in protected.notes if "tint" in note]
     assert protector.protect(image, mask=full, tint="always").tinted
-
-
-def test_parts_less_holes_is_eulers_number():
-    random = np.random.default_rng(0)
-    shapes = ((40, 33), (1, 9), (7, 1), (511, 511))
-    for region in (random.random(shape) < random.random() for shape in shapes for _ in range(8)):
-        assert parts_less_holes(region) == skimage.measure.euler_number(region, connectivity=2)
-    # Of large ones every other pixel is looked at.
-    rows, columns = np.mgrid[:900, :40]
-    assert parts_less_holes((rows % 100 < 40) & (columns % 10 < 6)) == 36
-    assert parts_less_holes(np.zeros((9, 9), bool)) == 0
-
-
-def test_what_was_grey_is_grey_after_jpeg_and_a_faint_tint_is_a_colour():
-    random = np.random.default_rng(0)
-    texture = random.integers(0, 256, (1100, 700, 1), dtype=np.uint8).repeat(3, axis=2)
-    assert without_colour(np.asarray(jpeg(Image.fromarray(texture), 50)))
-    assert without_colour(texture.astype(np.uint16) * 257)
-    assert not without_colour(np.maximum(texture, 8) - np.uint8([0, 4, 0]))
-    assert not without_colour(texture[..., :1])
 
 
 def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud_protector):
@@ -503,7 +447,7 @@ def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud
 def test_work_in_strips_gives_what_work_at_once_gives(loud_protector, monkeypatch):
     masks = [box_mask(97, 80), np.roll(box_mask(97, 80), 15, axis=0)]
     at_once = loud_protector.protect(photo(97, 80), masks=masks, mode="per_segment")
-    monkeypatch.setattr("unseg_hf.protection.STRIP", 700)
+    monkeypatch.setattr("unseg_hf.fidelity.STRIP", 700)
     in_strips = loud_protector.protect(photo(97, 80), masks=masks, mode="per_segment")
     np.testing.assert_array_equal(in_strips.picture.pixels, at_once.picture.pixels)
     figures = [compare(p.original, p.picture, p.region) for p in (at_once, in_strips)]
@@ -645,20 +589,6 @@ def test_report_measures_the_pixels(loud_protector):
         use_sample_covariance=False,
     )
     assert result.report["ssim"] == pytest.approx(reference, abs=2e-3)  # the two treat the border differently
-
-
-def test_ssim_measured_in_strips_is_that_of_the_whole_picture():
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    rng = np.random.default_rng(0)
-    original = rng.integers(0, 256, (900, 700, 1), np.uint8)
-    changed = np.clip(original + rng.integers(-20, 21, original.shape) * (np.arange(900)[:, None, None] > 500), 0, 255)
-    pictures = [from_array(pixels.astype(np.uint8)) for pixels in (original, changed)]
-    figures = compare(*pictures, np.ones((900, 700), bool))
-    whole = (torch.from_numpy(p.pixels.astype(np.float32)).permute(2, 0, 1)[None] for p in reversed(pictures))
-    expected = float(structural_similarity_index_measure(*whole, data_range=255.0))
-    assert figures["ssim"] == pytest.approx(expected, abs=1e-6)
-    assert figures["ssim"] < 0.999
 
 
 def test_prompt_object_and_fields_are_the_same(tiny_protector):

@@ -26,8 +26,8 @@ WEIGHTS = {"config.json", "model.safetensors", "processor_config.json"}
 CODE = {
     f"{name}.py"
     for name in (
-        "configuration_unseg", "modeling_unseg", "processing_unseg", "pipeline_unseg", "protection", "proposals",
-        "object_finder", "image_files", "vision_unseg", "recorded_encoder",
+        "configuration_unseg", "modeling_unseg", "processing_unseg", "pipeline_unseg", "protection", "inputs",
+        "noise_choice", "fidelity", "proposals", "object_finder", "image_files", "vision_unseg", "recorded_encoder",
     )
 }  # fmt: skip
 

@@ -8,11 +8,12 @@ from .registration import with_transformers
 if TYPE_CHECKING:
     from .configuration_unseg import UnSegConfig
     from .image_files import ImageFileError
+    from .inputs import Prompt
     from .mapping import ProtectImages
     from .modeling_unseg import UnSegImageEmbeddings, UnSegModel, UnSegOutput
     from .pipeline_unseg import ImageProtectionPipeline
     from .processing_unseg import UnSegProcessor
-    from .protection import Prompt, Protected, Protector, default_checkpoint
+    from .protection import Protected, Protector, default_checkpoint
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ __all__ = [
 _MODULE_OF = {
     "ImageFileError": "image_files",
     "ImageProtectionPipeline": "pipeline_unseg",
-    "Prompt": "protection",
+    "Prompt": "inputs",
     "ProtectImages": "mapping",
     "Protected": "protection",
     "Protector": "protection",

@@ -270,7 +270,7 @@ def run_protect(options: argparse.Namespace) -> int:
 
 def _prompt_of(options: argparse.Namespace):
     """What to protect in each image, without its mask; ValueError for a box or point that makes no sense."""
-    from .protection import Prompt
+    from .inputs import Prompt
 
     return Prompt(
         boxes=options.box,
@@ -563,8 +563,8 @@ def _protect_one(
 ) -> dict[str, Any]:
     """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
     from . import image_files
+    from .fidelity import compare
     from .inspection import share_left
-    from .protection import compare
 
     quality = 95 if options.quality is None else options.quality
     image: Any = task.source
@@ -661,8 +661,8 @@ class Report:
 
 def run_inspect(options: argparse.Namespace) -> int:
     from . import image_files
+    from .inputs import read_region
     from .inspection import comparison_picture, inspect_pair
-    from .protection import read_region
 
     if options.picture:
         _refuse_overwriting("--picture", [options.picture], [options.original, options.protected, options.mask])

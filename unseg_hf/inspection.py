@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .fidelity import compare
 from .image_files import Picture
-from .protection import compare
 
 
 def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | None = None) -> dict[str, float | None]:

@@ -11,8 +11,9 @@ import torch
 
 from .configuration_unseg import check_epsilon
 from .image_files import ImageFileError, encode_verified, one_line, read_mask
+from .inputs import Prompt
 from .model_identity import model_identity
-from .protection import Job, Prompt, Protected, Protector
+from .protection import Job, Protected, Protector
 
 ON_ERROR = ("raise", "keep", "mark", "drop")
 REPORT_COLUMNS = ("max_noise", "max_noise_background", "psnr", "ssim", "masks", "tinted", "protected_share", "notes")

@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .protection import Job, Prompt, Protector
+from .inputs import Prompt
+from .protection import Job, Protector
 
 
 class ImageProtectionPipeline(Pipeline):

@@ -3,27 +3,27 @@
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .image_files import Picture, from_array, from_pil, read, read_mask
+from .fidelity import compare, max_noise, strips
+from .image_files import Picture
+from .inputs import ImageInput, Prompt, given_masks, mask_of_box, read_any
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
+from .noise_choice import SMALL_BUDGET, ceiling_of, needs_tint, standing_out
 from .object_finder import find_objects
 from .processing_unseg import FullSizeNoise, UnSegProcessor
 from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
 from .recorded_encoder import RecordedEncoder
 
-MODES = ("union", "per_segment")
-TINTS = ("auto", "always", "never")
 ALL_OVER = (
     "noise all over the image does not say where its objects are, and models learn them much as from clean images: "
     "mark the objects, if only by a box around each"
@@ -32,19 +32,7 @@ UNSURE = (
     "no object stands out: what is most likely one is protected; look at where the noise is, and mark the objects if "
     "it is not on them"
 )
-GREY = 3 / 255  # of an image's range, between its channels
-LOW, LOW_IN_GREY = 0.8, 2  # waves: of less height they say little, and in images without colour
-LOW_OF_MANY, MANY = 2.5, 8  # waves, and so many parts: what cells are like under a microscope, and hardly any photo
-LEAST_SPREAD = 4 / 255  # of an image's range: colours that vary less hide a tint no less
-CLEARLY = 1.1  # times as far
-SMALL_BUDGET = 6 / 255  # of an image's range: what is below is small
-TEXTURE_CELLS = 48  # down an image and across it
-TEXTURED = 6 / 255  # deviation of grey from a plane, of its range, from which noise is hidden
-SMOOTH = 1 / 3  # of that, up to which it shows
-FLAT = 0.5 / 255  # deviation below which there is no texture at all
 SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # by model and processor
-STRIP = 2**17  # pixels of a large photo that are worked on at a time
-ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
 
 def default_checkpoint() -> Path:
@@ -60,103 +48,6 @@ def check_model_name(name: str | os.PathLike) -> None:
         validate_repo_id(str(name))
     except HFValidationError as error:
         raise ValueError(f"{name}: no such folder, and no id of the Hub, which is like 'owner/name'") from error
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to protect in one image: at most one of `mask`, `masks`, `label_map`, `boxes`, `points` and `whole_image`;
-    with none of them the generator looks for objects itself: its object finder, or SAM where it has none.
-
-    Args:
-        mask: a mask image, numeric or boolean: PIL image, array or tensor `(height, width)`, or a file. Whole numbers
-            are inside where they are not 0, floats where they are at least 0.5, JPEG files where they are at least
-            128.
-        masks: several of those.
-        classes: number of the class of each of `masks`, for "per_segment".
-        label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
-        ignore_labels: labels of `label_map` that are no objects.
-        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
-            none, all of the box is protected: of photographs a model learns hardly more from that than from masks.
-        points: `[x, y]` each, in pixels of the upright image: on the object that SAM finds there, or on those that the
-            object finder, where there is one, has found in the image.
-        point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
-        whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
-        mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with
-            each mask, on the same image embedding. Where classes are known, each class gets a noise of its own then,
-            the same in all images; if the generator has fewer noises than there are classes, some share one.
-        tint: when masks without a class get a flat tint in place of the generator's noise, if it has one: "auto" where
-            that says more ([`needs_tint`]), "always" (images of one channel excepted) or "never". All images of a data
-            set should get the same: from a few that do not, a model learns what objects look like.
-
-    Raises:
-        ValueError: contradicting fields, naming them.
-    """
-
-    mask: Any = None
-    masks: Sequence[Any] | None = None
-    classes: Sequence[int] | None = None
-    label_map: Any = None
-    ignore_labels: Sequence[int] = (0, 255)
-    boxes: Sequence[Sequence[float]] | None = None
-    points: Sequence[Sequence[float]] | None = None
-    point_labels: Sequence[int] | None = None
-    whole_image: bool = False
-    mode: str = "union"
-    tint: str = "auto"
-
-    def __post_init__(self):
-        given = [n for n in ("mask", "masks", "label_map", "boxes", "points") if getattr(self, n) is not None]
-        given += ["whole_image"] if self.whole_image else []
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
-        if self.tint not in TINTS:
-            raise ValueError(f"tint={self.tint!r}: must be one of {', '.join(TINTS)}")
-        if self.classes is not None:
-            object.__setattr__(self, "classes", _class_numbers(self.classes, self.masks))
-        for name, width in (("boxes", 4), ("points", 2)):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _coordinates(name, getattr(self, name), width))
-        for x0, y0, x1, y1 in self.boxes or ():
-            if not (x0 < x1 and y0 < y1):
-                raise ValueError(f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels")
-        labels = [1] * len(self.points or ()) if self.point_labels is None else np.ravel(self.point_labels).tolist()
-        if len(labels) != len(self.points or ()):
-            raise ValueError(f"{len(labels)} point_labels for {len(self.points or ())} points: pass one each")
-        if labels and (set(labels) - {0, 1} or 1 not in labels):
-            raise ValueError(f"point_labels={labels}: 1 is on the object, 0 is not, and at least one must be on it")
-        object.__setattr__(self, "point_labels", [int(label) for label in labels])
-        object.__setattr__(self, "ignore_labels", tuple(np.ravel(self.ignore_labels).tolist()))
-
-    def check_inside(self, height: int, width: int) -> None:
-        """ValueError for a box that misses an image of this size, or a point outside it."""
-        for x0, y0, x1, y1 in self.boxes or ():
-            if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
-                raise ValueError(f"box {[x0, y0, x1, y1]} lies outside the image of {width} x {height} pixels")
-        for x, y in self.points or ():
-            if not (0 <= x <= width and 0 <= y <= height):
-                raise ValueError(f"point {[x, y]} lies outside the image of {width} x {height} pixels")
-
-
-def _class_numbers(classes, masks) -> list[int]:
-    numbers = np.asarray(classes)
-    if numbers.shape != (len(masks or ()),) or numbers.dtype.kind not in "iu":
-        raise ValueError(
-            f"classes={classes!r} for {len(masks or ())} masks: pass `masks`, and a whole number for each"
-        )
-    return numbers.tolist()
-
-
-def _coordinates(name: str, values, width: int) -> list[list[float]]:
-    """Boxes or points of any numeric kind as nested lists of finite numbers."""
-    try:
-        array = np.asarray([[float(number) for number in item] for item in values])
-    except (TypeError, ValueError):
-        array = np.empty(0)
-    if array.ndim != 2 or array.shape[1] != width or len(array) == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name}={values!r}: pass a list of {width} finite numbers each, in pixels")
-    return array.tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -607,128 +498,6 @@ class Decoded:
     notes: tuple[str, ...]
 
 
-def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
-    """Whether a tint says more than waves: the region is lower than [`LOW`] waves, [`LOW_IN_GREY`] without colour, or
-    [`LOW_OF_MANY`] if it has [`MANY`] parts or more, less their holes.
-
-    The images of a data set should all get the same noise: from a few that do not, a model learns what objects look
-    like, as from clean ones. So the limits are such that photographs hardly ever get a tint, and cells nearly always.
-
-    Args:
-        pixels: `(height, width, 3)` uint8 or uint16.
-        region: `(height, width)` bool.
-        wave: height of a wave in pixels.
-    """
-    waves = typical_height(region) / wave
-    return (
-        waves < LOW
-        or (waves < LOW_IN_GREY and without_colour(pixels))
-        or (waves < LOW_OF_MANY and parts_less_holes(region) >= MANY)
-    )
-
-
-def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
-    """Index of the tint that is least like an image's own colours: the first, unless another is 1.1 times as far out.
-
-    How far out is Mahalanobis' distance, given how the image's pixels vary: in a retina, whose pixels differ in how
-    red they are, red is not far.
-
-    Args:
-        pixels: `(height, width, 3)` uint8 or uint16.
-        tints: `(tints, 3)`, changes of red, green and blue, all in one unit.
-    """
-    few = _thinned(pixels).reshape(-1, 3) / np.iinfo(pixels.dtype).max
-    spread = np.cov(few, rowvar=False, bias=True) + LEAST_SPREAD**2 * np.eye(3)
-    squares = np.einsum("tc,cd,td->t", tints, np.linalg.inv(spread), tints)
-    return 0 if squares.max() < CLEARLY**2 * squares[0] else int(squares.argmax())
-
-
-def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_smooth: float) -> FullSizeNoise:
-    """The largest change that hides in each part of an image: `epsilon_smooth` where it is smooth, `epsilon` where its
-    texture covers that much; `(height, width, 1)`, in parts, as shares of the pixel range.
-
-    About a quarter of the region gets `epsilon`: of an object that is smooth all over, but not flat, the roughest.
-
-    Args:
-        pixels: `(height, width, channels)` uint8 or uint16.
-        region: `(height, width)` bool.
-        epsilon, epsilon_smooth: shares of the pixel range, the second below the first.
-    """
-    rough = texture(pixels)
-    few = _thinned(region)
-    few = few if few.any() else region  # thin lines may lie between
-    covered = F.adaptive_avg_pool2d(torch.from_numpy(few.astype(np.float32))[None], rough.shape)[0].numpy()
-    roughest = np.quantile(rough[covered >= min(0.5, covered.max())], 0.75)
-    share = ((rough / np.clip(roughest, FLAT, TEXTURED) - SMOOTH) / (1 - SMOOTH)).clip(0, 1)
-    largest = (1 - share) * epsilon_smooth + share * epsilon
-    return FullSizeNoise(largest[..., None].astype(np.float32), [(largest.shape, pixels.shape[:2])])
-
-
-def texture(pixels: np.ndarray) -> np.ndarray:
-    """How rough an image is: in each of 48 x 48 cells, of 4 pixels at least, and its neighbours the standard deviation
-    of its grey from a plane (the root of the mean variance): the slopes of shading hide no noise.
-
-    Args:
-        pixels: `(height, width, channels)` uint8 or uint16.
-
-    Returns:
-        `(rows, columns)` float64, as shares of the pixel range.
-    """
-    # In float32 the differences below would leave a texture to what is flat.
-    grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float64) / np.iinfo(pixels.dtype).max)
-    cells = [max(1, min(TEXTURE_CELLS, side // 4)) for side in grey.shape]
-
-    def covariance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        products, ones, others = F.adaptive_avg_pool2d(torch.stack([one * other, one, other]), cells)
-        return products - ones * others
-
-    variance = covariance(grey, grey)
-    # A plane fits best whose two slopes do: over a rectangle they have nothing to do with each other.
-    for places in torch.meshgrid(*(torch.arange(side, dtype=grey.dtype) for side in grey.shape), indexing="ij"):
-        variance -= covariance(grey, places) ** 2 / covariance(places, places).clamp(min=1e-9)
-    variance = variance.clamp(min=0)[None, None]
-    return F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()[0, 0].numpy()
-
-
-def typical_height(region: np.ndarray) -> float:
-    """Half of a `(height, width)` bool region lies in columns' runs of at most so many pixels; infinite if empty."""
-    # Runs begin and end where a column, with nothing before and after it, changes.
-    changes = np.flatnonzero(np.diff(np.pad(region.T, ((0, 0), (1, 1))), axis=1))
-    runs = np.sort(changes[1::2] - changes[::2])
-    return float(runs[np.searchsorted(np.cumsum(runs), runs.sum() / 2)]) if len(runs) else float("inf")
-
-
-def parts_less_holes(region: np.ndarray) -> int:
-    """Euler's number of a `(height, width)` bool region whose pixels hang together at corners, too, counted from the
-    windows of 2 x 2 pixels (Gray, "Local properties of binary images in two dimensions", 1971)."""
-    around = np.pad(_thinned(region), 1).view(np.uint8)
-    above, below = around[:-1], around[1:]
-    inside = above[:, :-1] + above[:, 1:] + below[:, :-1] + below[:, 1:]
-    diagonal = (inside == 2) & (above[:, :-1] == below[:, 1:])
-    corners = np.count_nonzero(inside == 1) - np.count_nonzero(inside == 3)
-    return (corners - 2 * np.count_nonzero(diagonal)) // 4
-
-
-def without_colour(pixels: np.ndarray) -> bool:
-    """Whether an image of three channels, `(height, width, channels)` uint8 or uint16, is grey all the same.
-
-    Its channels differ by less than [`GREY`] on average: what JPEG leaves of an image that was grey. An image of one
-    channel is not: nothing can be told from its colour.
-    """
-    if pixels.shape[2] < 3:
-        return False
-    # numpy's own maximum over a last axis of three takes ten times as long.
-    few = np.moveaxis(_thinned(pixels), 2, 0)
-    spread = functools.reduce(np.maximum, few) - functools.reduce(np.minimum, few)
-    return float(spread.mean()) < GREY * np.iinfo(pixels.dtype).max
-
-
-def _thinned(pixels: np.ndarray) -> np.ndarray:
-    """At most 512 rows and columns of an image, which tell its colours as well as all do."""
-    height, width = pixels.shape[:2]
-    return pixels[:: 1 + height // 512, :: 1 + width // 512]
-
-
 def apply_noise(
     pixels: np.ndarray,
     noise: "np.ndarray | FullSizeNoise | NoiseOfSegments",
@@ -755,7 +524,7 @@ def apply_noise(
     # Whole numbers this small are exact in float32.
     largest = tuple(np.float32(level) for level in whole_levels(top, epsilon, epsilon_background))
     protected = np.empty_like(pixels)
-    for part in _strips(pixels):
+    for part in strips(pixels):
         scale, limit = np.where(region[part], *shares), np.where(region[part], *largest)
         if ceiling is not None:
             scale = np.minimum(scale, ceiling[part][:, :, 0] * np.float32(top))
@@ -770,13 +539,6 @@ def apply_noise(
             delta += pixels[part, :, channel]
             protected[part, :, channel] = np.clip(delta, 0, top, out=delta)
     return protected
-
-
-def _strips(pixels: np.ndarray) -> Iterator[slice]:
-    """Rows of a `(height, width, ...)` array, few at a time: float copies of a large photo take many times its memory,
-    and those of a strip stay in the processor's cache."""
-    rows = max(1, STRIP // pixels.shape[1])
-    return (slice(start, min(start + rows, len(pixels))) for start in range(0, len(pixels), rows))
 
 
 def whole_levels(top: int, epsilon: float, epsilon_background: float) -> tuple[int, int]:
@@ -795,150 +557,4 @@ def _check_bound(original, protected, region, epsilon, epsilon_background) -> in
     return max(inside, outside)
 
 
-def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -> tuple[int, int]:
-    """Largest absolute difference inside and outside a region, in steps of the pixels' own range."""
-    largest = [0, 0]
-    for part in _strips(original):
-        a, b = original[part], protected[part]
-        difference = np.maximum(a, b) - np.minimum(a, b)
-        # As in `without_colour`.
-        most = functools.reduce(np.maximum, (difference[:, :, channel] for channel in range(difference.shape[2])))
-        for i, where in enumerate((region[part], ~region[part])):
-            largest[i] = max(largest[i], int((most * where).max(initial=0)))
-    return largest[0], largest[1]
-
-
-def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
-    """`max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`."""
-    scale = 255 / original.max_value
-    inside, outside = max_noise(original.pixels, protected.pixels, region)
-    squares = 0.0
-    for part in _strips(original.pixels):
-        difference = (original.pixels[part].astype(np.float32) - protected.pixels[part]) * np.float32(scale)
-        squares += float(np.square(difference).sum(dtype=np.float64))
-    return {
-        "max_noise": inside * scale,
-        "max_noise_background": outside * scale,
-        "psnr": None if squares == 0 else float(10 * np.log10(255**2 * original.pixels.size / squares)),
-        "ssim": _ssim(original.pixels, protected.pixels, scale),
-    }
-
-
-def _ssim(original: np.ndarray, protected: np.ndarray, scale: float) -> float:
-    """SSIM of two `(height, width, channels)` arrays that `scale` brings to [0, 255].
-
-    The mean over pixels and channels, with a Gaussian window of 11 pixels and sigma 1.5; pictures end in reflections.
-    """
-    # The window must fit; smaller pictures are continued at their edges.
-    short = [(0, max(0, 11 - side)) for side in original.shape[:2]]
-    pictures = [
-        np.pad(p, (*short, (0, 0)), mode="edge") if short != [(0, 0)] * 2 else p for p in (original, protected)
-    ]
-    height, width, channels = pictures[0].shape
-    # torchmetrics has the same figure, but not the window as a column and a row, which is six times faster.
-    window = torch.exp(-0.5 * ((torch.arange(11) - 5) / 1.5) ** 2)
-    window = (window / window.sum()).expand(4 * channels, 1, 1, 11)
-    total, step = 0.0, max(1, STRIP // width)
-    for start in range(0, height, step):
-        end = min(start + step, height)
-        # With the five rows around them that their windows reach.
-        rows = slice(max(0, start - 5), min(height, end + 5))
-        a, b = (
-            F.pad(
-                torch.from_numpy(p[rows].astype(np.float32)).permute(2, 0, 1)[None].contiguous() * scale - 128,
-                (5, 5, 5 - (start - rows.start), 5 - (rows.stop - end)),
-                mode="reflect",
-            )
-            for p in pictures
-        )
-        maps = torch.cat([a, b, a * a + b * b, a * b], dim=1)
-        maps = F.conv2d(F.conv2d(maps, window.mT, groups=4 * channels), window, groups=4 * channels)
-        mean_a, mean_b, squares, products = maps[0].unflatten(0, (4, channels))
-        variances = (squares - mean_a**2 - mean_b**2).clamp(min=0)
-        covariance = products - mean_a * mean_b
-        # Around 128 the squares above keep digits that they would lose around 0.
-        mean_a, mean_b = mean_a + 128, mean_b + 128
-        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-        similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-        similarity /= (mean_a**2 + mean_b**2 + c1) * (variances + c2)
-        total += similarity.sum(dtype=torch.float64).item()
-    return total / pictures[0].size
-
-
-def read_any(image: ImageInput) -> Picture:
-    """A picture from whatever `Protector.protect` accepts."""
-    if isinstance(image, Picture):
-        return image
-    if isinstance(image, Image.Image):
-        return from_pil(image)
-    if isinstance(image, torch.Tensor):
-        if image.ndim == 3:
-            if not 1 <= image.shape[0] <= 4:
-                raise ValueError(f"a tensor of shape {tuple(image.shape)}: pass (channels, height, width)")
-            image = image.permute(1, 2, 0)
-        # NumPy has no bfloat16.
-        return from_array(_numpy(image), "the tensor")
-    if isinstance(image, np.ndarray):
-        return from_array(image)
-    return read(image)
-
-
-def given_masks(prompt: Prompt, size: tuple[int, int]) -> tuple[list[np.ndarray] | None, list[int] | None]:
-    """`(height, width)` bool masks of a prompt that holds them, else None, and their classes where it has those."""
-    if prompt.whole_image:
-        return [np.ones(size, dtype=bool)], None
-    if prompt.mask is not None:
-        return [read_region(prompt.mask, size)], None
-    if prompt.masks is not None:
-        if not len(prompt.masks):
-            raise ValueError("masks is empty: pass at least one mask, or whole_image=True")
-        return [read_region(mask, size) for mask in prompt.masks], prompt.classes
-    if prompt.label_map is not None:
-        labels = _labels(prompt.label_map, size)
-        if labels.dtype.kind == "f":
-            raise ValueError(f"a label map of {labels.dtype}: pass whole numbers, one for each object or class")
-        found = [int(value) for value in np.unique(labels) if value not in prompt.ignore_labels]
-        return ([labels == value for value in found], found) if found else ([np.zeros(size, dtype=bool)], None)
-    return None, None
-
-
-def mask_of_box(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
-    """The pixels that a box `[x0, y0, x1, y1]` touches, in an image of `(height, width)`: bool."""
-    x0, y0, x1, y1 = (max(number, 0) for number in box)
-    mask = np.zeros(size, dtype=bool)
-    mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
-    return mask
-
-
-def read_region(mask, size: tuple[int, int]) -> np.ndarray:
-    """A mask in any accepted form as `(height, width)` bool; ValueError unless it has that size."""
-    values = _labels(mask, size)
-    return values >= 0.5 if values.dtype.kind == "f" else values != 0
-
-
-def _labels(mask, size: tuple[int, int]) -> np.ndarray:
-    if isinstance(mask, torch.Tensor):
-        values = _numpy(mask)
-    elif isinstance(mask, Image.Image) and mask.mode == "F":
-        values = np.asarray(mask)
-    else:
-        values = np.asarray(mask) if isinstance(mask, (np.ndarray, list)) else read_mask(mask)
-    if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and not np.isfinite(values).all()):
-        raise ValueError(f"a mask of {values.dtype}, or with values that are not finite: pass numbers or booleans")
-    if values.shape[:1] == (1,) and values.shape[1:] == size:
-        values = values[0]
-    elif values.ndim == 3 and values.shape[:2] == size and (values == values[:, :, :1]).all():
-        values = values[:, :, 0]  # one channel, or a grey picture in several
-    if values.shape != size:
-        raise ValueError(
-            f"a mask of shape {values.shape} for an upright image of (height, width) {size}: both must be the same"
-        )
-    return values
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-__all__ = ["Job", "Prompt", "Protected", "Protector", "apply_noise", "compare", "default_checkpoint"]
+__all__ = ["Job", "Protected", "Protector", "apply_noise", "default_checkpoint"]

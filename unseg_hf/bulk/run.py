@@ -13,8 +13,9 @@ from typing import Any
 
 import psutil
 
+from ..fidelity import max_noise
 from ..mapping import Outcome, ProtectImages, RecordError
-from ..protection import Protected, max_noise
+from ..protection import Protected
 from . import manifest
 from .card import data_card
 from .outputs import WRITERS, ShardWriter, put_shard_in_place

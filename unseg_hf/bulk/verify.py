@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from .. import image_files
+from ..fidelity import max_noise
+from ..inputs import given_masks
 from ..mapping import stored_prompt
-from ..protection import given_masks, max_noise, whole_levels
+from ..protection import whole_levels
 from . import manifest
 from .opening import open_source
 from .outputs import published_images

@@ -12,7 +12,7 @@ from PIL import Image
 from unseg_hf import image_files
 from unseg_hf.demo.components import FileUpload, PhotoUpload, Upload
 from unseg_hf.demo.session import Workbench, file_stem
-from unseg_hf.protection import Prompt
+from unseg_hf.inputs import Prompt
 
 PROTECT = """Protect one photo. Say what with one of mask, boxes, points or whole_image; with none of them the objects
 that the generator finds are protected; where it finds none, noise is all over the photo and hardly protects. Returns

@@ -11,7 +11,7 @@ from typing import Any
 from unseg_hf import image_files
 from unseg_hf.demo.session import Workbench, file_stem
 from unseg_hf.image_files import one_line
-from unseg_hf.protection import Prompt
+from unseg_hf.inputs import Prompt
 
 
 def protect_to_zip(

@@ -30,8 +30,8 @@ from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
 from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.image_files import one_line
+from unseg_hf.inputs import Prompt
 from unseg_hf.inspection import amplified_noise
-from unseg_hf.protection import Prompt
 
 PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from unseg_hf.image_files import ImageFileError, Picture, read, read_mask
+from unseg_hf.inputs import Prompt
 from unseg_hf.modeling_unseg import UnSegImageEmbeddings
-from unseg_hf.protection import Decoded, Job, Prompt, Protected, Protector, default_checkpoint, whole_levels
+from unseg_hf.protection import Decoded, Job, Protected, Protector, default_checkpoint, whole_levels
 
 VIEW_SIDE = 1024
 """Longest side of the picture that is clicked on, in pixels: a click must not send a whole photo back."""

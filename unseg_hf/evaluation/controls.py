@@ -93,7 +93,7 @@ def _bands(labels: np.ndarray, seed: int, code: str = MASK) -> np.ndarray:
 
 def tint_for(pixels: np.ndarray, codes: Sequence[str]) -> str:
     """Which of several tints stands out most of the colours of an image, `(height, width, 3)` uint8."""
-    from unseg_hf.protection import standing_out
+    from unseg_hf.noise_choice import standing_out
 
     return codes[standing_out(pixels, np.stack([code_noise(code, 0, 0) for code in codes]))]
 

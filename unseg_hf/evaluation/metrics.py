@@ -232,7 +232,7 @@ class BoundaryIoU(StreamingMetric):
 class ImageQuality(StreamingMetric):
     """Largest noise, PSNR and SSIM of protected images beside their originals.
 
-    Each image is measured by `unseg_hf.protection.compare`: SSIM as in Wang et al. (IEEE TIP 2004), with a Gaussian
+    Each image is measured by `unseg_hf.fidelity.compare`: SSIM as in Wang et al. (IEEE TIP 2004), with a Gaussian
     window of 11 pixels.
 
     Inputs, for each image: prediction = the protected image, reference = the original, of the same size, channels
@@ -251,7 +251,7 @@ class ImageQuality(StreamingMetric):
         self._measured: list[dict[str, float | None]] = []
 
     def _check(self, prediction: Any, reference: Any) -> tuple[Any, Any]:
-        from unseg_hf.protection import read_any
+        from unseg_hf.inputs import read_any
 
         protected, original = read_any(prediction).pixels, read_any(reference)
         if (protected.shape, protected.dtype) != (original.pixels.shape, original.pixels.dtype):
@@ -262,7 +262,7 @@ class ImageQuality(StreamingMetric):
         return original.with_pixels(protected), original
 
     def _update(self, protected: Any, original: Any) -> None:
-        from unseg_hf.protection import compare
+        from unseg_hf.fidelity import compare
 
         everywhere = np.ones((original.height, original.width), dtype=bool)
         self._measured.append(compare(original, protected, everywhere))

@@ -76,8 +76,8 @@ class Measured:
         changed = self.images - self.unchanged
         self.images += 1
         if self.ssim_images < SSIM_IMAGES:
+            from unseg_hf.fidelity import compare
             from unseg_hf.image_files import from_array
-            from unseg_hf.protection import compare
 
             ssim = compare(from_array(original), from_array(published), region)["ssim"]
             self.mean_ssim = ((self.mean_ssim or 0.0) * self.ssim_images + ssim) / (self.ssim_images + 1)
@@ -233,7 +233,7 @@ def _protection(
 
 def _code_of_bands(pixels: np.ndarray, region: np.ndarray, epsilon: float) -> str:
     """That which the embedded generator has for a mask in such an image."""
-    from unseg_hf.protection import SMALL_BUDGET, needs_tint
+    from unseg_hf.noise_choice import SMALL_BUDGET, needs_tint
 
     if needs_tint(pixels, region, len(pixels) / BANDS):
         return tint_for(pixels, TINTS)

@@ -14,7 +14,7 @@ import numpy as np
 from unseg_hf import image_files
 
 if TYPE_CHECKING:
-    from unseg_hf.protection import Prompt
+    from unseg_hf.inputs import Prompt
 
 OBJECT = 1000
 """Number of an object times this, plus its class, tells apart all segments of a label image with objects."""
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 def prompt_of(segments: Sequence[Segment], mode: str, tint: str) -> "Prompt":
     """What to protect: all segments, with their classes where they are known."""
-    from unseg_hf.protection import Prompt  # it brings torch, which listing the data sets need not wait for
+    from unseg_hf.inputs import Prompt  # it brings torch, which listing the data sets need not wait for
 
     masks, classes = zip(*segments, strict=True)
     return Prompt(masks=masks, classes=None if None in classes else classes, mode=mode, tint=tint)

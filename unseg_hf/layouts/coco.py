@@ -131,7 +131,7 @@ class InstanceMasks:
         try:
             outlined = form if isinstance(form, dict) else any(map(len, form or ()))
             if not outlined and box is not None:  # annotated for detection
-                from unseg_hf.protection import mask_of_box
+                from unseg_hf.inputs import mask_of_box
 
                 x, y, width, height = box
                 mask = mask_of_box((x, y, x + width, y + height), self.size)

@@ -18,7 +18,8 @@ import torch
 
 import unseg_hf
 from unseg_hf import image_files
-from unseg_hf.protection import Protector, max_noise
+from unseg_hf.fidelity import max_noise
+from unseg_hf.protection import Protector
 from unseg_hf.worker_processes import end_with_parent
 
 from .annotations import Annotation, prompt_of

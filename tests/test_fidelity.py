@@ -1,0 +1,21 @@
+"""The figures of a report are what others measure."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from unseg_hf.fidelity import compare
+from unseg_hf.image_files import from_array
+
+
+def test_ssim_measured_in_strips_is_that_of_the_whole_picture():
+    rng = np.random.default_rng(0)
+    original = rng.integers(0, 256, (900, 700, 1), np.uint8)
+    changed = np.clip(original + rng.integers(-20, 21, original.shape) * (np.arange(900)[:, None, None] > 500), 0, 255)
+    pictures = [from_array(pixels.astype(np.uint8)) for pixels in (original, changed)]
+    figures = compare(*pictures, np.ones((900, 700), bool))
+    whole = (torch.from_numpy(p.pixels.astype(np.float32)).permute(2, 0, 1)[None] for p in reversed(pictures))
+    expected = float(structural_similarity_index_measure(*whole, data_range=255.0))
+    assert figures["ssim"] == pytest.approx(expected, abs=1e-6)
+    assert figures["ssim"] < 0.999
