@@ -772,6 +772,24 @@ def test_a_tint_reaches_the_images_and_the_settings(place, script):
     np.testing.assert_array_equal(np.asarray(Image.open(written)), tinted.picture.pixels)
 
 
+def test_images_with_unlike_noises_are_counted_and_said(place, script, capsys):
+    """With the generator in the package, which has a tint for what is low."""
+    for folder in ("in", "masks"):
+        Path(folder).mkdir()
+    for index, height in enumerate((70, 70, 4, 0)):  # the last has nothing to protect
+        mask = np.zeros((96, 128), np.uint8)
+        mask[20 : 20 + height, 10:100] = 255
+        Image.fromarray(photo(0, 96, 128)).save(f"in/{index}.png")
+        Image.fromarray(mask).save(f"masks/{index}.png")
+    for tint, said in (("auto", True), ("never", False)):
+        arguments = ["in", "--masks", "masks", "--output", tint, "--tint", tint, "--shard_size", "3"]
+        assert script(*arguments) == 0
+        assert ("note: images with a tint: 1, with waves: 2;" in capsys.readouterr().out) == said
+    assert [line["tinted"] for shard in (0, 1) for line in manifest.read_lines(Path("auto"), shard)] == [
+        False, False, True, None
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -99,7 +99,7 @@ def test_an_incomplete_folder_is_made_anew_but_never_a_foreign_one(images: Label
 
 
 def test_a_generator_over_the_budget_publishes_nothing(images: LabelledImages, tmp_path: Path, monkeypatch):
-    def overspend(image, mask, epsilon, epsilon_background):
+    def overspend(image, mask, epsilon, epsilon_background, tint):
         pixels = np.asarray(image).astype(int) + np.where(mask, 8, 3)[..., None]
         return SimpleNamespace(image=Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
 
@@ -187,6 +187,23 @@ def test_bands_are_those_that_the_generator_has_for_the_image_and_the_budget(ima
             red, green, _ = signs[(signs != 0).all(axis=1)].T
             # Green is red's opposite, or a quarter of a wave before it.
             assert set(red * green) == wanted
+
+
+def test_a_tint_is_for_all_or_for_none_where_that_is_asked_for(images: LabelledImages, tmp_path: Path):
+    for noise in ("generator", "bands"):
+        for tint, flat in (("always", True), ("never", False)):
+            folder = tmp_path / f"{noise}-{tint}"
+            publish(images, noise, folder, epsilon=8 / 255, epsilon_background=0.0, tint=tint)
+            for labelled, published in zip(images, pixels_of(folder, images), strict=True):
+                changes = (published.astype(int) - np.asarray(labelled.image))[labelled.region]
+                signs = {tuple(sign) for sign in np.sign(changes) if sign.all()}
+                assert (len(signs) == 1) == flat
+    settings = [
+        noise_settings(images, noise, **BUDGET, model=None, tint=tint)
+        for noise in ("generator", "bands", "random")
+        for tint in ("auto", "always")
+    ]
+    assert [one == other for one, other in zip(settings[::2], settings[1::2], strict=True)] == [False, False, True]
 
 
 def test_where_waves_say_little_bands_are_the_tint_that_stands_out(tmp_path: Path):

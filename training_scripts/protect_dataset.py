@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     from unseg_hf.bulk.manifest import unprotected_images
     from unseg_hf.bulk.opening import open_source
     from unseg_hf.bulk.run import protect_dataset, wait_for_others
+    from unseg_hf.cli import say_of_tints
     from unseg_hf.training.publishing import check_hub
 
     logging.disable_progress_bar()
@@ -167,6 +168,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.output}: {summary.records - summary.failed} images protected, {summary.failed} failed; largest "
             f"change {summary.max_noise:g} of 255; manifest/ lists all"
         )
+        say_of_tints(summary.with_tint, summary.without_tint)
     elif speaks:
         print(
             f"{options.output}: {summary.finished_shards} of {summary.shards} shards are complete; this process has "

@@ -644,7 +644,8 @@ class Report:
 
             shares = [report["protected_share"] for report in reports]
             print(f"noise on {median(shares):.0%} of an image (median; {min(shares):.0%} to {max(shares):.0%})")
-            say_of_tints([report["tinted"] for report in reports])
+            tinted = Counter(report["tinted"] for report in reports)
+            say_of_tints(tinted[True], tinted[False])
         for note, count in Counter(note for report in reports for note in report["notes"]).items():
             print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
         left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]
@@ -707,12 +708,11 @@ def run_verify(options: argparse.Namespace) -> int:
     return 1 if result.wrong else 0
 
 
-def say_of_tints(tinted: list[bool | None]) -> None:
+def say_of_tints(tints: int, waves: int) -> None:
     """Of images of which some have a tint and others, that might have one, do not: what to do about it."""
-    found = Counter(tinted)
-    if found[True] and found[False]:
+    if tints and waves:
         print(
-            f"note: images with a tint: {found[True]}, with waves: {found[False]}; a model learns from a few that are "
+            f"note: images with a tint: {tints}, with waves: {waves}; a model learns from a few that are "
             "unlike the others as from clean images: in one data set, take --tint never for photographs, --tint "
             "always for small things (images of one channel always have waves)"
         )

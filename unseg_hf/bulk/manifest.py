@@ -32,6 +32,10 @@ SETTINGS_KEYS = {
 beginning (`tint`): outputs that are older can be verified, and not be gone on with."""
 
 
+TINTED = {"with_tint": True, "without_tint": False}
+"""Counts of a mark, and what lines say of the images that they count (`tinted`; None where there is no choice)."""
+
+
 class SettingsError(ValueError):
     """An output was made with other settings than those asked for; names them."""
 
@@ -139,6 +143,7 @@ def complete_shard(
         "records": len(lines),
         "failed": failed,
         "max_noise": max((line["max_noise"] for line in lines if line["status"] == "protected"), default=0),
+        **{name: sum(line.get("tinted") is tinted for line in lines) for name, tinted in TINTED.items()},
         "unprotected": _sum(line.get("unprotected", {}) for line in lines),
         "files": {**files, names: hashlib.sha256(data).hexdigest()},
     }
@@ -199,6 +204,7 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
 class Summary:
     """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest.
 
+    `with_tint` and `without_tint` count images, but for those that had no choice.
     `unprotected` counts, by column or suffix of the source, the images that lay beside those that were protected.
     """
 
@@ -207,6 +213,8 @@ class Summary:
     records: int
     failed: int
     max_noise: int
+    with_tint: int
+    without_tint: int
     unprotected: dict[str, int]
 
     @property
@@ -223,6 +231,7 @@ def summarize(output: Path, shards: int) -> Summary:
         records=sum(mark["records"] for mark in marks),
         failed=sum(mark["failed"] for mark in marks),
         max_noise=max((mark["max_noise"] for mark in marks), default=0),
+        **{name: sum(mark.get(name, 0) for mark in marks) for name in TINTED},
         unprotected=_sum(mark["unprotected"] for mark in marks),
     )
 

@@ -189,12 +189,12 @@ def _protect_shard(
     manifest.complete_shard(output, shard, lines, files, writer.partial)
 
 
-def _noise(protected: Protected) -> dict[str, float]:
-    """Largest changes inside and outside the masks, in grey levels of 255."""
+def _noise(protected: Protected) -> dict[str, float | bool | None]:
+    """Largest changes inside and outside the masks, in grey levels of 255, and whether they are a tint."""
     original = protected.original
     scale = 255 / original.max_value
     inside, outside = max_noise(original.pixels, protected.picture.pixels, protected.region)
-    return {"max_noise": inside * scale, "max_noise_background": outside * scale}
+    return {"max_noise": inside * scale, "max_noise_background": outside * scale, "tinted": protected.tinted}
 
 
 def _outcomes(

@@ -42,6 +42,7 @@ from unseg_hf.evaluation.report import RESULTS, write_report
 from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, train_victim
 from unseg_hf.image_files import put_in_place
+from unseg_hf.inputs import TINTS
 from unseg_hf.protection import default_checkpoint
 
 GRID = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds")
@@ -83,6 +84,7 @@ class AuditConfig:
         epsilon: bound of the noise in the region, in grey levels of 255; None: the generator's.
         epsilon_background: bound elsewhere; None: as much smaller as the generator's is. Controls get the same.
         model: checkpoint of the generator: a folder or Hub id; None: the embedded one.
+        tint: when it takes a tint, "auto", "always" or "never", see [`Prompt`]; so do `bands`.
         device: where generator and victims run.
         bf16: train victims in bfloat16 autocast.
         examples: training images of which the report shows a part; 0 where they may not be published.
@@ -107,6 +109,7 @@ class AuditConfig:
     epsilon: float | None = None
     epsilon_background: float | None = None
     model: str | None = None
+    tint: str = "auto"
     device: str = "cpu"
     bf16: bool = False
     examples: int = 2
@@ -133,6 +136,8 @@ class AuditConfig:
                 raise ValueError(f"{option}: unknown {unknown[0]!r}{whose}; use {', '.join(known)}")
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{option} is {values}; give at least one, and each only once")
+        if self.tint not in TINTS:
+            raise ValueError(f"tint is {self.tint!r}; use one of {', '.join(TINTS)}")
         if self.clean_shares[0] != 0 or not all(0 <= share < 1 for share in self.clean_shares):
             raise ValueError(f"clean_shares is {self.clean_shares}; give 0 and then shares below 1")
         for option in ("epochs", "batch_size", "size", "lr"):
@@ -459,7 +464,7 @@ class Audit:
         if key not in self._settings:
             config = self.config
             bounds = config.epsilon / 255, config.epsilon_background / 255
-            self._settings[key] = noise_settings(images, noise, *bounds, config.model)
+            self._settings[key] = noise_settings(images, noise, *bounds, config.model, config.tint)
         return self._settings[key]
 
     def _publish(self, noise: str, images: LabelledImages) -> Measured:
@@ -471,6 +476,7 @@ class Audit:
             epsilon=config.epsilon / 255,
             epsilon_background=config.epsilon_background / 255,
             model=config.model,
+            tint=config.tint,
             device=self._device,
         )
 

@@ -113,6 +113,11 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
     noise.add_argument(
         "--epsilon-background", type=float, metavar="N", help="bound elsewhere (default: as much smaller as its is)"
     )
+    noise.add_argument(
+        "--tint",
+        choices=("auto", "always", "never"),
+        help="when the generator and bands take a tint, as for unseg protect (default: auto)",
+    )
     return parser
 
 
@@ -147,7 +152,7 @@ def _audit(options: argparse.Namespace):
     if options.full:
         chosen |= FULL | {"treatments": TREATMENTS}
     names = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds", "epochs", "size", "batch_size")
-    names += ("lr", "preset", "epsilon", "epsilon_background", "task", "model", "device", "bf16", "examples")
+    names += ("lr", "preset", "epsilon", "epsilon_background", "tint", "task", "model", "device", "bf16", "examples")
     chosen |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = AuditConfig(output=options.output, **chosen)
 

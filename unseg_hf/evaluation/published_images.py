@@ -100,7 +100,12 @@ def noise_budget(noise: str, epsilon: float, epsilon_background: float) -> tuple
 
 
 def noise_settings(
-    images: LabelledImages, noise: str, epsilon: float, epsilon_background: float, model: str | None
+    images: LabelledImages,
+    noise: str,
+    epsilon: float,
+    epsilon_background: float,
+    model: str | None,
+    tint: str = "auto",
 ) -> dict[str, str | float]:
     """Everything that decides the pixels of published files, as a dict for JSON; arguments as for [`publish`].
 
@@ -114,6 +119,8 @@ def noise_settings(
         settings["model"] = model_identity(model)[0]
     if noise == "bands":
         settings["codes"] = " ".join([MASK, FAINT, *TINTS, *CLASSES])
+    if tint != "auto" and (noise == "bands" or noise.startswith("generator")):
+        settings["tint"] = tint
     return settings
 
 
@@ -125,6 +132,7 @@ def publish(
     epsilon: float,
     epsilon_background: float,
     model: str | None = None,
+    tint: str = "auto",
     device: str = "cpu",
 ) -> Measured:
     """Write every image with its noise as `<folder>/<number>.png`, and measure those files against the originals.
@@ -140,13 +148,14 @@ def publish(
         epsilon_background: bound outside the region, in [0, 1]; for `whole` it is `epsilon`, whatever is given here,
             and for those of [`ROUGH`] that of what lies outside what they mark.
         model: checkpoint for `generator`: a folder, a Hub id, or None for the embedded one.
+        tint: when the generator, and `bands`, which do as the embedded one does, take a tint, see [`Prompt`].
         device: where the generator runs.
 
     Raises:
         FileExistsError: the folder is there and is not one of ours.
         ValueError: a file on disk is further from its original than the budget allows.
     """
-    settings = noise_settings(images, noise, epsilon, epsilon_background, model)
+    settings = noise_settings(images, noise, epsilon, epsilon_background, model, tint)
     manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else None
     if manifest is None and folder.exists():
         raise FileExistsError(f"{folder} exists and has no {MANIFEST}; choose another output folder or remove it")
@@ -155,7 +164,7 @@ def publish(
         return Measured(**manifest["measured"])
 
     bounds = noise_budget(noise, epsilon, epsilon_background)
-    protect = _protection(images, noise, *bounds, model, device)
+    protect = _protection(images, noise, *bounds, model, tint, device)
     if noise in ROUGH:
         bounds = epsilon, epsilon
     partial = folder.with_name(f"{folder.name}.partial")
@@ -186,7 +195,13 @@ def published_files(folder: Path, images: LabelledImages) -> list[Path]:
 
 
 def _protection(
-    images: LabelledImages, noise: str, epsilon: float, epsilon_background: float, model: str | None, device: str
+    images: LabelledImages,
+    noise: str,
+    epsilon: float,
+    epsilon_background: float,
+    model: str | None,
+    tint: str,
+    device: str,
 ) -> Callable[[LabelledImage], Image.Image]:
     if noise == "clean":
         return lambda labelled: labelled.image
@@ -210,7 +225,7 @@ def _protection(
                 masks, classes = zip(*segments, strict=True)
                 prompt = {"masks": masks, "mode": "per_segment"} | ({} if images.binary else {"classes": classes})
             return protector.protect(
-                labelled.image, epsilon=epsilon, epsilon_background=epsilon_background, **prompt
+                labelled.image, epsilon=epsilon, epsilon_background=epsilon_background, tint=tint, **prompt
             ).image
 
         return protect_with_generator
@@ -223,7 +238,7 @@ def _protection(
         pixels = np.asarray(labelled.image)
         labels = labelled.region if images.binary else labelled.labels
         of_mask = noise == "bands" and images.binary
-        code = _code_of_bands(pixels, labelled.region, epsilon) if of_mask else MASK
+        code = _code_of_bands(pixels, labelled.region, epsilon, tint) if of_mask else MASK
         control = control_noise(noise, labels, seed, code)
         pixels = apply_noise(pixels, control, labelled.region, epsilon, epsilon_background)
         return Image.fromarray(pixels)
@@ -231,11 +246,11 @@ def _protection(
     return protect_with_control
 
 
-def _code_of_bands(pixels: np.ndarray, region: np.ndarray, epsilon: float) -> str:
+def _code_of_bands(pixels: np.ndarray, region: np.ndarray, epsilon: float, tint: str) -> str:
     """That which the embedded generator has for a mask in such an image."""
     from unseg_hf.noise_choice import SMALL_BUDGET, needs_tint
 
-    if needs_tint(pixels, region, len(pixels) / BANDS):
+    if tint == "always" or (tint == "auto" and needs_tint(pixels, region, len(pixels) / BANDS)):
         return tint_for(pixels, TINTS)
     return FAINT if epsilon < SMALL_BUDGET else MASK
 

@@ -157,7 +157,8 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
     failed = sum(entry["status"] == "failed" for entry in entries)
     for note, count in Counter(note for entry in protected for note in entry["notes"]).items():
         print(f"note ({count} images): {note}")
-    say_of_tints([entry["tinted"] for entry in protected])
+    tinted = Counter(entry["tinted"] for entry in protected)
+    say_of_tints(tinted[True], tinted[False])
     if jpegs := [entry for entry in protected if "over_bound_share" in entry]:
         left = [entry["noise_left"] for entry in jpegs if entry["noise_left"] is not None]
         share = sum(entry["over_bound_share"] for entry in jpegs) / len(jpegs)
