@@ -204,6 +204,31 @@ def test_tars_and_folders_keep_what_lies_beside_an_image(place, saved_generator)
     assert Image.open("folder/data/a/00000005.png").format == "PNG"
 
 
+def test_images_inside_other_columns_become_files_beside_the_image(place, saved_generator):
+    picture = {"bytes": encoded(photo(1)), "path": None}
+    columns = {
+        "image": [{"bytes": encoded(photo(0)), "path": None}],
+        "views": [[picture, None]],
+        "more": [{"thumb": picture, "n": 7}],
+        "both": [[picture, picture]],
+        "name": ["both.0.png"],
+    }
+    image = ImageFeature()
+    features = Features(
+        {"image": image, "views": [image], "more": {"thumb": image, "n": Value("int8")}, "both": [image],
+         "name": Value("string")}
+    )  # fmt: skip
+    Dataset.from_dict(columns, features=features).to_parquet("a.parquet")
+    source = open_source(["a.parquet"], Path("out"))
+    protect_dataset(source, Path("out"), "folder", ProtectImages(str(saved_generator), whole_image=True))
+    beside = {path.name.partition(".")[2]: path.read_bytes() for path in Path("out/beside").rglob("*.*")}
+    assert json.loads(beside.pop("json")) == {
+        "views": ["views.0.png", None], "more": {"thumb": "more.thumb.png", "n": 7}, "name": "both.0.png"
+    }  # fmt: skip
+    names = {"views.0.png", "more.thumb.png", "both.0.png", "both.1.png"}
+    assert beside == dict.fromkeys(names, picture["bytes"])
+
+
 def test_an_image_beside_a_mask_that_is_called_png_gets_a_name_of_its_own(place, saved_generator):
     with tarfile.open("a.tar", "w") as tar:
         for name, data in (("0.jpg", encoded(photo(0), "JPEG")), ("0.png", encoded(mask(0)))):
@@ -706,6 +731,8 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["in/a.parquet", "./in/a.parquet"], {}, "in/a.parquet: this file is named twice"),
         (["in", "in/*.parquet"], {}, "in/a.parquet: this file is named twice"),
         (["both"], {}, "both: parquet files, tars and images are not mixed"),
+        (["loud"], {}, "loud: parquet files, tars and images are not mixed"),
+        (["images"], {"masks": Path("labels.json")}, "--masks labels.json: this takes mask files"),
         (["in/a.parquet"], {"image_column": "photo"}, "no column 'photo'; there is image, mask"),
         (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
         (["in"], {"shard_size": 0}, "shard_size=0"),
@@ -718,6 +745,9 @@ def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, opt
     Image.fromarray(photo(0)).save("images/a.png")
     shutil.copytree("images", "both/images")
     shutil.copy("in/a.parquet", "both")
+    Path("loud").mkdir()
+    shutil.copy("images/a.png", "loud/A.PNG")
+    shutil.copy("in/a.parquet", "loud/A.PARQUET")
     with pytest.raises(ValueError, match=message):
         open_source(inputs, Path("out"), **options)
 

@@ -164,22 +164,3 @@ def test_output_folder_with_something_in_it_is_refused_and_kept(script, tmp_path
     with pytest.raises(SystemExit, match="out is not an empty folder"):
         script.main(["--checkpoint", str(tmp_path / "none.pth"), "--output_dir", str(folder)])
     assert (folder / "mine.txt").read_text() == "kept"
-
-
-def test_interrupted_saving_leaves_no_folder_and_saving_again_fills_an_empty_one(
-    script, build_generator, tmp_path, monkeypatch
-):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            UnSegProcessor, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
-        )
-        with pytest.raises(OSError, match="disk full"):
-            script.save(build_generator(), folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not any(folder.iterdir())
-    script.save(build_generator(), folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    UnSegModel.from_pretrained(folder)
-    assert UnSegProcessor.from_pretrained(folder).target_size == 64

@@ -162,6 +162,18 @@ def test_the_fingerprint_follows_images_masks_and_classes(tmp_path: Path):
     assert len(fingerprints | {first}) == 1 + len(others)
 
 
+def test_object_numbers_that_are_stored_in_three_channels_are_read(tmp_path: Path):
+    pictures, numbers = discs(2, 44, 52, seed=1)
+    columns = {
+        "name": ["a", "b"],
+        "image": [encoded(picture) for picture in pictures],
+        "mask": [encoded((number > 0).astype(np.uint8)) for number in numbers],
+        "instances": [encoded(number[..., None].repeat(3, axis=2)) for number in numbers],
+    }
+    images = LabelledImages(DatasetRows(write_parquet(tmp_path / "a.parquet", columns), instance_column="instances"))
+    np.testing.assert_array_equal(images[1].instances, numbers[1])
+
+
 def test_rows_with_instances(tmp_path: Path):
     images = LabelledImages(DatasetRows(write_discs(tmp_path / "a.parquet", 2, seed=1), instance_column="instances"))
     np.testing.assert_array_equal(images[1].instances, discs(2, 44, 52, seed=1)[1][1])

@@ -252,6 +252,17 @@ def test_unprotected_copies_of_protected_images_are_left_out_and_said(tree, copi
     assert f"images stay clean: {reason}" in printed
 
 
+def test_copies_are_left_out_whatever_kind_of_image_their_suffix_says(tmp_path, protect):
+    _, write = TREES["kvasir-seg"]
+    name = Path(min(write(tmp_path / "in"))).stem
+    copies = {f"backup/{name}.{suffix}" for suffix in ("png", "AVIF", "heic", "jpe", "jp2")}
+    for path in copies:
+        (tmp_path / "in" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / path).write_bytes(b"as if it were an image")
+    assert protect("kvasir-seg") == 0
+    assert files(tmp_path / "in").keys() - data_files(tmp_path / "out").keys() == copies
+
+
 def test_a_budget_that_is_given_replaces_the_data_sets(tmp_path, protect):
     expected = TREES["kvasir-seg"][1](tmp_path / "in")
     assert protect("kvasir-seg", "--epsilon", "12") == 0

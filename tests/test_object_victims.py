@@ -243,6 +243,14 @@ def test_a_checkpoint_of_other_classes_keeps_all_but_the_class_layers(victim_cla
         assert new["criterion.empty_weight"].tolist() == pytest.approx([1, 1, 1, 0.1])
 
 
+def test_damaged_weights_are_one_clear_error(tmp_path):
+    build(Mask2FormerVictim).model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"which does not load .*give a folder or Hub id of a mask2former checkpoint"):
+        build(Mask2FormerVictim, pretrained=tmp_path)
+
+
 @pytest.mark.parametrize("victim_class", [SamVictim, SamHQVictim])
 def test_from_a_checkpoint_only_the_decoder_is_trained(victim_class, tmp_path):
     build(victim_class).model.save_pretrained(tmp_path)

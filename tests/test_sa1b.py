@@ -421,6 +421,13 @@ def test_a_compressed_local_tar_is_refused(tmp_path, folder):
         pass_names(Sa1bSource(str(tmp_path / "a.tar")))
 
 
+def test_an_image_that_says_it_is_too_large_is_damaged(tmp_path, members, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    source = Sa1bSource(write_tar(tmp_path / "a.tar", members))
+    with pytest.raises(OSError, match=r"a\.tar/sa_\d\.jpg cannot be decoded"):
+        source.load(next(iter(source.order(np.random.default_rng(0), 0, 1))))
+
+
 @pytest.mark.parametrize("damaged", ["sa_1.jpg", "sa_1.json"])
 @pytest.mark.parametrize("how", ["cut", "garbage"])
 def test_damaged_contents_are_named_and_stop_nothing_else(tmp_path, members, damaged, how):

@@ -142,6 +142,13 @@ class TestFromCheckpoint:
         torch.testing.assert_close(grid[:, :, 0], torch.tensor([[2.5, 2.5], [4.5, 4.5]]))
         torch.testing.assert_close(grid[:, :, 1], torch.tensor([[2.5, 4.5], [2.5, 4.5]]))
 
+    def test_damaged_weights_are_one_clear_error(self, sam_checkpoint, tmp_path):
+        SamModel.from_pretrained(sam_checkpoint(64)).save_pretrained(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-50])
+        with pytest.raises(ValueError, match=r"are damaged .*: take them from another copy"):
+            SamSurrogate.from_checkpoint(str(tmp_path), image_size=32, prompt_size=64)
+
     def test_half_precision_is_trained_in_single(self, sam_checkpoint, tmp_path):
         SamModel.from_pretrained(sam_checkpoint(64), dtype=torch.float16).save_pretrained(tmp_path)
         surrogate = SamSurrogate.from_checkpoint(str(tmp_path), image_size=32, prompt_size=64)

@@ -6,7 +6,6 @@ The folder loads with `UnSegModel.from_pretrained`, `Protector.from_pretrained` 
 """
 
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,26 +148,6 @@ def read_state_dict(path: str | Path) -> Mapping:
     return state_dict
 
 
-def save(model, output_dir: Path) -> None:
-    """Writes the generator and its processor, whole or not at all."""
-    from transformers import pipeline
-
-    from unseg_hf import UnSegProcessor
-
-    processor = UnSegProcessor.for_image_size(model.config.sam_config.vision_config.image_size)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        # Through the pipeline, which adds its own code and its name in the configuration.
-        pipeline("image-protection", model=model, processor=processor).save_pretrained(partial)
-        if output_dir.exists():
-            output_dir.rmdir()
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _shape(tensor) -> list[int]:
     return list(tensor.shape)
 
@@ -189,7 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
         model = convert(read_state_dict(args.checkpoint))
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    save(model, output_dir)
+    from unseg_hf import UnSegProcessor
+    from unseg_hf.training.publishing import save_generator
+
+    save_generator(model, UnSegProcessor.for_image_size(model.config.sam_config.vision_config.image_size), output_dir)
     print(f"generator saved to {output_dir}")
 
 

@@ -23,10 +23,6 @@ from .evaluation.audit_command import add_audit
 from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"),
-    *(".gif", ".avif", ".heic", ".heif"),
-)
 MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
 SMALL_MODEL = 512  # pixels of its input's side
 
@@ -402,8 +398,10 @@ def plan(
         else:
             found.setdefault(item, Path(item.name))
     if not found:
-        raise UsageError(f"no images in {', '.join(map(str, inputs))}: looked for {' '.join(SUFFIXES)}")
-    to_file = bool(output.suffix) and not output.is_dir() and output.suffix.lower() in SUFFIXES
+        raise UsageError(
+            f"no images in {', '.join(map(str, inputs))}: looked for {' '.join(image_files.READ_SUFFIXES)}"
+        )
+    to_file = bool(output.suffix) and not output.is_dir() and output.suffix.lower() in image_files.READ_SUFFIXES
     if to_file and len(found) > 1:
         raise UsageError(f"{output} is one file for {len(found)} images: name a folder")
     wanted = image_files.SUFFIXES.get(output.suffix.lower()) if to_file else format or "png"
@@ -506,6 +504,7 @@ def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path
 
 def images_in(folder: Path, unreadable: list[str]) -> list[Path]:
     """Image files in a folder and those below it; `unreadable` gets a line for each folder that cannot be searched."""
+    from .image_files import READ_SUFFIXES
 
     def complain(error: OSError) -> None:
         unreadable.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
@@ -519,7 +518,7 @@ def images_in(folder: Path, unreadable: list[str]) -> list[Path]:
             continue
         seen.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        images += [Path(parent, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        images += [Path(parent, name) for name in names if Path(name).suffix.lower() in READ_SUFFIXES]
     return sorted(images)
 
 

@@ -29,6 +29,8 @@ WEBP_MAX_SIDE = 16_383
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {".png": "png", ".webp": "webp", ".tif": "tiff", ".tiff": "tiff", ".jpg": "jpeg", ".jpeg": "jpeg"}
 )
+READ_SUFFIXES = (*SUFFIXES, ".jpe", ".jfif", ".bmp", ".gif", ".avif", ".heic", ".heif")
+"""Of files that folders are searched for; what they hold is told by how they begin."""
 LOSSLESS_FORMATS: Mapping[str, str] = MappingProxyType({"png": ".png", "webp": ".webp", "tiff": ".tiff"})
 LOSSY_FORMATS: Mapping[str, str] = MappingProxyType({"jpeg": ".jpg"})
 

@@ -27,6 +27,8 @@ class ImageFolder:
     image_column = "image"
 
     def __init__(self, inputs: Sequence[Path], shard_size: int, masks: Path | None, output: Path):
+        if masks is not None and masks.suffix.lower() == ".json":
+            raise ValueError(f"--masks {masks}: this takes mask files; `unseg protect --masks` takes COCO's json")
         unreadable: list[str] = []
         self._tasks = plan(inputs, output, "png", masks, unreadable)
         if unreadable:

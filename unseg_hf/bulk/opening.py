@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ..cli import SUFFIXES
+from ..image_files import READ_SUFFIXES
 from .records import Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -63,7 +63,7 @@ def open_source(
     strange = [path for path in found if path.is_file() and path not in parquet + tars]
     if parquet + tars and not strange:
         # A folder with photos beside archives: neither may be left out silently.
-        strange = [image for path in found if path.is_dir() for image in _files([path], SUFFIXES, output)]
+        strange = [image for path in found if path.is_dir() for image in _files([path], READ_SUFFIXES, output)]
     if (parquet and tars) or (strange and parquet + tars):
         raise ValueError(f"{', '.join(inputs)}: parquet files, tars and images are not mixed; name those of one kind")
     if parquet:
@@ -98,7 +98,7 @@ def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> li
     files = []
     for path in found:
         inside = path.rglob("*") if path.is_dir() else [path]
-        files += sorted(p for p in inside if p.name.endswith(suffixes) and p.is_file() and p.name[0] != ".")
+        files += sorted(p for p in inside if p.name.lower().endswith(suffixes) and p.is_file() and p.name[0] != ".")
     if twice := [path for path, count in Counter(map(os.path.abspath, files)).items() if count > 1]:
         raise ValueError(f"{os.path.relpath(twice[0])}: this file is named twice; name it once")
     return [path for path in files if output.resolve() not in path.resolve().parents]

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from ..cli import SUFFIXES
-from ..image_files import one_line
+from ..image_files import READ_SUFFIXES, one_line
 from ..mapping import stored_image
 
 
@@ -129,7 +128,7 @@ def count_images(value: Any) -> int:
         return int(image_kind(value) is not None)
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"} and value["bytes"] is None:
-            return int((value["path"] or "").lower().endswith(SUFFIXES))
+            return int((value["path"] or "").lower().endswith(READ_SUFFIXES))
         return sum(map(count_images, value.values()))
     return sum(map(count_images, value)) if isinstance(value, list | tuple) else 0  # maps come as pairs
 

@@ -127,7 +127,9 @@ def _remove_left_behind(folder: Path) -> None:
         owner, _, process = partial.name.rpartition("-")[0].rpartition("-")
         with contextlib.suppress(OSError, ValueError):
             killed = owner == host and not psutil.pid_exists(int(process))
-            if killed or time.time() - partial.stat().st_mtime > LONG_AGO:
+            # A folder's own time is not that of what is written below it.
+            newest = max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
+            if killed or time.time() - newest > LONG_AGO:
                 shutil.rmtree(partial, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -93,13 +93,11 @@ class Table:
     def files(self, record: Record) -> Mapping[str, bytes]:
         files, plain = {}, {}
         for column, value in self.row(record).to_pylist()[0].items():
+            left = _taken_out(value, column, files)
             values = value if isinstance(value, list) and value else [value]
-            parts = [_file(one) for one in values]
-            if all(part is not None for part in parts):
-                for index, (suffix, data) in enumerate(parts):
-                    files[f"{column}{f'.{index}' if isinstance(value, list) else ''}.{suffix}"] = data
-            else:
-                plain[column] = value
+            # Of files alone their names say enough.
+            if not all(_file(one) is not None for one in values):
+                plain[column] = left
         if plain:
             files["json"] = json.dumps(plain, default=str, sort_keys=True).encode()
         return files
@@ -113,6 +111,19 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _taken_out(value: Any, name: str, files: dict[str, bytes]) -> Any:
+    """A value with the names of files in place of those that are in it, at whatever depth; they go to `files`."""
+    if (part := _file(value)) is not None:
+        suffix, data = part
+        files[f"{name}.{suffix}"] = data
+        return f"{name}.{suffix}"
+    if isinstance(value, dict):
+        return {key: _taken_out(one, f"{name}.{key}", files) for key, one in value.items()}
+    if isinstance(value, list | tuple):  # maps come as pairs
+        return [_taken_out(one, f"{name}.{index}", files) for index, one in enumerate(value)]
+    return value
 
 
 def _file(value: Any) -> tuple[str, bytes] | None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..cli import SUFFIXES
 from ..data.sa1b_tars import WholeTarInfo
+from ..image_files import READ_SUFFIXES
 from .records import (
     IMAGE_TYPE,
     Record,
@@ -85,7 +85,7 @@ class TarFiles:
         found = [
             suffix
             for suffix in members
-            if suffix not in (self._mask, *self._dropped) and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES
+            if suffix not in (self._mask, *self._dropped) and f".{suffix.rpartition('.')[2].lower()}" in READ_SUFFIXES
         ]
         return found[0] if len(found) == 1 else None
 
@@ -110,7 +110,8 @@ class TarFiles:
         features = {"__key__": Value("string"), "image": Image()}
         for suffix in first.rest if first else ():
             kind = suffix.rpartition(".")[2].lower()
-            features[suffix] = Image() if f".{kind}" in SUFFIXES else Value("string" if kind in _TEXT else "binary")
+            plain = Value("string" if kind in _TEXT else "binary")
+            features[suffix] = Image() if f".{kind}" in READ_SUFFIXES else plain
         return Features(features).arrow_schema
 
     def _whole_samples(self) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .records import LabelMasks, Record
+from .records import LabelMasks, Record, decoding
 
 MASK_KINDS = ("binary", "regions", "instances", "classes")
 
@@ -127,13 +127,8 @@ class DatasetSource:
 
         if value is None:
             raise OSError(f"{name}: column {column!r} is empty")
-        try:
+        with decoding(f"{name}: column {column!r}"):
             return ImageFeature().decode_example(value)
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Pillow's readers meet damaged files with whatever their parsing raises.
-            raise OSError(f"{name}: column {column!r} cannot be decoded ({error})") from error
 
 
 class _LazyMasks(Sequence):

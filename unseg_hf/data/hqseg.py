@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .records import Record
+from .records import Record, decoding
 
 PARTS = {
     "DIS5K-TR": ("DIS5K/DIS-TR/im", "DIS5K/DIS-TR/gt"),
@@ -87,14 +87,8 @@ class HqSegSource:
 
 
 def _read(path: Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Pillow's readers meet damaged files with whatever their parsing raises.
-        raise OSError(f"{path} cannot be decoded ({error})") from error
+    with decoding(str(path)), Image.open(path) as image:
+        return image.convert(mode)
 
 
 def _layout(*parts: str) -> str:

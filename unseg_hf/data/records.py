@@ -1,11 +1,26 @@
 """What every source of images becomes: records of an image and its masks."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """OSError that names `what`, for whatever goes wrong while an image is decoded, lack of memory aside.
+
+    Pillow's readers meet damaged files with whatever their parsing raises.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise OSError(f"{what} cannot be decoded ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .records import Record
+from .records import Record, decoding
 from .sa1b_tars import Pair, Shard, count_pairs, find_shards, is_remote, read_member, read_pairs, shown
 
 LOCAL_BUFFER, STREAM_BUFFER = 1000, 256
@@ -169,11 +169,9 @@ class Sa1bSource:
         """
         name = f"{handle.tar}/{handle.image.name}"
         data = read_member(handle.tar, handle.image)
-        try:
+        with decoding(name):
             image = Image.open(io.BytesIO(data))
             image.load()
-        except OSError as error:
-            raise OSError(f"{name} is no image that Pillow can decode: {error}") from error
         return Record(name, image, self._masks(handle, image))
 
     def _masks(self, handle: Pair, image: Image.Image) -> RleMasks:

@@ -244,7 +244,11 @@ class LabelledImages(Sequence):
                 continue
             self._indices.append(index)
             self.digests.append(hashlib.sha256(str(raw.image.size).encode() + raw.image.tobytes()).hexdigest())
-            for part in (raw.name.encode(), raw.labels.tobytes(), b"" if raw.instances is None else raw.instances):
+            for part in (
+                raw.name.encode(),
+                raw.labels.tobytes(),
+                b"" if raw.instances is None else raw.instances.tobytes(),
+            ):
                 self._annotations.update(hashlib.sha256(part).digest())
             values |= set(np.unique(raw.labels).tolist())
             if raw.instances is not None:

@@ -236,7 +236,8 @@ def alone(output: Path) -> Iterator[None]:
     Raises:
         ValueError: another run is writing there.
     """
-    with open(output / SETTINGS) as file:
+    # NFS gives such a lock to whoever may write alone.
+    with open(output / SETTINGS, "r+") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

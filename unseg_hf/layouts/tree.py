@@ -15,7 +15,7 @@ from .annotations import Annotation, Index, read_text
 from .table import DATA_SETS, DataSet, Images, Layout
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
-IMAGE_SUFFIXES = (*image_files.SUFFIXES, ".bmp", ".gif", ".jfif", ".jp2", ".ppm")
+IMAGE_SUFFIXES = (*image_files.READ_SUFFIXES, ".jp2", ".jxl", ".pgm", ".ppm")  # also those that cannot be read
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".lmdb", ".mdb", ".h5", ".hdf5", ".npz", ".parquet")
 UNLISTED = "not in the lists of the chosen splits"
 

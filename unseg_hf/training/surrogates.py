@@ -275,7 +275,12 @@ def load_mae_encoder(surrogate: SamSurrogate, checkpoint: str) -> None:
 
 def _pretrained(model_class: type[PreTrainedModel], checkpoint: str) -> PreTrainedModel:
     """A model in float32; transformers would only warn where weights are missing and leave them random."""
-    model, loading = model_class.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    from safetensors import SafetensorError
+
+    try:
+        model, loading = model_class.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {checkpoint} are damaged ({error}): take them from another copy") from error
     if loading["missing_keys"]:
         raise ValueError(
             f"{checkpoint} lacks {len(loading['missing_keys'])} weights of a {model_class.__name__}, such as "

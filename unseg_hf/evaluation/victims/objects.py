@@ -383,6 +383,8 @@ SMALL_DETECTOR = {
 
 def _loaded(model_class: type[PreTrainedModel], pretrained: str, num_labels: int) -> PreTrainedModel:
     """A checkpoint in float32, with new class layers where it has other classes."""
+    from safetensors import SafetensorError
+
     fix = f"give a folder or Hub id of a {model_class.config_class.model_type} checkpoint"
     try:
         model, report = model_class.from_pretrained(
@@ -392,7 +394,7 @@ def _loaded(model_class: type[PreTrainedModel], pretrained: str, num_labels: int
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"pretrained is {str(pretrained)!r}, which does not load ({error}); {fix}") from error
     if report["missing_keys"]:
         raise ValueError(
