@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import nn
 
@@ -73,11 +72,10 @@ class Linear(Victim):
         return nn.functional.cross_entropy(self.layer(batch.images), batch.labels)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_adversarial_images_raise_the_loss_within_the_radius_and_leave_no_gradients(steps: int):
+def test_adversarial_images_raise_the_loss_within_the_radius_and_leave_no_gradients():
     torch.manual_seed(0)
     victim, before = Linear(), batch(4)
-    after = adversarial(victim, before, radius=8 / 255, steps=steps)
+    after = adversarial(victim, before, radius=8 / 255)
     difference = (after.images - before.images).abs()
     assert difference.max() <= 8 / 255 + 1e-6
     assert after.images.min() >= 0
@@ -86,6 +84,3 @@ def test_adversarial_images_raise_the_loss_within_the_radius_and_leave_no_gradie
     assert all(parameter.grad is None for parameter in victim.parameters())
     assert not after.images.requires_grad
     assert torch.equal(after.labels, before.labels)
-    if steps == 3:
-        # The loss is convex in the pixels here: the steps end in a corner of the box.
-        assert (difference > 8 / 255 - 1e-4).float().mean() > 0.95

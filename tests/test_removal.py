@@ -84,8 +84,8 @@ def test_filters_take_noise_of_single_pixels(name: str, tmp_path: Path):
 
 
 def test_the_denoiser_learns_from_pairs_and_repeats_itself(tmp_path: Path, monkeypatch):
-    def short(published, pairs, seed):
-        return removal._fit_denoiser(published, pairs, seed, steps=60)
+    def short(published, pairs):
+        return removal._fit_denoiser(published, pairs, steps=60)
 
     monkeypatch.setitem(REMOVALS, "denoiser", short)
     clean = np.rint(photos(8, 64, 64)).astype(np.uint8)

@@ -90,29 +90,25 @@ def _recoloured(batch: Batch) -> Batch:
     return Batch(images.clamp(0, 1), batch.labels, batch.instances)
 
 
-def adversarial(victim: Victim, batch: Batch, radius: float = 4 / 255, steps: int = 1) -> Batch:
+def adversarial(victim: Victim, batch: Batch, radius: float = 4 / 255) -> Batch:
     """Move images within a radius so that the victim's loss grows.
 
-    One step is FGSM from a random start (Wong et al., "Fast is better than free", ICLR 2020, algorithm 3: step 1.25
-    times the radius); more are PGD (Madry et al., ICLR 2018) with steps of 2.5 radii in all. The victim's parameters
-    collect no gradients here, but its batch norms count these batches too, as in the authors' code.
+    FGSM from a random start (Wong et al., "Fast is better than free", ICLR 2020, algorithm 3: a step of 1.25 times the
+    radius). The victim's parameters collect no gradients here, but its batch norms count these batches too, as in the
+    authors' code.
 
     Args:
         victim: in training mode.
         batch: what it would have learned from.
         radius: largest change of a pixel, in [0, 1].
-        steps: gradients taken, at least 1.
 
     Returns:
         The batch with other images, in [0, 1].
     """
-    step = radius * (1.25 if steps == 1 else 2.5 / steps)
     start = torch.empty_like(batch.images).uniform_(-radius, radius)
-    images = (batch.images + start).clamp(0, 1)
-    for _ in range(steps):
-        images.requires_grad_()
-        loss = victim.loss(Batch(images, batch.labels, batch.instances))
-        (gradient,) = torch.autograd.grad(loss, images)
-        moved = images.detach() + step * gradient.sign()
-        images = torch.max(torch.min(moved, batch.images + radius), batch.images - radius).clamp(0, 1)
+    images = (batch.images + start).clamp(0, 1).requires_grad_()
+    loss = victim.loss(Batch(images, batch.labels, batch.instances))
+    (gradient,) = torch.autograd.grad(loss, images)
+    moved = images.detach() + 1.25 * radius * gradient.sign()
+    images = torch.max(torch.min(moved, batch.images + radius), batch.images - radius).clamp(0, 1)
     return Batch(images, batch.labels, batch.instances)

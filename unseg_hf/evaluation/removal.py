@@ -42,7 +42,7 @@ SLOWEST = 2 / TILE
 """Frequencies below, in cycles a pixel, are left alone: the image itself is strongest there."""
 
 
-def fit_removal(name: str, published: Sequence[Path], pairs: Pairs | None = None, seed: int = 0) -> Removal:
+def fit_removal(name: str, published: Sequence[Path], pairs: Pairs | None = None) -> Removal:
     """Fit an attack to published images.
 
     - `mean`: the average of the images' residuals is the pattern; it is subtracted as strongly as it is found in each
@@ -56,7 +56,6 @@ def fit_removal(name: str, published: Sequence[Path], pairs: Pairs | None = None
         name: one of [`REMOVALS`].
         published: files of the published images, of any sizes.
         pairs: for `denoiser`: images that the attacker protected, and their originals, `(height, width, 3)` uint8.
-        seed: of the denoiser.
 
     Returns:
         A function from RGB image to RGB image of the same size.
@@ -68,7 +67,7 @@ def fit_removal(name: str, published: Sequence[Path], pairs: Pairs | None = None
         raise ValueError(f"unknown removal {name!r}; use one of {', '.join(REMOVALS)}")
     if not published:
         raise ValueError(f"{name}: no published images were given; give one at least")
-    return REMOVALS[name](published, pairs, seed)
+    return REMOVALS[name](published, pairs)
 
 
 def _read(file: Path) -> torch.Tensor:
@@ -158,7 +157,7 @@ class _Average:
         return torch.fft.ifft2(mean * (common / energy.clamp(min=1e-6)).clamp(0, 1)).real
 
 
-def _fit_mean(published: Sequence[Path], pairs: Pairs | None, seed: int) -> Removal:
+def _fit_mean(published: Sequence[Path], pairs: Pairs | None) -> Removal:
     fixed, scaled = _Average(), _Average()
     for index, file in enumerate(published):
         residual = _residual(_opponent(_read(file)))
@@ -182,7 +181,7 @@ def _subtract(pattern: torch.Tensor, scales: bool, image: Image.Image) -> Image.
     return _image(_rgb(pixels - gain * pattern))
 
 
-def _fit_notch(published: Sequence[Path], pairs: Pairs | None, seed: int) -> Removal:
+def _fit_notch(published: Sequence[Path], pairs: Pairs | None) -> Removal:
     from scipy.ndimage import binary_dilation, median_filter
 
     power, tiles = torch.zeros(3, TILE, TILE), 0
@@ -216,11 +215,11 @@ def _filter_out(peaks: torch.Tensor, image: Image.Image) -> Image.Image:
     return _image(_rgb(cleaned[:, margins[0] : margins[0] + height, margins[1] : margins[1] + width]))
 
 
-def _fit_median(published: Sequence[Path], pairs: Pairs | None, seed: int) -> Removal:
+def _fit_median(published: Sequence[Path], pairs: Pairs | None) -> Removal:
     return lambda image: image.filter(ImageFilter.MedianFilter(3))
 
 
-def _fit_bilateral(published: Sequence[Path], pairs: Pairs | None, seed: int) -> Removal:
+def _fit_bilateral(published: Sequence[Path], pairs: Pairs | None) -> Removal:
     from kornia.filters import bilateral_blur
 
     def smooth(image: Image.Image) -> Image.Image:
@@ -244,13 +243,13 @@ class _Denoiser(nn.Module):
         return pixels - self.layers(pixels / 128 - 1) * 8
 
 
-def _fit_denoiser(published: Sequence[Path], pairs: Pairs | None, seed: int, steps: int = 800) -> Removal:
+def _fit_denoiser(published: Sequence[Path], pairs: Pairs | None, steps: int = 800) -> Removal:
     if not pairs:
         raise ValueError("denoiser: there are no pairs of protected images and originals; give some")
     side = min(64, *(extent // 2 * 2 for pair in pairs for extent in pair[0].shape[:2]))
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(0)
         network = _Denoiser()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -279,11 +278,11 @@ def _denoise(network: _Denoiser, image: Image.Image) -> Image.Image:
     return _image(network(even)[0, :, :height, :width])
 
 
-REMOVALS: dict[str, Callable[[Sequence[Path], Pairs | None, int], Removal]] = {
+REMOVALS: dict[str, Callable[[Sequence[Path], Pairs | None], Removal]] = {
     "mean": _fit_mean,
     "notch": _fit_notch,
     "median3": _fit_median,
     "bilateral": _fit_bilateral,
     "denoiser": _fit_denoiser,
 }
-"""Name of each attack -> function of (published files, pairs, seed)."""
+"""Name of each attack -> function of (published files, pairs)."""

@@ -33,19 +33,16 @@ class UNet(nn.Module):
 
     Args:
         num_classes: classes the model tells apart, background included.
-        in_channels: channels of the images.
         width: channels at the highest resolution.
         stem_stride: 2 to work at half the size of the input, 1 to work at its full size.
         poolings: how often the features are halved after that.
     """
 
-    def __init__(
-        self, num_classes: int, in_channels: int = 3, width: int = 16, stem_stride: int = 2, poolings: int = 3
-    ) -> None:
+    def __init__(self, num_classes: int, width: int = 16, stem_stride: int = 2, poolings: int = 3) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(poolings + 1)]
         self.stem_stride = stem_stride
-        self.stem = two_convolutions(in_channels, width, stride=stem_stride)
+        self.stem = two_convolutions(3, width, stride=stem_stride)
         self.down = nn.ModuleList(two_convolutions(shallow, deep) for shallow, deep in pairwise(widths))
         pairs = list(pairwise(reversed(widths)))
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(deep, shallow, 2, stride=2) for deep, shallow in pairs)
@@ -56,7 +53,7 @@ class UNet(nn.Module):
         """Segment images.
 
         Args:
-            pixel_values: shape `(batch, in_channels, height, width)`, float around 0; height and width are
+            pixel_values: shape `(batch, 3, height, width)`, float around 0; height and width are
                 multiples of `stem_stride * 2**poolings`: 16 by default, 8 with `stem_stride=1`.
 
         Returns:
