@@ -802,6 +802,28 @@ def test_a_tint_reaches_the_images_and_the_settings(place, script):
     np.testing.assert_array_equal(np.asarray(Image.open(written)), tinted.picture.pixels)
 
 
+def test_images_that_stay_as_they_were_are_not_counted_as_protected(place, saved_generator, script, capsys):
+    for folder in ("in", "masks", "none"):
+        Path(folder).mkdir()
+    for index in range(3):
+        Image.fromarray(photo(0)).save(f"in/{index}.png")
+        Image.fromarray(mask(0) * (index != 1)).save(f"masks/{index}.png")
+        Image.fromarray(mask(0)).save(f"none/{index}.png")
+    request = ["in", "--model", str(saved_generator), "--epsilon", "8", "--epsilon_background", "0"]
+    assert script(*request, "--masks", "masks", "--output", "out") == 0
+    said = capsys.readouterr()
+    assert "out: 2 images protected, 0 failed" in said.out
+    sentence = "1 image with nothing to protect (an empty mask, say; see manifest/) is not protected"
+    assert sentence in said.err
+    assert [line.get("notes") for line in lines()] == [None, ["the mask is empty: nothing is protected"], None]
+    assert sentence in Path("out/README.md").read_text()
+    assert cli.main(["verify", "out"]) == 0
+    assert sentence in capsys.readouterr().out
+    # All there is in these label maps is what is ignored.
+    assert script(*request, "--masks", "none", "--labels", "--output", "all") == 1
+    assert "not one of 3 images could be protected" in capsys.readouterr().err
+
+
 def test_images_with_unlike_noises_are_counted_and_said(place, script, capsys):
     """With the generator in the package, which has a tint for what is low."""
     for folder in ("in", "masks"):

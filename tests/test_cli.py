@@ -248,7 +248,8 @@ def test_a_device_on_which_nothing_can_be_encoded_is_said_in_one_line(folder, mo
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     model = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(cli, "load_protector", lambda *_: SimpleNamespace(model=model, record_encoder=record_encoder))
+    protector = SimpleNamespace(model=model, record_encoder=record_encoder, uses_all_threads=False)
+    monkeypatch.setattr(cli, "load_protector", lambda *_: protector)
     assert run("protect", folder / "in", "-o", folder / "out", "--whole-image", "--device", "cuda") == 2
     error = capsys.readouterr().err
     assert error == "unseg: the generator does not run on 'cuda': CUDA out of memory. Tried to allocate 2 GiB\n"
@@ -266,6 +267,29 @@ def test_bf16_encodes_in_bfloat16(folder, saved_generator, monkeypatch):
     request = ("protect", folder / "in/a.png", "--whole-image", "--model", saved_generator, "-o")
     assert [run(*request, folder / "one.png"), run(*request, folder / "two.png", "--bf16")] == [0, 0]
     assert encoded == [torch.float32, torch.bfloat16]
+
+
+def test_a_skipped_image_has_no_figures_of_another(folder, saved_generator):
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+        Image.fromarray(photo(len(name), 30, 40)).save(folder / name / "photo.png")
+    request = ("--whole-image", "--model", saved_generator, "-o", folder / "out", "--json", folder / "out.json")
+    assert run("protect", folder / "one/photo.png", *request) == 0
+    assert run("protect", folder / "other/photo.png", *request) == 0
+    (entry,) = json.loads((folder / "out.json").read_text())["images"]
+    assert (entry["input"], entry["status"]) == (str(folder / "other/photo.png"), "skipped")
+    assert "report" not in entry
+
+
+def test_images_with_nothing_to_protect_are_not_counted_as_protected_alone(folder, saved_generator, capsys):
+    (folder / "two").mkdir()
+    (folder / "empty").mkdir()
+    for name, drawn in (("a", 1), ("b", 0)):
+        Image.fromarray(photo(1, 30, 40)).save(folder / f"two/{name}.png")
+        Image.fromarray(np.full((30, 40), drawn, np.uint8)).save(folder / f"empty/{name}.png")
+    request = ("protect", folder / "two", "--masks", folder / "empty", "--model", saved_generator)
+    assert run(*request, "-o", folder / "out", "--epsilon", 8, "--epsilon-background", 0) == 0
+    assert "2 protected, of which 1 is as before" in capsys.readouterr().out
 
 
 def test_finished_images_are_skipped_until_overwrite(folder, saved_generator, capsys):

@@ -444,6 +444,56 @@ def test_overlapping_segments_have_their_own_noise_with_the_smallest_on_top(loud
     assert (expected[masks[2]] != apply_noise(pixels, full[2], region, 8 / 255, 2 / 255)[masks[2]]).any()
 
 
+def test_small_models_have_one_thread_and_the_caller_keeps_all(loud_protector, monkeypatch):
+    counts = []
+    image_embeddings = type(loud_protector.model).get_image_embeddings
+
+    def counted(self, *arguments, **options):
+        counts.append(torch.get_num_threads())
+        return image_embeddings(self, *arguments, **options)
+
+    monkeypatch.setattr(type(loud_protector.model), "get_image_embeddings", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loud_protector.protect(photo(), whole_image=True)
+        monkeypatch.setattr("unseg_hf.protection.SMALL_MODEL", 1)
+        loud_protector.protect(photo(), whole_image=True)
+        with pytest.raises(ValueError, match=r"nowhere\.png"):
+            loud_protector.protect("nowhere.png", whole_image=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1, 2]
+
+
+def test_masks_and_their_classes_may_be_arrays_or_tensors(coded_protector):
+    masks = np.stack([box_mask(), ~box_mask()])
+    expected, *others = (
+        coded_protector.protect(photo(), masks=given, classes=classes, mode="per_segment").picture.pixels
+        for given, classes in (
+            (list(masks), [1, 2]), (masks, np.array([1, 2])), (torch.from_numpy(masks), torch.tensor([1, 2]))
+        )
+    )  # fmt: skip
+    assert all((one == expected).all() for one in others)
+    with pytest.raises(ValueError, match="for 2 masks"):
+        coded_protector.protect(photo(), masks=masks, classes=[1], mode="per_segment")
+
+
+def test_what_is_ignored_or_too_dark_for_its_bits_is_said(tiny_protector):
+    numbers = np.arange(60 * 80).reshape(60, 80) // 16
+    (note,) = tiny_protector.protect(photo(), label_map=numbers).notes
+    assert "label 255 is ignored" in note
+    assert not tiny_protector.protect(photo(), label_map=numbers, ignore_labels=[0]).notes
+    assert not tiny_protector.protect(photo(), label_map=numbers.clip(max=254)).notes
+    only_ignored = tiny_protector.protect(photo(), label_map=box_mask() * 255)
+    assert "no labels but those ignored: 0, 255" in only_ignored.notes[0]
+    grey = photo(channels=1)[..., 0].astype(np.uint16)
+    for factor, said in ((16, True), (257, False)):
+        notes = tiny_protector.protect(grey * factor, mask=box_mask()).notes
+        assert any("fewer bits" in note for note in notes) == said
+
+
 def test_work_in_strips_gives_what_work_at_once_gives(loud_protector, monkeypatch):
     masks = [box_mask(97, 80), np.roll(box_mask(97, 80), 15, axis=0)]
     at_once = loud_protector.protect(photo(97, 80), masks=masks, mode="per_segment")

@@ -98,6 +98,9 @@ def run(options: argparse.Namespace) -> int:
             f"--push_to_hub with --shard {options.shard}: run once more without --shard when all jobs are done; what "
             "is finished is not made again"
         )
+    for name in ("epsilon", "epsilon_background"):
+        if (value := getattr(options, name)) is not None and not 0 <= value <= 255:
+            raise ValueError(f"--{name} {value:g}: must be from 0 to 255 grey levels")
     from transformers.utils import logging
 
     from unseg_hf import ProtectImages
@@ -153,19 +156,19 @@ def run(options: argparse.Namespace) -> int:
     )
     if dataset_id and speaks:
         summary = wait_for_others(options.output, len(source.shards), say)
-    if summary.complete and summary.failed == summary.records > 0:
+    protected = summary.records - summary.failed - summary.unchanged
+    if summary.complete and summary.records and not protected:
         say(f"{options.output}: not one of {summary.records} images could be protected; manifest/ says why")
         return 1
-    if summary.complete and summary.unprotected:
-        say(
-            f"{options.output}: {'; '.join(unprotected_images(options.output, summary))}. To leave them out, protect "
-            f"into a new folder with --drop_columns {shlex.join(summary.unprotected)}"
-        )
+    if summary.complete and (unprotected := unprotected_images(options.output, summary)):
+        drop = f"--drop_columns {shlex.join(summary.unprotected)}"
+        fix = f". To leave them out, protect into a new folder with {drop}" if summary.unprotected else ""
+        say(f"{options.output}: {'; '.join(unprotected)}{fix}")
     if dataset_id and speaks:
         print(f"pushed to {push_dataset(options.output, dataset_id, options.private)}")
     if summary.complete:
         print(
-            f"{options.output}: {summary.records - summary.failed} images protected, {summary.failed} failed; largest "
+            f"{options.output}: {protected} images protected, {summary.failed} failed; largest "
             f"change {summary.max_noise:g} of 255; manifest/ lists all"
         )
         say_of_tints(summary.with_tint, summary.without_tint)

@@ -24,7 +24,6 @@ from .layouts.command import add_protect_dataset
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
 MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
-SMALL_MODEL = 512  # pixels of its input's side
 
 
 class UsageError(Exception):
@@ -299,24 +298,23 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
 
     threads = torch.get_num_threads()
     at_a_time = min(threads, images, MOST_THREADS)
-    model = protector.model
-    on_cpu = model.device.type == "cpu"
-    if on_cpu and model.config.sam_config.vision_config.image_size > SMALL_MODEL:
-        # It takes half a gigabyte an image, and makes good use of all threads.
+    device = protector.model.device.type
+    if protector.uses_all_threads:
+        # It takes half a gigabyte an image.
         yield at_a_time, threading.Lock()
         return
-    if model.device.type == "cuda" and images > 1:
+    if device == "cuda" and images > 1:
         try:
             protector.record_encoder()
         except RuntimeError as error:  # too little memory, mostly
             from .image_files import one_line
 
-            raise UsageError(f"the generator does not run on {str(model.device)!r}: {one_line(error)}") from error
-    # Threads inside a model this small wait for each other longer than they work, and so do those beside a device.
-    # The device has one image on its way there or back while it works on another.
+            raise UsageError(f"the generator does not run on {device!r}: {one_line(error)}") from error
+    # One thread of torch's an image, also for its figures. The device has one image on its way there or back while it
+    # works on another.
     torch.set_num_threads(1)
     try:
-        yield at_a_time, contextlib.nullcontext() if on_cpu else threading.Semaphore(2)
+        yield at_a_time, contextlib.nullcontext() if device == "cpu" else threading.Semaphore(2)
     finally:
         torch.set_num_threads(threads)
 
@@ -585,7 +583,7 @@ def _protect_one(
         writing = aside.submit(image_files.write, protected.picture, task.target, options.format, quality)
         # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
         few = {"notes": list(protected.notes), "protected_share": protected.share, "tinted": protected.tinted}
-        report = protected.report if measure else few
+        report = (protected.report if measure else few) | {"unchanged": protected.unchanged}
         written = writing.result()
     report["notes"] += [note for note in written.notes if note not in report["notes"]]
     if _is_lossy(task.target):
@@ -614,6 +612,8 @@ class Report:
 
     def add(self, task: Task, status: str, **details: Any) -> None:
         earlier = self.earlier.get(str(task.target), {}) if status == "skipped" else {}
+        if earlier.get("input") != str(task.source):
+            earlier = {}  # what is there was made of another file
         entry = {"input": str(task.source), "output": str(task.target)}
         self.entries.append(earlier | entry | {"status": status} | details)
 
@@ -652,6 +652,8 @@ class Report:
             print(f"JPEG left {sum(left) / len(left):.0%} of the noise" + (" on average" if len(left) > 1 else ""))
         skipped, failed = self.count("skipped"), self.count("failed")
         summary = f"{len(reports)} protected"
+        if unchanged := sum(report["unchanged"] for report in reports):
+            summary += f", of which {unchanged} {'is' if unchanged == 1 else 'are'} as before"
         if skipped:
             summary += f", {skipped} skipped (already there, whatever the settings; --overwrite does them again)"
         if failed:
@@ -665,6 +667,8 @@ def run_inspect(options: argparse.Namespace) -> int:
     from .inspection import comparison_picture, inspect_pair
 
     if options.picture:
+        if options.picture.suffix.lower() != ".png":
+            raise UsageError(f"--picture {options.picture}: it is a PNG, so name it .png")
         _refuse_overwriting("--picture", [options.picture], [options.original, options.protected, options.mask])
     original, protected = image_files.read(options.original), image_files.read(options.protected)
     region = None

@@ -286,7 +286,7 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image, max_pixels: i
     Alpha is ignored, unless the colour is the same everywhere and the alpha is not: then the alpha is the mask.
     Raises ImageFileError for colours and floats, and for what `read` refuses.
     """
-    image, name = (source, "the mask") if isinstance(source, Image.Image) else _open(source)
+    image, name = (source, "the mask") if isinstance(source, Image.Image) else _open(source, "the mask")
     _check_size(*image.size, name, max_pixels)
     labels = _labels_of(*_decode(image, name)[:2], name)
     return labels >= 128 if image.format in ("JPEG", "MPO") else labels
@@ -340,15 +340,14 @@ def write(picture: Picture, path: str | Path, format: str | None = None, quality
     return written
 
 
-def _open(source: str | Path | bytes | BinaryIO) -> tuple[Image.Image, str]:
-    """The image, its header read and its pixels not yet, and the name it goes by in messages."""
-    name = "the image bytes"
+def _open(source: str | Path | bytes | BinaryIO, name: str = "the image bytes") -> tuple[Image.Image, str]:
+    """The image, its header read and its pixels not yet, and the name it goes by in messages, a file's own."""
     try:
         if isinstance(source, str | os.PathLike):
             name = os.fspath(source)
             data = Path(source).read_bytes()
         elif hasattr(source, "read"):
-            name = str(getattr(source, "name", "the image stream"))
+            name = str(getattr(source, "name", name))
             data = source.read()
         else:
             data = source

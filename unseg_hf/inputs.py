@@ -29,8 +29,9 @@ class Prompt:
         classes: number of the class of each of `masks`, for "per_segment".
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
-        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image; SAM finds the object in it. Where it finds
-            none, all of the box is protected: of photographs a model learns hardly more from that than from masks.
+        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image. Of each what SAM takes for the object in it is
+            protected, and all of it where SAM finds none, as that of the embedded generator: from photographs a model
+            learns hardly more then than from those with masks.
         points: `[x, y]` each, in pixels of the upright image: on the object that SAM finds there, or on those that the
             object finder, where there is one, has found in the image.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
@@ -94,11 +95,9 @@ class Prompt:
 
 
 def _class_numbers(classes, masks) -> list[int]:
-    numbers = np.asarray(classes)
-    if numbers.shape != (len(masks or ()),) or numbers.dtype.kind not in "iu":
-        raise ValueError(
-            f"classes={classes!r} for {len(masks or ())} masks: pass `masks`, and a whole number for each"
-        )
+    numbers, count = np.asarray(classes), 0 if masks is None else len(masks)
+    if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
+        raise ValueError(f"classes={classes!r} for {count} masks: pass `masks`, and a whole number for each")
     return numbers.tolist()
 
 
@@ -131,23 +130,33 @@ def read_any(image: ImageInput) -> Picture:
     return read(image)
 
 
-def given_masks(prompt: Prompt, size: tuple[int, int]) -> tuple[list[np.ndarray] | None, list[int] | None]:
-    """`(height, width)` bool masks of a prompt that holds them, else None, and their classes where it has those."""
+def given_masks(
+    prompt: Prompt, size: tuple[int, int]
+) -> tuple[list[np.ndarray] | None, list[int] | None, tuple[str, ...]]:
+    """`(height, width)` bool masks of a prompt that holds them, else None, their classes where it has those, and what
+    a user should know of them."""
     if prompt.whole_image:
-        return [np.ones(size, dtype=bool)], None
+        return [np.ones(size, dtype=bool)], None, ()
     if prompt.mask is not None:
-        return [read_region(prompt.mask, size)], None
+        return [read_region(prompt.mask, size)], None, ()
     if prompt.masks is not None:
         if not len(prompt.masks):
             raise ValueError("masks is empty: pass at least one mask, or whole_image=True")
-        return [read_region(mask, size) for mask in prompt.masks], prompt.classes
+        return [read_region(mask, size) for mask in prompt.masks], prompt.classes, ()
     if prompt.label_map is not None:
         labels = _labels(prompt.label_map, size)
         if labels.dtype.kind == "f":
             raise ValueError(f"a label map of {labels.dtype}: pass whole numbers, one for each object or class")
-        found = [int(value) for value in np.unique(labels) if value not in prompt.ignore_labels]
-        return ([labels == value for value in found], found) if found else ([np.zeros(size, dtype=bool)], None)
-    return None, None
+        present = np.unique(labels).tolist()
+        found = [int(value) for value in present if value not in prompt.ignore_labels]
+        if not found:
+            ignored = ", ".join(map(str, prompt.ignore_labels))
+            return [np.zeros(size, dtype=bool)], None, (f"the label map has no labels but those ignored: {ignored}",)
+        notes = ()
+        if 255 in present and 255 in prompt.ignore_labels and found[-1] > 255:
+            notes = ("label 255 is ignored: if labels count objects here, ignore 0 alone (ignore_labels)",)
+        return [labels == value for value in found], found, notes
+    return None, None, ()
 
 
 def mask_of_box(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:

@@ -274,6 +274,8 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
     """The values of a column as they are stored: decoding a batch fails for all rows where it fails for one."""
     from datasets.formatting.formatting import LazyBatch, LazyRow
 
+    if not isinstance(batch, Mapping):
+        raise ValueError("ProtectImages takes rows as they are stored: leave input_columns and with_format out")
     if column not in batch:
         raise ValueError(f"there is no column {column!r}: the data set has {', '.join(batch)}")
     if isinstance(batch, LazyBatch) and column in batch.keys_to_format:

@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ UNSURE = (
     "no object stands out: what is most likely one is protected; look at where the noise is, and mark the objects if "
     "it is not on them"
 )
+SMALL_MODEL = 512  # pixels of its input's side
+DARK = 1 / 4  # of 16 bits, which what is brightest in an image reaches
 SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # by model and processor
 
 
@@ -48,6 +50,27 @@ def check_model_name(name: str | os.PathLike) -> None:
         validate_repo_id(str(name))
     except HFValidationError as error:
         raise ValueError(f"{name}: no such folder, and no id of the Hub, which is like 'owner/name'") from error
+
+
+def _in_one_thread(method: Callable) -> Callable:
+    """A method of [`Protector`] that has one thread of torch's, unless the model is large and on a CPU.
+
+    Threads inside a small model wait for each other as long as they work, and many times as long on a machine that has
+    other things to do; so do those beside a device.
+    """
+
+    @functools.wraps(method)
+    def run(self, *arguments, **options):
+        threads = torch.get_num_threads()
+        if self.uses_all_threads or threads == 1:
+            return method(self, *arguments, **options)
+        torch.set_num_threads(1)
+        try:
+            return method(self, *arguments, **options)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +101,11 @@ class Protected:
     def image(self) -> Image.Image:
         """The protected picture as a fresh PIL image, which `datasets` stores as PNG."""
         return self.picture.to_pil()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether not one pixel was changed: there was nothing to protect, or the budget is below one level."""
+        return bool((self.original.pixels == self.picture.pixels).all())
 
     @property
     def share(self) -> float:
@@ -211,6 +239,13 @@ class Protector:
         job = self.prepare(image, prompt or Prompt(**prompt_fields), epsilon, epsilon_background)
         return self.apply(job, self.decode(job, self.encode([job])[0]))
 
+    @property
+    def uses_all_threads(self) -> bool:
+        """Whether the model makes good use of torch's threads: it is large, and on a CPU."""
+        large = self.model.config.sam_config.vision_config.image_size > SMALL_MODEL
+        return large and self.model.device.type == "cpu"
+
+    @_in_one_thread
     def prepare(
         self, image: ImageInput, prompt: Prompt, epsilon: float | None = None, epsilon_background: float | None = None
     ) -> "Job":
@@ -219,7 +254,13 @@ class Protector:
         epsilon, epsilon_background = self.model.config.budget(epsilon, epsilon_background)
         picture = read_any(image)
         prompt.check_inside(picture.height, picture.width)
-        masks, classes = given_masks(prompt, (picture.height, picture.width))
+        masks, classes, notes = given_masks(prompt, (picture.height, picture.width))
+        if picture.max_value > 255 and (brightest := picture.pixels.max()) < DARK * picture.max_value:
+            notes = (
+                *notes,
+                f"no pixel is above {brightest} of {picture.max_value}, of which the noise is a share: if this is an "
+                "image of fewer bits, scale it to the whole range",
+            )
         features = self.processor(
             picture.rgb8(),
             input_boxes=None if prompt.boxes is None else [prompt.boxes],
@@ -227,8 +268,9 @@ class Protector:
             input_labels=None if prompt.points is None else [[prompt.point_labels]],
         )
         seconds = time.perf_counter() - start
-        return Job(picture, prompt, epsilon, epsilon_background, masks, classes, features, seconds)
+        return Job(picture, prompt, epsilon, epsilon_background, masks, classes, features, notes, seconds)
 
+    @_in_one_thread
     @torch.inference_mode()
     def encode(self, jobs: Sequence["Job"]) -> list[UnSegImageEmbeddings]:
         """The second step: the embeddings of the jobs' images, in one batch."""
@@ -239,6 +281,7 @@ class Protector:
             job.seconds += (time.perf_counter() - start) / len(jobs)
         return [embeddings.of_image(i) for i in range(len(jobs))]
 
+    @_in_one_thread
     @torch.inference_mode()
     def decode(self, job: "Job", embeddings: UnSegImageEmbeddings) -> "Decoded":
         """The third step: finds the masks if none were given, and makes the noise. The last that runs on the model."""
@@ -257,7 +300,9 @@ class Protector:
             has_none = "one channel takes none" if self.model.config.tint_codes else "this generator has none"
             found.append(f"it has noise that is no tint: {has_none}")
         job.seconds += time.perf_counter() - start
-        return Decoded(noise, tinted, region, len(masks), (*job.picture.notes, *found))
+        # Of several boxes the same may be said.
+        notes = tuple(dict.fromkeys((*job.picture.notes, *job.notes, *found)))
+        return Decoded(noise, tinted, region, len(masks), notes)
 
     @staticmethod
     def _all_over(job: "Job", region: np.ndarray) -> bool:
@@ -267,6 +312,7 @@ class Protector:
             return not (of_classes and len(set(job.classes)) > 1)
         return job.epsilon_background == job.epsilon and not of_classes
 
+    @_in_one_thread
     def apply(self, job: "Job", decoded: "Decoded") -> Protected:
         """The last step: adds the noise at the image's size and checks the bound."""
         start = time.perf_counter()
@@ -295,6 +341,7 @@ class Protector:
             notes=notes,
         )
 
+    @_in_one_thread
     @torch.inference_mode()
     def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
         """What `decode` will make noise for: `(height, width)` bool masks, and what a user should know of them."""
@@ -482,6 +529,7 @@ class Job:
     masks: list[np.ndarray] | None
     classes: list[int] | None
     features: Any
+    notes: tuple[str, ...]
     seconds: float
 
 

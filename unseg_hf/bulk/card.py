@@ -59,7 +59,7 @@ def data_card(output: Path, summary: Summary) -> str:
         unprotected="".join(
             f"\n**{sentence}**, but as in the source.\n" for sentence in unprotected_images(output, summary)
         ),
-        protected=summary.records - summary.failed,
+        protected=summary.records - summary.failed - summary.unchanged,
         failed=summary.failed,
         marked=" (rows without an image; `protection_error` says why)" if marked else "",
         model=settings["model"]["name"] or "the one in the package",

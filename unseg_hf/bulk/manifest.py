@@ -144,11 +144,16 @@ def complete_shard(
         "failed": failed,
         "max_noise": max((line["max_noise"] for line in lines if line["status"] == "protected"), default=0),
         **{name: sum(line.get("tinted") is tinted for line in lines) for name, tinted in TINTED.items()},
+        "unchanged": sum(line["status"] == "protected" and _is_unchanged(line) for line in lines),
         "unprotected": _sum(line.get("unprotected", {}) for line in lines),
         "files": {**files, names: hashlib.sha256(data).hexdigest()},
     }
     write_in_place(json.dumps(mark, indent=1).encode() + b"\n", mark_file, partial)
     return mark
+
+
+def _is_unchanged(line: Mapping[str, Any]) -> bool:
+    return not line["max_noise"] and not line["max_noise_background"]
 
 
 def part_files(output: Path, shard: int) -> tuple[Path, Path]:
@@ -204,7 +209,8 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
 class Summary:
     """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest.
 
-    `with_tint` and `without_tint` count images, but for those that had no choice.
+    `with_tint` and `without_tint` count images, but for those that had no choice, and `unchanged` those of which not
+    one pixel was changed, because there was nothing in them to protect.
     `unprotected` counts, by column or suffix of the source, the images that lay beside those that were protected.
     """
 
@@ -215,6 +221,7 @@ class Summary:
     max_noise: int
     with_tint: int
     without_tint: int
+    unchanged: int
     unprotected: dict[str, int]
 
     @property
@@ -232,16 +239,21 @@ def summarize(output: Path, shards: int) -> Summary:
         failed=sum(mark["failed"] for mark in marks),
         max_noise=max((mark["max_noise"] for mark in marks), default=0),
         **{name: sum(mark.get(name, 0) for mark in marks) for name in TINTED},
+        unchanged=sum(mark.get("unchanged", 0) for mark in marks),
         unprotected=_sum(mark["unprotected"] for mark in marks),
     )
 
 
 def unprotected_images(output: Path, summary: Summary) -> list[str]:
-    """Which images of an output are clean copies out of its source, in a few words for each column or suffix."""
+    """Which images of an output are clean copies out of its source, in a few words for each column or suffix, and for
+    those that there was nothing to protect in."""
     where = "with the suffix" if read_settings(output)["source"]["kind"] == "tars" else "in the column"
+    counts = {f"{where} {name}": count for name, count in summary.unprotected.items()}
+    if summary.unchanged:
+        counts["with nothing to protect (an empty mask, say; see manifest/)"] = summary.unchanged
     return [
-        f"{count} {'images' if count > 1 else 'image'} {where} {name} {'are' if count > 1 else 'is'} not protected"
-        for name, count in summary.unprotected.items()
+        f"{count} {'images' if count > 1 else 'image'} {which} {'are' if count > 1 else 'is'} not protected"
+        for which, count in counts.items()
     ]
 
 

@@ -183,7 +183,10 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
     if plan.unknown:
         print(f"{len(plan.unknown)} names of {options.names} are of no image, such as {min(plan.unknown)}")
     others = len(entries) - len(protected) - failed
+    unchanged = sum(entry.get("unchanged", False) for entry in protected)
     print(
-        f"{len(protected)} images of {', '.join(splits)} protected, {others} other files "
+        f"{len(protected) - unchanged} images of {', '.join(splits)} protected, "
+        + (f"{unchanged} with nothing to protect in them, " if unchanged else "")
+        + f"{others} other files "
         f"{'copied' if options.link is None else 'linked'}" + (f", {failed} failed and left out" if failed else "")
     )

@@ -190,6 +190,7 @@ class Worker:
             "epsilon_background": settings.epsilon_background,
             "masks": protected.masks,
             "tinted": protected.tinted,
+            "unchanged": protected.unchanged,
             "mask_share": float(protected.region.mean()),
             "max_noise": inside * scale,
             "max_noise_background": outside * scale,
