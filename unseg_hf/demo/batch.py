@@ -58,7 +58,7 @@ def protect_to_zip(
             try:
                 protected = workbench.protect(workbench.open(path, name), prompt, epsilon, keep_exif=keep_exif)
                 output = _free_name(file_stem(name), taken)
-                archive.writestr(output, image_files.encode(protected.picture, "png"))
+                archive.writestr(output, image_files.encode_verified(protected.picture, "png"))
                 entry = {"status": "protected", "output": output, "report": protected.report}
             # Whatever is wrong with one photo, the others are wanted.
             except Exception as error:
