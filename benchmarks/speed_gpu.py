@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unseg_hf import Protector, UnSegModel, vision_unseg
-from unseg_hf.cli import MOST_THREADS
+from unseg_hf.protect_command import MOST_THREADS
 from unseg_hf.recorded_encoder import RecordedEncoder
 
 SIDE = 1024

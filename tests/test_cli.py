@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import unseg_hf
-from unseg_hf import Protector, cli, image_files
+from unseg_hf import Protector, cli, image_files, protect_command
 
 
 def photo(seed=0, height=48, width=64):
@@ -249,7 +249,7 @@ def test_a_device_on_which_nothing_can_be_encoded_is_said_in_one_line(folder, mo
 
     model = SimpleNamespace(device=torch.device("cuda"))
     protector = SimpleNamespace(model=model, record_encoder=record_encoder, uses_all_threads=False)
-    monkeypatch.setattr(cli, "load_protector", lambda *_: protector)
+    monkeypatch.setattr(protect_command, "load_protector", lambda *_: protector)
     assert run("protect", folder / "in", "-o", folder / "out", "--whole-image", "--device", "cuda") == 2
     error = capsys.readouterr().err
     assert error == "unseg: the generator does not run on 'cuda': CUDA out of memory. Tried to allocate 2 GiB\n"

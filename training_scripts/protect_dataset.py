@@ -77,13 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        from unseg_hf.cli import UsageError
-
         return run(options)
     except KeyboardInterrupt:
         print("protect_dataset.py: stopped; the same command goes on, finished shards are kept", file=sys.stderr)
         return 130
-    except (UsageError, ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         # RuntimeError: a GPU that fails, or the Hub. ImportError: an extra that is not installed.
         print(f"protect_dataset.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -108,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     from unseg_hf.bulk.manifest import unprotected_images
     from unseg_hf.bulk.opening import open_source
     from unseg_hf.bulk.run import protect_dataset, wait_for_others
-    from unseg_hf.cli import say_of_tints
+    from unseg_hf.protect_command import say_of_tints
     from unseg_hf.training.publishing import check_hub
 
     logging.disable_progress_bar()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..cli import plan
+from ..image_tasks import plan
 from .records import Record, ShardPlan, listing_digest
 
 
@@ -20,7 +20,7 @@ class ImageFolder:
         output: below which nothing is taken for an input.
 
     Raises:
-        UsageError: no images, or masks that do not fit.
+        ValueError: no images, or masks that do not fit.
         OSError: a folder cannot be read.
     """
 

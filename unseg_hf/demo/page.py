@@ -20,7 +20,6 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from unseg_hf import image_files
-from unseg_hf.cli import STRENGTHS
 from unseg_hf.demo import texts
 from unseg_hf.demo.api import add_api
 from unseg_hf.demo.batch import protect_to_zip
@@ -32,6 +31,7 @@ from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.image_files import one_line
 from unseg_hf.inputs import Prompt
 from unseg_hf.inspection import amplified_noise
+from unseg_hf.protect_command import STRENGTHS
 
 PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -41,12 +41,11 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    from unseg_hf.cli import UsageError
 
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UsageError("the demo needs gradio: pip install 'unseg-hf[demo]'") from error
+        raise ValueError("the demo needs gradio: pip install 'unseg-hf[demo]'") from error
     model = options.model or os.environ.get("UNSEG_MODEL") or None
     with _folder_that_goes():
         page = page_for(model, options.device, examples=checkout_examples())
@@ -55,7 +54,7 @@ def run_demo(options: argparse.Namespace) -> int:
             page.launch(**launch_options(), **place, inbrowser=options.open)
         except OSError as error:
             where = options.host if options.port is None else f"{options.host}:{options.port}"
-            raise UsageError(f"cannot listen at {where}: choose another --port or --host") from error
+            raise ValueError(f"cannot listen at {where}: choose another --port or --host") from error
     return 0
 
 
@@ -98,15 +97,15 @@ def page_for(model: str | None, device: str | None = None, examples: Path | None
         limits: of the server.
 
     Raises:
-        UsageError: a generator that does not load.
+        ValueError: a generator that does not load.
     """
     on_accelerator = _accelerator()
 
     import torch
 
-    from unseg_hf.cli import load_protector
     from unseg_hf.demo.page import build
     from unseg_hf.demo.session import Limits, Workbench
+    from unseg_hf.protect_command import load_protector
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return build(Workbench(load_protector(model, device), limits or Limits(), model, on_accelerator), examples)

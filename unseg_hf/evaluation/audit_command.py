@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unseg_hf.image_tasks import images_in, match_masks
+
 DEFAULT_VICTIMS = {
     "semantic": ("unet", "segformer"),
     "instance": ("mask2former",),
@@ -180,21 +182,20 @@ def _audit(options: argparse.Namespace):
 
 def _source(options: argparse.Namespace, location: str, masks: Path | None, split: str):
     """Where raw images come from, by what is at the location."""
-    from unseg_hf.cli import UsageError, images_in, match_masks
     from unseg_hf.evaluation.labelled_images import DatasetRows, ImageFiles, ProposedSegments
 
     folder = Path(location)
     if not folder.is_dir() or _is_dataset(folder):
         if masks is not None:
-            raise UsageError(f"{location} is a data set with a column of masks; --masks is for folders of image files")
+            raise ValueError(f"{location} is a data set with a column of masks; --masks is for folders of image files")
         columns = options.image_column, options.mask_column, options.instance_column
         return DatasetRows(location, split, *columns, options.mask_kind, bool(options.ignore_labels))
     if options.instance_column is not None:
-        raise UsageError(f"{location} is a folder of image files; --instance-column needs a data set with columns")
+        raise ValueError(f"{location} is a folder of image files; --instance-column needs a data set with columns")
     unreadable: list[str] = []
     images = {path: path.relative_to(folder) for path in images_in(folder, unreadable)}
     if unreadable or not images:
-        raise UsageError(unreadable[0] if unreadable else f"{location} holds no images")
+        raise ValueError(unreadable[0] if unreadable else f"{location} holds no images")
     if masks is None:
         return ProposedSegments(list(images), folder, options.model, options.device)
     return ImageFiles(list(match_masks(masks, images).items()), folder)

@@ -76,15 +76,15 @@ class _Show(argparse.Action):
 
 def run_protect_dataset(options: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    from unseg_hf.cli import UsageError, budget_of, load_protector
+    from unseg_hf.protect_command import budget_of, load_protector
 
     from .tree import find_layout, read_names
 
     epsilon, background = budget_of(options)
     if options.quality is not None and (options.jpeg_names != "jpeg" or not 95 <= options.quality <= 100):
-        raise UsageError(f"--quality {options.quality}: from 95 to 100, and with --jpeg-names jpeg")
+        raise ValueError(f"--quality {options.quality}: from 95 to 100, and with --jpeg-names jpeg")
     if options.processes < 1:
-        raise UsageError(f"--processes {options.processes}: must be at least 1")
+        raise ValueError(f"--processes {options.processes}: must be at least 1")
     found = find_layout(options.name, options.root)
     splits = found.chosen_splits(options.split)
     names = None if options.names is None else read_names(options.names)
@@ -97,13 +97,13 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     for folder in (options.root.resolve(), *options.root.resolve().parents):
         for file in (RECORD, SETTINGS):
             if (folder / file).exists():
-                raise UsageError(f"{folder} has {file}: {options.root} is protected already")
+                raise ValueError(f"{folder} has {file}: {options.root} is protected already")
     try:
         plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
     except ImportError as error:
-        raise UsageError(str(error)) from error
+        raise ValueError(str(error)) from error
     if not plan.images:
-        raise UsageError(f"{options.root}: no images of {', '.join(splits)} to protect{_hint(plan)}")
+        raise ValueError(f"{options.root}: no images of {', '.join(splits)} to protect{_hint(plan)}")
     load = partial(load_protector, options.model, options.device)
     protector = load()
     if epsilon is None and found.data_set.epsilon:
@@ -148,7 +148,7 @@ def _progress(entries, total: int):
 
 
 def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries: list[dict[str, Any]]) -> None:
-    from unseg_hf.cli import say_of_tints
+    from unseg_hf.protect_command import say_of_tints
 
     for entry in entries:
         if entry["status"] == "failed":

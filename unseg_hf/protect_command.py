@@ -1,0 +1,416 @@
+"""`unseg protect`: images and folders of them."""
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .image_tasks import Task, is_json, plan, refuse_overwriting
+
+STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
+MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
+
+
+def add_protect(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's sub-parsers; its parser still lacks --model, --device and --bf16."""
+    protect = commands.add_parser("protect", help="protect images", description="Protect images, folders of them too.")
+    protect.set_defaults(run=run_protect)
+    protect.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image files, or folders to search")
+    protect.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or file for one image"
+    )
+    prompts = protect.add_argument_group(
+        "what to protect (default: the objects that the generator finds; look at them with unseg inspect --picture)"
+    )
+    prompts.add_argument(
+        "--masks",
+        type=Path,
+        metavar="PATH",
+        help="mask file, folder of masks with the images' names, or COCO's json of the upright images: its objects, "
+        "or all of their boxes (needs unseg-hf[layouts])",
+    )
+    prompts.add_argument(
+        "--labels", action="store_true", help="the masks are label maps: every label but --ignore-labels is an object"
+    )
+    prompts.add_argument("--ignore-labels", type=_numbers(int), metavar="N,N", help="with --labels (default: 0,255)")
+    prompts.add_argument(
+        "--box",
+        type=_numbers(float, 4),
+        action="append",
+        metavar="X0,Y0,X1,Y1",
+        help="box around an object, in pixels; may be repeated",
+    )
+    prompts.add_argument(
+        "--point",
+        type=_numbers(float, 2, 3),
+        action="append",
+        metavar="X,Y[,0]",
+        help="pixel on the object; 0: not on it; may be repeated",
+    )
+    prompts.add_argument(
+        "--whole-image", action="store_true", help="everything; hardly protects, for it does not say where objects are"
+    )
+    prompts.add_argument(
+        "--per-segment",
+        action="store_true",
+        help="a noise for each mask or label, not one for their union",
+    )
+    add_strength_options(protect)
+    files = protect.add_argument_group("files")
+    files.add_argument(
+        "--format", choices=("png", "webp", "tiff", "jpeg"), default=None, help="default: png; jpeg is lossy"
+    )
+    files.add_argument("--quality", type=int, metavar="N", help="of jpeg, 1 to 100 (default: 95)")
+    files.add_argument("--overwrite", action="store_true", help="do images again whose output is there")
+    files.add_argument("--json", type=Path, metavar="FILE", help="write a report of every image")
+    return protect
+
+
+def add_strength_options(parser: argparse.ArgumentParser) -> None:
+    strength = parser.add_argument_group("strength")
+    strength.add_argument("--strength", choices=STRENGTHS, help="epsilon 4, 8 or 16 (default: the model's, mostly 8)")
+    strength.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="N",
+        help="largest change in a mask, in grey levels of 255; smooth parts may get less",
+    )
+    strength.add_argument(
+        "--epsilon-background",
+        type=float,
+        metavar="N",
+        help="largest change elsewhere (default: as much smaller as the model's is)",
+    )
+    strength.add_argument(
+        "--tint",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="a flat tint in place of waves, for masks without a class (default: for small things, such as cells); "
+        "best alike in a data set",
+    )
+
+
+def _numbers(kind: type, *counts: int):
+    def parse(text: str) -> tuple:
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if not values or (counts and len(values) not in counts):
+            wanted = " or ".join(map(str, counts)) or "some"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} numbers with commas between them")
+        return values
+
+    return parse
+
+
+def run_protect(options: argparse.Namespace) -> int:
+    epsilon, background = budget_of(options)
+    given = [n for n in ("masks", "box", "point", "whole_image") if getattr(options, n)]
+    if len(given) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{names} were given: pass one kind of prompt")
+    if options.labels and not options.masks:
+        raise ValueError("--labels needs --masks")
+    of_coco = is_json(options.masks)
+    if options.labels and of_coco:
+        raise ValueError(f"--labels is for mask images, not for {options.masks}")
+    one_mask = options.masks and not (options.labels or of_coco)
+    if options.per_segment and (options.whole_image or options.point or one_mask):
+        raise ValueError(
+            "--per-segment needs several masks: --labels, COCO's json, --box more than once, or no prompt"
+        )
+    if options.ignore_labels is not None and not options.labels:
+        raise ValueError("--ignore-labels needs --labels")
+    if options.quality is not None and not 1 <= options.quality <= 100:
+        raise ValueError(f"--quality {options.quality}: must be from 1 to 100")
+    unreadable: list[str] = []
+    tasks = plan(options.inputs, options.output, options.format, options.masks, unreadable)
+    if options.quality is not None and not any(_is_lossy(task.target) for task in tasks):
+        raise ValueError(f"--quality {options.quality} is for --format jpeg")
+    if options.json:
+        refuse_overwriting("--json", [options.json], (p for t in tasks for p in (t.source, t.mask, t.target)))
+
+    from tqdm import tqdm
+
+    from .overlap import in_threads
+
+    report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
+    report.write()  # where that is impossible, it is known before the work
+    with _without_garbage_collection():
+        prompt = _prompt_of(options)
+        protector = load_protector(options.model, options.device, options.bf16)
+    try:
+        with (
+            _interrupted_by_sigterm(),
+            _shared_processor(protector, len(tasks)) as (threads, model_turn),
+            tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
+        ):
+            work = functools.partial(_outcome, protector, model_turn, options, prompt, epsilon, background, measure)
+
+            def record(task: Task, outcome: dict[str, Any]) -> None:
+                report.add(task, **outcome)
+                if "error" in outcome:
+                    tqdm.write(f"unseg: {outcome['error']}", file=sys.stderr)
+                progress.update()
+
+            in_threads(tasks, work, record, threads)
+    finally:
+        report.write()
+    for folder in unreadable:
+        print(f"unseg: {folder}", file=sys.stderr)
+    report.print_summary()
+    return 1 if report.count("failed") or unreadable else 0
+
+
+def _prompt_of(options: argparse.Namespace):
+    """What to protect in each image, without its mask; ValueError for a box or point that makes no sense."""
+    from .inputs import Prompt
+
+    return Prompt(
+        boxes=options.box,
+        points=[point[:2] for point in options.point] if options.point else None,
+        point_labels=[point[2] if len(point) == 3 else 1 for point in options.point] if options.point else None,
+        whole_image=options.whole_image,
+        mode="per_segment" if options.per_segment else "union",
+        tint=options.tint,
+        **({} if options.ignore_labels is None else {"ignore_labels": options.ignore_labels}),
+    )
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Meanwhile a request to end is what Control-C is: what is finished is kept and reported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
+    """How many images to work on at a time, and what to enter for the time that one is in the model."""
+    import torch
+
+    threads = torch.get_num_threads()
+    at_a_time = min(threads, images, MOST_THREADS)
+    device = protector.model.device.type
+    if protector.uses_all_threads:
+        # It takes half a gigabyte an image.
+        yield at_a_time, threading.Lock()
+        return
+    if device == "cuda" and images > 1:
+        try:
+            protector.record_encoder()
+        except RuntimeError as error:  # too little memory, mostly
+            from .image_files import one_line
+
+            raise ValueError(f"the generator does not run on {device!r}: {one_line(error)}") from error
+    # One thread of torch's an image, also for its figures. The device has one image on its way there or back while it
+    # works on another.
+    torch.set_num_threads(1)
+    try:
+        yield at_a_time, contextlib.nullcontext() if device == "cpu" else threading.Semaphore(2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
+    """(epsilon, epsilon_background) as shares of the pixel range; None is the model's."""
+    if options.strength and options.epsilon is not None:
+        raise ValueError(f"--strength {options.strength} and --epsilon {options.epsilon:g} were given: pass one")
+    epsilon, background = STRENGTHS.get(options.strength, options.epsilon), options.epsilon_background
+    for name, value in (("--epsilon", epsilon), ("--epsilon-background", background)):
+        if value is not None and not 0 <= value <= 255:
+            raise ValueError(f"{name} {value:g}: must be from 0 to 255 grey levels")
+    if background is not None and epsilon is None:
+        raise ValueError(f"--epsilon-background {background:g} needs --epsilon or --strength")
+    if background is not None and background > epsilon:
+        raise ValueError(f"--epsilon-background {background:g} is above --epsilon {epsilon:g}")
+    return tuple(None if value is None else value / 255 for value in (epsilon, background))
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Importing allocates much and frees nothing: looking for garbage meanwhile takes a tenth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@_without_garbage_collection()
+def load_protector(model: str | None, device: str, bf16: bool = False):
+    from transformers.utils import logging
+
+    from .image_files import one_line
+    from .protection import Protector
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        return Protector.from_pretrained(model, device=device, bf16=bf16)
+    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
+    except Exception as error:
+        name = model or "(embedded)"
+        raise ValueError(f"the generator {name} does not load on {device!r}: {one_line(error)}") from error
+
+
+def _is_lossy(target: Path) -> bool:
+    from . import image_files
+
+    return image_files.SUFFIXES[target.suffix.lower()] in image_files.LOSSY_FORMATS
+
+
+def _outcome(protector, model_turn, options, prompt, epsilon, background, measure: bool, task: Task) -> dict[str, Any]:
+    """What became of an image: `status`, and its `report` or the line of its `error`."""
+    from .image_files import one_line
+
+    try:
+        # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
+        if task.target.is_file() and not options.overwrite:
+            return {"status": "skipped"}
+        report = _protect_one(protector, model_turn, task, options, prompt, epsilon, background, measure)
+        return {"status": "protected", "report": report}
+    # One bad image must not stop the others, whatever is wrong with it.
+    except Exception as error:
+        text = one_line(error)
+        mask = f" with {task.mask}" if task.mask and str(task.mask) not in text else ""
+        return {"status": "failed", "error": text if str(task.source) in text else f"{task.source}{mask}: {text}"}
+
+
+def _protect_one(
+    protector, model_turn, task: Task, options, prompt, epsilon, background, measure: bool
+) -> dict[str, Any]:
+    """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
+    from . import image_files
+    from .fidelity import compare
+    from .inspection import share_left
+
+    quality = 95 if options.quality is None else options.quality
+    image: Any = task.source
+    if is_json(task.mask):
+        from .layouts.annotations import prompt_of
+
+        if task.annotation is None:
+            raise ValueError(f"{task.source}: {task.mask} has no image of this name")
+        image = image_files.read(task.source)
+        segments = task.annotation.segments((image.height, image.width), None, options.per_segment)
+        prompt = prompt_of(segments, prompt.mode, prompt.tint)
+    elif task.mask:
+        prompt = replace(prompt, **{"label_map" if options.labels else "mask": image_files.read_mask(task.mask)})
+    job = protector.prepare(image, prompt, epsilon, background)
+    with model_turn:
+        decoded = protector.decode(job, protector.encode([job])[0])
+    protected = protector.apply(job, decoded)
+    with ThreadPoolExecutor(1) as aside:
+        writing = aside.submit(image_files.write, protected.picture, task.target, options.format, quality)
+        # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
+        few = {"notes": list(protected.notes), "protected_share": protected.share, "tinted": protected.tinted}
+        report = (protected.report if measure else few) | {"unchanged": protected.unchanged}
+        written = writing.result()
+    report["notes"] += [note for note in written.notes if note not in report["notes"]]
+    if _is_lossy(task.target):
+        clean = image_files.read(image_files.encode(protected.original, "jpeg", quality)).rgb8()
+        report |= compare(protected.original, written, protected.region) if measure else {}
+        report["noise_left"] = share_left(protected.original, protected.picture, clean, written.rgb8())
+        report["notes"].append("JPEG changes pixels beyond the bound and takes part of the noise; png keeps all")
+    return report
+
+
+class Report:
+    """What happened to each image: for the screen, and for `--json`, where entries of earlier runs are kept."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.entries = path, []
+        self.earlier: dict[str, dict] = {}
+        if path is not None and path.is_dir():
+            raise ValueError(f"--json {path} is a folder: name a file")
+        if path is not None and path.exists():
+            try:
+                self.earlier = {entry["output"]: entry for entry in json.loads(path.read_text())["images"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"--json {path} is there and no report of this command: choose another name"
+                ) from error
+
+    def add(self, task: Task, status: str, **details: Any) -> None:
+        earlier = self.earlier.get(str(task.target), {}) if status == "skipped" else {}
+        if earlier.get("input") != str(task.source):
+            earlier = {}  # what is there was made of another file
+        entry = {"input": str(task.source), "output": str(task.target)}
+        self.entries.append(earlier | entry | {"status": status} | details)
+
+    def count(self, status: str) -> int:
+        return sum(entry["status"] == status for entry in self.entries)
+
+    def write(self) -> None:
+        if self.path is not None:
+            from .image_files import put_in_place
+
+            entries = self.earlier | {entry["output"]: entry for entry in self.entries}
+            put_in_place(json.dumps({"images": list(entries.values())}, indent=2).encode(), self.path, str(self.path))
+
+    def print_summary(self) -> None:
+        reports = [entry["report"] for entry in self.entries if entry["status"] == "protected"]
+        if len(self.entries) == 1 and reports:
+            entry, report = self.entries[0], reports[0]
+            print(f"{entry['input']} -> {entry['output']}")
+            inside, outside = report["max_noise"], report["max_noise_background"]
+            print(f"  max |noise|   {inside:g} of 255 in the mask, {outside:g} outside")
+            print(f"  mask          {report['protected_share']:.0%} of the image, {report['masks']} mask(s)")
+            print(f"  PSNR          {decibels(report['psnr'])}")
+            print(f"  SSIM          {report['ssim']:.4f}")
+            print(f"  time          {report['seconds']:.2f} s")
+        elif reports:
+            from statistics import median
+
+            shares = [report["protected_share"] for report in reports]
+            print(f"noise on {median(shares):.0%} of an image (median; {min(shares):.0%} to {max(shares):.0%})")
+            tinted = Counter(report["tinted"] for report in reports)
+            say_of_tints(tinted[True], tinted[False])
+        for note, count in Counter(note for report in reports for note in report["notes"]).items():
+            print(f"  note          {note}" if len(self.entries) == 1 else f"note ({count} images): {note}")
+        left = [report["noise_left"] for report in reports if report.get("noise_left") is not None]
+        if left:
+            print(f"JPEG left {sum(left) / len(left):.0%} of the noise" + (" on average" if len(left) > 1 else ""))
+        skipped, failed = self.count("skipped"), self.count("failed")
+        summary = f"{len(reports)} protected"
+        if unchanged := sum(report["unchanged"] for report in reports):
+            summary += f", of which {unchanged} {'is' if unchanged == 1 else 'are'} as before"
+        if skipped:
+            summary += f", {skipped} skipped (already there, whatever the settings; --overwrite does them again)"
+        if failed:
+            summary += f", {failed} failed"
+        print(summary)
+
+
+def say_of_tints(tints: int, waves: int) -> None:
+    """Of images of which some have a tint and others, that might have one, do not: what to do about it."""
+    if tints and waves:
+        print(
+            f"note: images with a tint: {tints}, with waves: {waves}; a model learns from a few that are "
+            "unlike the others as from clean images: in one data set, take --tint never for photographs, --tint "
+            "always for small things (images of one channel always have waves)"
+        )
+
+
+def decibels(psnr: float | None) -> str:
+    return "no difference" if psnr is None else f"{psnr:.1f} dB"
