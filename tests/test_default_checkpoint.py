@@ -123,3 +123,27 @@ def test_its_configuration_is_the_one_the_card_names():
     config = json.loads((default_checkpoint() / "config.json").read_text())
     for name in ("proposal_iou", "proposal_stability"):
         assert config[name] == json.loads(script)[name]
+
+
+def test_in_turned_columns_waves_are_the_opposite_and_tints_and_noises_of_classes_stay_as_they_are():
+    protector, turned = Protector.from_pretrained(), Protector.from_pretrained()
+    turned.model.config.turned_columns = columns = [0, 2, 5, 8, 9, 10]
+    pixels = np.full((240, 360, 3), 128, np.uint8)
+    pixels[::2] += 20  # rough enough for the whole budget
+    full = np.ones((240, 360), bool)
+    full[0] = False
+    middles = np.arange(15, 360, 30)
+    before, after = (
+        one.protect(pixels, mask=full).picture.pixels[1:, middles].astype(int) - pixels[1:, middles]
+        for one in (protector, turned)
+    )
+    signs = np.where(np.isin(np.arange(12), columns), -1, 1)
+    np.testing.assert_array_equal(after, before * signs[:, None])
+    assert (np.abs(before).max(axis=(0, 2)) == 8).all()
+    for prompt in ({"mask": full, "tint": "always"}, {"masks": [full], "classes": [1], "mode": "per_segment"}):
+        one, other = (p.protect(pixels, **prompt).picture.pixels for p in (protector, turned))
+        np.testing.assert_array_equal(one, other)
+    for wrong in ([12], [-1]):
+        turned.model.config.turned_columns = wrong
+        with pytest.raises(ValueError, match=r"turned_columns=.*: all must be from 0 to 11"):
+            turned.model.config.validate_architecture()

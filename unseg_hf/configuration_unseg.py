@@ -41,6 +41,10 @@ class UnSegConfig(PreTrainedConfig):
             rounded to whole grey levels. About a quarter of what is protected keeps `epsilon` all the same, the
             roughest where all is smooth. It holds for budgets of 6/255 or more, and not for tints and the noises of
             classes. `None`: `epsilon` and `epsilon_background` hold everywhere, as in the paper.
+        turned_columns (`list[int]`, *optional*):
+            Columns of patches of the input, from 0, in which the noise of masks without a class, tints aside, is the
+            opposite. Waves that are broken so leave no lines in a spectrum for a notch filter, but victims need longer
+            to learn them. `None`: none are.
         mask_prompt_scale (`float`, defaults to 255.0):
             The value of a mask prompt inside the mask; it is 0 outside. The prompt encoder sees no logits.
         freeze_sam (`bool`, defaults to `True`):
@@ -60,8 +64,8 @@ class UnSegConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes or a faint
-            one that are none of them, an epsilon_smooth outside 0 to 1, an object_finder_width below 1, or a fusion
-            layer or token offset that the SAM inside does not have.
+            one that are none of them, an epsilon_smooth outside 0 to 1, turned columns that are not there, an
+            object_finder_width below 1, or a fusion layer or token offset that the SAM inside does not have.
 
     Example:
 
@@ -86,6 +90,7 @@ class UnSegConfig(PreTrainedConfig):
     tint_codes: list[int] | tuple[int, ...] | None = None
     faint_code: int | None = None
     epsilon_smooth: float | int | None = None
+    turned_columns: list[int] | tuple[int, ...] | None = None
     mask_prompt_scale: float | int = 255.0
     freeze_sam: bool = True
     draw_prompts: bool = False
@@ -126,6 +131,9 @@ class UnSegConfig(PreTrainedConfig):
             raise ValueError(f"faint_code={self.faint_code}: must be from 0 to below noise_codes={self.noise_codes}")
         if self.epsilon_smooth is not None and not 0 <= self.epsilon_smooth <= 1:
             raise ValueError(f"epsilon_smooth={self.epsilon_smooth:g}: must be from 0 to 1 (2 grey levels are 2/255)")
+        columns = vision.image_size // vision.patch_size
+        if not all(0 <= column < columns for column in self.turned_columns or ()):
+            raise ValueError(f"turned_columns={self.turned_columns}: all must be from 0 to {columns - 1}")
         if self.object_finder_width is not None and self.object_finder_width < 1:
             raise ValueError(f"object_finder_width={self.object_finder_width}: must be at least 1")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2

@@ -453,8 +453,13 @@ class Protector:
                 "the generator's noise is not finite: its weights are damaged, or its dtype too small"
             )
 
-        everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
         tinted = codes[chosen] in (self.model.config.tint_codes or ())
+        if self.model.config.turned_columns and not tinted and job.classes is None:
+            patches = embeddings.image_embeddings.shape[-1]
+            turned = torch.zeros(patches, dtype=torch.bool)
+            turned[list(self.model.config.turned_columns)] = True
+            noise = torch.where(turned.repeat_interleave(noise.shape[-1] // patches), -noise, noise)
+        everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)
         if not segments:
             return everywhere, tinted
         own = [(*segment, one) for segment, one in zip(segments, own, strict=True)]
