@@ -227,6 +227,19 @@ def test_images_inside_other_columns_become_files_beside_the_image(place, saved_
     }  # fmt: skip
     names = {"views.0.png", "more.thumb.png", "both.0.png", "both.1.png"}
     assert beside == dict.fromkeys(names, picture["bytes"])
+    # Two files of one name, and one that would lead elsewhere, cost their record alone.
+    for name, key in (("more.thumb", "thumb"), ("views", "a/../../../b")):
+        odd = {"image": columns["image"], name: [picture], "more": [{key: picture}]}
+        features = Features({"image": image, name: image, "more": {key: image}})
+        Dataset.from_dict(odd, features=features).to_parquet("odd.parquet")
+        for kind in ("folder", "tars"):
+            output = Path(f"{name}-{kind}")
+            protect = ProtectImages(str(saved_generator), whole_image=True)
+            protect_dataset(open_source(["odd.parquet"], output), output, kind, protect)
+            (line,) = lines(output)
+            assert line["status"] == "failed"
+            assert "would be called more.thumb.png" in line["error"] or "leads out" in line["error"]
+            assert not list(output.rglob("*.png"))
 
 
 def test_an_image_beside_a_mask_that_is_called_png_gets_a_name_of_its_own(place, saved_generator):

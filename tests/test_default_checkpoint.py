@@ -140,6 +140,9 @@ def test_in_turned_columns_waves_are_the_opposite_and_tints_and_noises_of_classe
     signs = np.where(np.isin(np.arange(12), columns), -1, 1)
     np.testing.assert_array_equal(after, before * signs[:, None])
     assert (np.abs(before).max(axis=(0, 2)) == 8).all()
+    # Without --per-segment the classes of a label map are one object.
+    mapped, masked = (turned.protect(pixels, **{name: full}).picture.pixels for name in ("label_map", "mask"))
+    np.testing.assert_array_equal(mapped, masked)
     for prompt in ({"mask": full, "tint": "always"}, {"masks": [full], "classes": [1], "mode": "per_segment"}):
         one, other = (p.protect(pixels, **prompt).picture.pixels for p in (protector, turned))
         np.testing.assert_array_equal(one, other)

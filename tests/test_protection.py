@@ -457,11 +457,11 @@ def test_small_models_have_one_thread_and_the_caller_keeps_all(loud_protector, m
     torch.set_num_threads(2)
     try:
         loud_protector.protect(photo(), whole_image=True)
-        monkeypatch.setattr("unseg_hf.protection.SMALL_MODEL", 1)
-        loud_protector.protect(photo(), whole_image=True)
         with pytest.raises(ValueError, match=r"nowhere\.png"):
             loud_protector.protect("nowhere.png", whole_image=True)
         assert torch.get_num_threads() == 2
+        monkeypatch.setattr("unseg_hf.protection.SMALL_MODEL", 1)
+        loud_protector.protect(photo(), whole_image=True)
     finally:
         torch.set_num_threads(before)
     assert counts == [1, 2]

@@ -162,7 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(ConversionArguments, description=__doc__.splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+    # What a killed run left half-written may stay: saving removes it.
+    if output_dir.exists() and not (
+        output_dir.is_dir() and all(path.name == ".generator.partial" for path in output_dir.iterdir())
+    ):
         raise SystemExit(f"--output_dir {output_dir} is not an empty folder: pass a new one")
     try:
         model = convert(read_state_dict(args.checkpoint))

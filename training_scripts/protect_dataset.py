@@ -159,9 +159,10 @@ def run(options: argparse.Namespace) -> int:
         say(f"{options.output}: not one of {summary.records} images could be protected; manifest/ says why")
         return 1
     if summary.complete and (unprotected := unprotected_images(options.output, summary)):
+        say(f"{options.output}: {'; '.join(unprotected)}")
+    if summary.complete and summary.unprotected:
         drop = f"--drop_columns {shlex.join(summary.unprotected)}"
-        fix = f". To leave them out, protect into a new folder with {drop}" if summary.unprotected else ""
-        say(f"{options.output}: {'; '.join(unprotected)}{fix}")
+        say(f"To leave out what is beside the images, protect into a new folder with {drop}")
     if dataset_id and speaks:
         print(f"pushed to {push_dataset(options.output, dataset_id, options.private)}")
     if summary.complete:

@@ -208,23 +208,23 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
 
     threads = torch.get_num_threads()
     at_a_time = min(threads, images, MOST_THREADS)
-    device = protector.model.device.type
+    device = protector.model.device
     if protector.uses_all_threads:
         # It takes half a gigabyte an image.
         yield at_a_time, threading.Lock()
         return
-    if device == "cuda" and images > 1:
+    if device.type == "cuda" and images > 1:
         try:
             protector.record_encoder()
         except RuntimeError as error:  # too little memory, mostly
             from .image_files import one_line
 
-            raise ValueError(f"the generator does not run on {device!r}: {one_line(error)}") from error
+            raise ValueError(f"the generator does not run on {str(device)!r}: {one_line(error)}") from error
     # One thread of torch's an image, also for its figures. The device has one image on its way there or back while it
     # works on another.
     torch.set_num_threads(1)
     try:
-        yield at_a_time, contextlib.nullcontext() if device == "cpu" else threading.Semaphore(2)
+        yield at_a_time, contextlib.nullcontext() if device.type == "cpu" else threading.Semaphore(2)
     finally:
         torch.set_num_threads(threads)
 
@@ -353,8 +353,8 @@ class Report:
 
     def add(self, task: Task, status: str, **details: Any) -> None:
         earlier = self.earlier.get(str(task.target), {}) if status == "skipped" else {}
-        if earlier.get("input") != str(task.source):
-            earlier = {}  # what is there was made of another file
+        if earlier and _are_two(Path(earlier["input"]), task.source):
+            earlier = {}  # what is there was made of the other one
         entry = {"input": str(task.source), "output": str(task.target)}
         self.entries.append(earlier | entry | {"status": status} | details)
 
@@ -400,6 +400,14 @@ class Report:
         if failed:
             summary += f", {failed} failed"
         print(summary)
+
+
+def _are_two(one: Path, other: Path) -> bool:
+    """Whether two files are there, and not one that is named in two ways."""
+    try:
+        return not one.samefile(other)
+    except OSError:
+        return False
 
 
 def say_of_tints(tints: int, waves: int) -> None:

@@ -33,7 +33,6 @@ UNSURE = (
     "it is not on them"
 )
 SMALL_MODEL = 512  # pixels of its input's side
-DARK = 1 / 4  # of 16 bits, which what is brightest in an image reaches
 SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # by model and processor
 
 
@@ -56,7 +55,7 @@ def _in_one_thread(method: Callable) -> Callable:
     """A method of [`Protector`] that has one thread of torch's, unless the model is large and on a CPU.
 
     Threads inside a small model wait for each other as long as they work, and many times as long on a machine that has
-    other things to do; so do those beside a device.
+    other things to do; so do those beside a device. (A thread that begins to use torch meanwhile has one, too.)
     """
 
     @functools.wraps(method)
@@ -255,11 +254,11 @@ class Protector:
         picture = read_any(image)
         prompt.check_inside(picture.height, picture.width)
         masks, classes, notes = given_masks(prompt, (picture.height, picture.width))
-        if picture.max_value > 255 and (brightest := picture.pixels.max()) < DARK * picture.max_value:
+        if picture.max_value > 255 and picture.pixels.max() < picture.max_value / 4:
             notes = (
                 *notes,
-                f"no pixel is above {brightest} of {picture.max_value}, of which the noise is a share: if this is an "
-                "image of fewer bits, scale it to the whole range",
+                "no pixel is above a quarter of what 16 bits hold, of which the noise is a share: if this is an image "
+                "of fewer bits, scale it to the whole range",
             )
         features = self.processor(
             picture.rgb8(),
@@ -454,7 +453,8 @@ class Protector:
             )
 
         tinted = codes[chosen] in (self.model.config.tint_codes or ())
-        if self.model.config.turned_columns and not tinted and job.classes is None:
+        of_classes = apart and job.classes is not None
+        if self.model.config.turned_columns and not tinted and not of_classes:
             patches = embeddings.image_embeddings.shape[-1]
             turned = torch.zeros(patches, dtype=torch.bool)
             turned[list(self.model.config.turned_columns)] = True

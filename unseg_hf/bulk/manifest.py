@@ -209,9 +209,9 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
 class Summary:
     """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest.
 
-    `with_tint` and `without_tint` count images, but for those that had no choice, and `unchanged` those of which not
-    one pixel was changed, because there was nothing in them to protect.
-    `unprotected` counts, by column or suffix of the source, the images that lay beside those that were protected.
+    `with_tint` and `without_tint` count images, but for those in which nothing is protected or each class has a noise,
+    `unchanged` those of which not one pixel was changed, because there was nothing in them to protect, and
+    `unprotected`, by column or suffix of the source, those that lay beside the ones that were protected.
     """
 
     shards: int

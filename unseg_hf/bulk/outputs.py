@@ -132,6 +132,8 @@ class TarShard(ShardWriter):
         self._once(key)
         files = self.source.files(record)
         image = f"{key}.{image_suffix(files)}"
+        for suffix in files:
+            _refuse_outside(f"{key}.{suffix}")
         self._member(image, png)
         for suffix, data in files.items():
             self._member(f"{key}.{suffix}", data)
@@ -159,6 +161,8 @@ class FolderShard(ShardWriter):
         image = f"data/{record.name}.png"
         beside = {f"beside/{record.name}.{suffix}": data for suffix, data in self.source.files(record).items()}
         files = {image: png} | beside
+        for name in files:
+            _refuse_outside(name)
         # All names before any file: of a record that cannot be written nothing is.
         for part in {part for name in files for part in PurePosixPath(name).parts}:
             if len(os.fsencode(part)) > LONGEST_NAME:

@@ -1,6 +1,7 @@
 """Rows of parquet files, of data sets on disk and of streamed ones as a source."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .records import (
 )
 
 ROWS = 16  # read at once: rows of images are large
+_STEM = re.compile(r"\.parquet$", re.IGNORECASE)
 
 
 class Table:
@@ -51,6 +53,7 @@ class Table:
         self._dropped = sorted(set(dropped))
         others = [field for field in stored if field.name not in (image_column, mask_column, *dropped)]
         self._may_hold_images = [field.name for field in others if _holds_bytes(field.type)]
+        self._hold_files = {field.name for field in stored if _holds_bytes(field.type)}
         self.description = {"mask_column": mask_column, "drop_columns": self._dropped}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
@@ -93,7 +96,7 @@ class Table:
     def files(self, record: Record) -> Mapping[str, bytes]:
         files, plain = {}, {}
         for column, value in self.row(record).to_pylist()[0].items():
-            left = _taken_out(value, column, files)
+            left = _taken_out(value, column, files) if column in self._hold_files else value
             values = value if isinstance(value, list) and value else [value]
             # Of files alone their names say enough.
             if not all(_file(one) is not None for one in values):
@@ -104,7 +107,7 @@ class Table:
 
 
 def _record(label: str, number: int, *contents: Any, **more: Any) -> Record:
-    return Record(f"{label}#{number}", f"{label.removesuffix('.parquet')}/{number:08d}", *contents, **more)
+    return Record(f"{label}#{number}", f"{_STEM.sub('', label)}/{number:08d}", *contents, **more)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -114,11 +117,17 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _taken_out(value: Any, name: str, files: dict[str, bytes]) -> Any:
-    """A value with the names of files in place of those that are in it, at whatever depth; they go to `files`."""
+    """A value with the names of files in place of those that are in it, at whatever depth; they go to `files`.
+
+    Raises:
+        ValueError: two of them would have one name.
+    """
     if (part := _file(value)) is not None:
         suffix, data = part
-        files[f"{name}.{suffix}"] = data
-        return f"{name}.{suffix}"
+        if (file := f"{name}.{suffix}") in files:
+            raise ValueError(f"two images of a row would be called {file}: rename a column, or write parquet")
+        files[file] = data
+        return file
     if isinstance(value, dict):
         return {key: _taken_out(one, f"{name}.{key}", files) for key, one in value.items()}
     if isinstance(value, list | tuple):  # maps come as pairs

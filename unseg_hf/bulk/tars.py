@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -146,7 +147,7 @@ class TarFiles:
 
 def folder_of(label: str) -> str:
     """Name of a tar as a folder: without .tar, .tar.gz or the like."""
-    return label.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+    return re.sub(r"\.(tar|tar\.gz|tgz)$", "", label, flags=re.IGNORECASE)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:

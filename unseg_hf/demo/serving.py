@@ -41,7 +41,6 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-
     try:
         import gradio  # noqa: F401
     except ImportError as error:

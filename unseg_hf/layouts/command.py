@@ -98,10 +98,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
         for file in (RECORD, SETTINGS):
             if (folder / file).exists():
                 raise ValueError(f"{folder} has {file}: {options.root} is protected already")
-    try:
-        plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    plan = found.plan(options.output, splits, names, options.jpeg_names == "rename")
     if not plan.images:
         raise ValueError(f"{options.root}: no images of {', '.join(splits)} to protect{_hint(plan)}")
     load = partial(load_protector, options.model, options.device)
