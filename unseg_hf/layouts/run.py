@@ -237,7 +237,7 @@ def alone(output: Path) -> Iterator[None]:
     Raises:
         ValueError: another run is writing there.
     """
-    # NFS gives such a lock to whoever may write alone.
+    # NFS gives such a lock only to those who may write.
     with open(output / SETTINGS, "r+") as file:
         if fcntl is not None:
             try:
