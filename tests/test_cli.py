@@ -289,7 +289,7 @@ def test_images_with_nothing_to_protect_are_not_counted_as_protected_alone(folde
         Image.fromarray(np.full((30, 40), drawn, np.uint8)).save(folder / f"empty/{name}.png")
     request = ("protect", folder / "two", "--masks", folder / "empty", "--model", saved_generator)
     assert run(*request, "-o", folder / "out", "--epsilon", 8, "--epsilon-background", 0) == 0
-    assert "2 protected, of which 1 is as before" in capsys.readouterr().out
+    assert "1 protected, 1 written as they were (the notes say why)" in capsys.readouterr().out
 
 
 def test_finished_images_are_skipped_until_overwrite(folder, saved_generator, capsys):

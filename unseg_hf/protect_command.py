@@ -392,9 +392,10 @@ class Report:
         if left:
             print(f"JPEG left {sum(left) / len(left):.0%} of the noise" + (" on average" if len(left) > 1 else ""))
         skipped, failed = self.count("skipped"), self.count("failed")
-        summary = f"{len(reports)} protected"
-        if unchanged := sum(report["unchanged"] for report in reports):
-            summary += f", of which {unchanged} {'is' if unchanged == 1 else 'are'} as before"
+        unchanged = sum(report["unchanged"] for report in reports)
+        summary = f"{len(reports) - unchanged} protected"
+        if unchanged:
+            summary += f", {unchanged} written as they were (the notes say why)"
         if skipped:
             summary += f", {skipped} skipped (already there, whatever the settings; --overwrite does them again)"
         if failed:
