@@ -51,9 +51,9 @@ class Table:
                 raise ValueError(f"no column {column!r}; there is {', '.join(stored.names)}: say which with {option}")
         self._stored, self.image_column, self._mask_column = stored, image_column, mask_column
         self._dropped = sorted(set(dropped))
-        others = [field for field in stored if field.name not in (image_column, mask_column, *dropped)]
-        self._may_hold_images = [field.name for field in others if _holds_bytes(field.type)]
-        self._hold_files = {field.name for field in stored if _holds_bytes(field.type)}
+        self._hold_files = [field.name for field in stored if _holds_bytes(field.type)]
+        known = (image_column, mask_column, *dropped)
+        self._may_hold_images = [name for name in self._hold_files if name not in known]
         self.description = {"mask_column": mask_column, "drop_columns": self._dropped}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
