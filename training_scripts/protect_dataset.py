@@ -96,9 +96,9 @@ def run(options: argparse.Namespace) -> int:
             f"--push_to_hub with --shard {options.shard}: run once more without --shard when all jobs are done; what "
             "is finished is not made again"
         )
-    for name in ("epsilon", "epsilon_background"):
-        if (value := getattr(options, name)) is not None and not 0 <= value <= 255:
-            raise ValueError(f"--{name} {value:g}: must be from 0 to 255 grey levels")
+    from unseg_hf.protect_command import check_levels, say_of_tints
+
+    check_levels({"--epsilon": options.epsilon, "--epsilon_background": options.epsilon_background})
     from transformers.utils import logging
 
     from unseg_hf import ProtectImages
@@ -106,7 +106,6 @@ def run(options: argparse.Namespace) -> int:
     from unseg_hf.bulk.manifest import unprotected_images
     from unseg_hf.bulk.opening import open_source
     from unseg_hf.bulk.run import protect_dataset, wait_for_others
-    from unseg_hf.protect_command import say_of_tints
     from unseg_hf.training.publishing import check_hub
 
     logging.disable_progress_bar()

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -206,8 +206,9 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
     """How many images to work on at a time, and what to enter for the time that one is in the model."""
     import torch
 
-    threads = torch.get_num_threads()
-    at_a_time = min(threads, images, MOST_THREADS)
+    from .protection import one_thread
+
+    at_a_time = min(torch.get_num_threads(), images, MOST_THREADS)
     device = protector.model.device
     if protector.uses_all_threads:
         # It takes half a gigabyte an image.
@@ -222,11 +223,15 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"the generator does not run on {str(device)!r}: {one_line(error)}") from error
     # One thread of torch's an image, also for its figures. The device has one image on its way there or back while it
     # works on another.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         yield at_a_time, contextlib.nullcontext() if device.type == "cpu" else threading.Semaphore(2)
-    finally:
-        torch.set_num_threads(threads)
+
+
+def check_levels(levels: Mapping[str, float | None]) -> None:
+    """ValueError for what is no number of grey levels, with the name of its option; None is the model's."""
+    for name, value in levels.items():
+        if value is not None and not 0 <= value <= 255:
+            raise ValueError(f"{name} {value:g}: must be from 0 to 255 grey levels")
 
 
 def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
@@ -234,9 +239,7 @@ def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
     if options.strength and options.epsilon is not None:
         raise ValueError(f"--strength {options.strength} and --epsilon {options.epsilon:g} were given: pass one")
     epsilon, background = STRENGTHS.get(options.strength, options.epsilon), options.epsilon_background
-    for name, value in (("--epsilon", epsilon), ("--epsilon-background", background)):
-        if value is not None and not 0 <= value <= 255:
-            raise ValueError(f"{name} {value:g}: must be from 0 to 255 grey levels")
+    check_levels({"--epsilon": epsilon, "--epsilon-background": background})
     if background is not None and epsilon is None:
         raise ValueError(f"--epsilon-background {background:g} needs --epsilon or --strength")
     if background is not None and background > epsilon:

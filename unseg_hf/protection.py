@@ -1,9 +1,10 @@
 """Protecting images: the only place where noise meets pixels."""
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,23 +52,28 @@ def check_model_name(name: str | os.PathLike) -> None:
         raise ValueError(f"{name}: no such folder, and no id of the Hub, which is like 'owner/name'") from error
 
 
-def _in_one_thread(method: Callable) -> Callable:
-    """A method of [`Protector`] that has one thread of torch's, unless the model is large and on a CPU.
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile torch has one thread.
 
     Threads inside a small model wait for each other as long as they work, and many times as long on a machine that has
     other things to do; so do those beside a device. (A thread that begins to use torch meanwhile has one, too.)
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_one_thread(method: Callable) -> Callable:
+    """A method of [`Protector`] that has one thread of torch's, unless the model is large and on a CPU."""
 
     @functools.wraps(method)
     def run(self, *arguments, **options):
-        threads = torch.get_num_threads()
-        if self.uses_all_threads or threads == 1:
+        with contextlib.nullcontext() if self.uses_all_threads else one_thread():
             return method(self, *arguments, **options)
-        torch.set_num_threads(1)
-        try:
-            return method(self, *arguments, **options)
-        finally:
-            torch.set_num_threads(threads)
 
     return run
 
@@ -306,10 +312,9 @@ class Protector:
     @staticmethod
     def _all_over(job: "Job", region: np.ndarray) -> bool:
         """Whether nothing tells one part of the image's noise from another: neither its budget nor its kind."""
-        of_classes = job.prompt.mode == "per_segment" and job.classes is not None
         if region.all():
-            return not (of_classes and len(set(job.classes)) > 1)
-        return job.epsilon_background == job.epsilon and not of_classes
+            return not (job.of_classes and len(set(job.classes)) > 1)
+        return job.epsilon_background == job.epsilon and not job.of_classes
 
     @_in_one_thread
     def apply(self, job: "Job", decoded: "Decoded") -> Protected:
@@ -430,7 +435,7 @@ class Protector:
     ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool | None]":
         """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], and whether it is a tint; None if it is that of
         classes."""
-        apart = job.prompt.mode == "per_segment" and (len(masks) > 1 or job.classes is not None)
+        apart = job.of_classes or (job.prompt.mode == "per_segment" and len(masks) > 1)
         inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
         segments = [(masks[index], _extent(masks[index])) for index in inside]
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
@@ -453,8 +458,7 @@ class Protector:
             )
 
         tinted = codes[chosen] in (self.model.config.tint_codes or ())
-        of_classes = apart and job.classes is not None
-        if self.model.config.turned_columns and not tinted and not of_classes:
+        if self.model.config.turned_columns and not tinted and not job.of_classes:
             patches = embeddings.image_embeddings.shape[-1]
             turned = torch.zeros(patches, dtype=torch.bool)
             turned[list(self.model.config.turned_columns)] = True
@@ -463,7 +467,7 @@ class Protector:
         if not segments:
             return everywhere, tinted
         own = [(*segment, one) for segment, one in zip(segments, own, strict=True)]
-        return NoiseOfSegments(everywhere, own), tinted if job.classes is None else None
+        return NoiseOfSegments(everywhere, own), None if job.of_classes else tinted
 
     def _codes_of_masks(self, job: "Job", region: np.ndarray, patch: float) -> list[int]:
         """Those that are in question for masks without a class; a patch has so many pixels of height."""
@@ -536,6 +540,11 @@ class Job:
     features: Any
     notes: tuple[str, ...]
     seconds: float
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether each mask gets the noise of its class."""
+        return self.prompt.mode == "per_segment" and self.classes is not None
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..image_tasks import plan
+from ..image_tasks import is_json, plan
 from .records import Record, ShardPlan, listing_digest
 
 
@@ -27,7 +27,7 @@ class ImageFolder:
     image_column = "image"
 
     def __init__(self, inputs: Sequence[Path], shard_size: int, masks: Path | None, output: Path):
-        if masks is not None and masks.suffix.lower() == ".json":
+        if is_json(masks):
             raise ValueError(f"--masks {masks}: this takes mask files; `unseg protect --masks` takes COCO's json")
         unreadable: list[str] = []
         self._tasks = plan(inputs, output, "png", masks, unreadable)

@@ -17,6 +17,7 @@ from PIL import Image
 from unseg_hf.image_files import ImageFileError, Picture, read, read_mask
 from unseg_hf.inputs import Prompt
 from unseg_hf.modeling_unseg import UnSegImageEmbeddings
+from unseg_hf.protect_command import check_levels
 from unseg_hf.protection import Decoded, Job, Protected, Protector, default_checkpoint, whole_levels
 
 VIEW_SIDE = 1024
@@ -234,9 +235,7 @@ class Workbench:
         Raises:
             ValueError: a budget or prompt that makes no sense.
         """
-        for name, value in (("epsilon", epsilon), ("epsilon_background", epsilon_background)):
-            if value is not None and not 0 <= value <= 255:
-                raise ValueError(f"{name} {value:g}: must be from 0 to 255 grey levels")
+        check_levels({"epsilon": epsilon, "epsilon_background": epsilon_background})
         if epsilon_background is not None and epsilon is None:
             raise ValueError(f"epsilon_background {epsilon_background:g} needs epsilon too")
         if epsilon_background is not None and epsilon_background > epsilon:
