@@ -62,7 +62,8 @@ def attention(rounds: int, images: int = 4) -> None:
     def with_bias() -> torch.Tensor:
         return vision_unseg._with_bias(query, key, value, down, across, 64)
 
-    ones = vision_unseg._ones(query, 64, 64).T
+    row = torch.eye(64, device="cuda", dtype=torch.bfloat16)
+    ones = torch.cat([row.repeat_interleave(64, 0), row.repeat(64, 1)], 1)
 
     def folded() -> torch.Tensor:
         """The bias as 128 more channels of the product: a query's towards each row and column, and a key's place."""

@@ -91,6 +91,37 @@ def test_layers_in_bfloat16_give_the_stock_layers_results_but_for_rounding(layer
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scale", [1, 8])
+def test_attention_in_bfloat16_rounds_no_more_than_torchs_own(scale):
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, GRID**2, 16, generator=random).bfloat16() for _ in range(3))
+    down, across = (torch.randn(GRID, GRID, 16, generator=random).mul(scale / 4).bfloat16() for _ in range(2))
+    given = (query, key, value, down, across)
+    exact = vision_unseg._with_bias(*(tensor.float() for tensor in given), GRID)
+    torchs, own = vision_unseg._with_bias(*given, 3), vision_unseg._written_out(*given, 4, 3)
+    assert 0 < (own - exact).norm() < (torchs - exact).norm()
+
+
+@torch.no_grad()
+def test_attention_in_bfloat16_has_no_more_logits_at_a_time_than_its_limit(layers, hidden_states, monkeypatch):
+    limit, seen, softmax = 2 * GRID**3, [], torch.softmax
+    monkeypatch.setattr(vision_unseg, "_CPU_BIAS", limit)
+    monkeypatch.setattr(torch, "softmax", lambda x, *args, **kw: seen.append(x.numel()) or softmax(x, *args, **kw))
+    layer = layers[1].bfloat16()
+    layer(hidden_states.bfloat16())
+    assert bool(seen) == layer.attn.use_rel_pos
+    assert max(seen, default=0) <= limit
+
+
+def test_layers_in_bfloat16_have_gradients(layers, hidden_states):
+    layer = layers[1].bfloat16()
+    given = hidden_states.bfloat16().requires_grad_()
+    layer(given).sum().backward()
+    assert given.grad.isfinite().all()
+    assert given.grad.any()
+
+
+@torch.no_grad()
 def test_generator_with_position_biases_gives_the_noise_of_eager_attention(build_generator, tiny_sam_config, tmp_path):
     generator = build_generator(tiny_sam_config(use_rel_pos=True, window_size=3))
     random = torch.Generator().manual_seed(0)

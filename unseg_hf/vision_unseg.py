@@ -38,7 +38,7 @@ class UnSegVisionLayer(SamVisionLayer):
         tokens = _CPU_TOKENS if hidden_states.device.type == "cpu" else _GPU_TOKENS
         rows = max(tokens // (batch * width), 1)
         if self.window_size:
-            rows = -(-rows // self.window_size) * self.window_size
+            rows = max(rows // self.window_size, 1) * self.window_size
             attended = map(self._attend_in_windows, hidden_states.split(rows, 1))
         else:
             attended = self._attend(self._projected(hidden_states)).split(rows, 1)
@@ -72,16 +72,20 @@ class UnSegVisionLayer(SamVisionLayer):
         query, key, value = projected.view(batch, tokens, 3, heads, -1).transpose(1, 3).unbind(2)
         if attn.use_rel_pos:
             down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
-            limit = _CPU_BIAS if query.device.type == "cpu" else _GPU_BIAS
+            on_cpu = query.device.type == "cpu"
+            limit = _CPU_BIAS if on_cpu else _GPU_BIAS
             count = max(limit // tokens**2, 1)
             rows = max(limit // (width * tokens), 1)
+            if on_cpu and query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+                attended = _written_out(query, key, value, down, across, count, rows)
+            else:
 
-            def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
-                parts = zip(*(tensor.split(count, 1) for tensor in some), strict=True)
-                return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
+                def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
+                    parts = zip(*(tensor.split(count, 1) for tensor in some), strict=True)
+                    return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
 
-            images = (tensor.split(max(count // heads, 1)) for tensor in (query, key, value))
-            attended = torch.cat([attend(some) for some in zip(*images, strict=True)])
+                images = (tensor.split(max(count // heads, 1)) for tensor in (query, key, value))
+                attended = torch.cat([attend(some) for some in zip(*images, strict=True)])
         else:
             attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, height, width, -1)
@@ -106,27 +110,57 @@ def _with_bias(
     """
     attended, room = [], None
     grid = query.unflatten(2, (len(down), len(across)))
-    # A product with ones and zeros adds up the same two numbers. Matrix units do that as fast as they can be written,
-    # and four times as fast as an addition whose inner loops are as short as a window is wide.
-    ones = _ones(query, *grid.shape[2:4]) if query.dtype == torch.bfloat16 else None
     for some, own in zip(grid.split(rows, 2), down.split(rows), strict=True):
         vertical = torch.einsum("nhrwc,rkc->nhrwk", some, own)
         horizontal = torch.einsum("nhrwc,wkc->nhrwk", some, across)
-        if ones is not None:
-            bias = (torch.cat([vertical, horizontal], -1) @ ones).flatten(2, 3)
-        else:
-            shape = (*vertical.shape, len(across))
-            if not torch.is_grad_enabled() and (room is None or room.shape != shape):
-                room = query.new_empty(shape)  # fresh memory for every strip takes longer than what is written into it
-            bias = torch.add(vertical.unsqueeze(-1), horizontal.unsqueeze(-2), out=room).flatten(4).flatten(2, 3)
+        shape = (*vertical.shape, len(across))
+        if not torch.is_grad_enabled() and (room is None or room.shape != shape):
+            room = query.new_empty(shape)  # fresh memory for every strip takes longer than what is written into it
+        bias = torch.add(vertical.unsqueeze(-1), horizontal.unsqueeze(-2), out=room).flatten(4).flatten(2, 3)
         attended.append(F.scaled_dot_product_attention(some.flatten(2, 3), key, value, attn_mask=bias))
     return torch.cat(attended, 2)
 
 
-def _ones(like: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`(height + width, height * width)`: 1 where a key is in this row, and below where it is in this column."""
-    row, column = (torch.eye(side, dtype=like.dtype, device=like.device) for side in (height, width))
-    return torch.cat([row.repeat_interleave(width, 1), column.repeat(1, height)])
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    down: torch.Tensor,
+    across: torch.Tensor,
+    count: int,
+    rows: int,
+) -> torch.Tensor:
+    """Attention of all heads as products and a softmax, of so many heads and rows of queries at a time.
+
+    For bfloat16 on a processor, without gradients: torch's own attention does not use all of its units, and reads a
+    bias more slowly than these products add it up. They start with the bias of the keys' rows; that of their columns
+    is in the product, as channels of the query beside ones and zeros of the key.
+    """
+    images, heads, tokens, channels = query.shape
+    height, width = len(down), len(across)
+    grid = query.unflatten(2, (height, width))
+    # Softmax does not change with what all keys have in common. Without it the largest logits are the smallest
+    # numbers, which bfloat16 rounds least.
+    vertical, horizontal = (
+        (bias - bias.amax(-1, keepdim=True)).flatten(2, 3)
+        for bias in (torch.einsum("nhrwc,rkc->nhrwk", grid, down), torch.einsum("nhrwc,wkc->nhrwk", grid, across))
+    )
+    columns = torch.eye(width, dtype=key.dtype).repeat(height, 1).expand(images, heads, -1, -1)
+    queries = torch.cat([query * channels**-0.5, horizontal], -1)
+    keys = torch.cat([key, columns], -1).transpose(2, 3)
+    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+    room = None
+    parts = (tensor.flatten(0, 1).split(count) for tensor in (keys, value, queries, vertical, attended))
+    for keys, values, *of_queries in zip(*parts, strict=True):
+        values = values.contiguous()  # not anew for every strip
+        for some, bias, result in zip(*(tensor.split(rows * width, 1) for tensor in of_queries), strict=True):
+            shape = (*some.shape[:2], tokens)
+            if room is None or room.shape != shape:
+                room = query.new_empty(shape)
+            room.unflatten(2, (height, width)).copy_(bias.unsqueeze(-1).expand(-1, -1, -1, width))
+            torch.softmax(room.baddbmm_(some, keys), -1, out=room)
+            torch.bmm(room, values, out=result)
+    return attended
 
 
 __all__ = ["UnSegVisionLayer"]
