@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
-from unseg_hf import UnSegModel, vision_unseg
+from unseg_hf import UnSegConfig, UnSegModel, vision_unseg
 from unseg_hf.vision_unseg import UnSegVisionLayer
 
 GRID = 8
@@ -135,6 +135,32 @@ def test_generator_with_position_biases_gives_the_noise_of_eager_attention(build
     torch.testing.assert_close(generator(pixels).noise, stock(pixels).noise, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="sdpa"):
         stock.encode_in_bf16()
+
+
+def test_a_seed_gives_a_generator_the_weights_that_it_has_with_stock_layers(tiny_sam_config):
+    weights = []
+    for attention in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        config = UnSegConfig(sam_config=tiny_sam_config(use_rel_pos=True).to_dict(), attn_implementation=attention)
+        model = UnSegModel(config)
+        assert isinstance(model.sam.vision_encoder.layers[0], UnSegVisionLayer) == (attention == "sdpa")
+        weights.append(model.state_dict())
+    parts, stock = weights
+    assert parts.keys() == stock.keys()
+    assert all(torch.equal(parts[name], stock[name]) for name in stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_are_stock_ones(dtype):
+    torch.manual_seed(0)
+    stock = torch.nn.Linear(24, 40).to(dtype)
+    given = torch.randn(2, 5, 3, 24, dtype=dtype)
+    expected = stock(given)
+    own = vision_unseg._Linear(stock)
+    torch.testing.assert_close(own(given), expected)
+    torch.testing.assert_close(own(given[:, ::2, :, :]), expected[:, ::2])
+    assert own.state_dict().keys() == stock.state_dict().keys()
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ class UnSegVisionLayer(SamVisionLayer):
         self.layer_norm1, self.attn = layer.layer_norm1, layer.attn
         self.layer_norm2, self.mlp = layer.layer_norm2, layer.mlp
         self.window_size = layer.window_size
+        for module, name in ((self.attn, "qkv"), (self.attn, "proj"), (self.mlp, "lin1"), (self.mlp, "lin2")):
+            setattr(module, name, _Linear(getattr(module, name)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, height, width, channels)` to the same."""
@@ -89,6 +91,26 @@ class UnSegVisionLayer(SamVisionLayer):
         else:
             attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, height, width, -1)
+
+
+class _Linear(nn.Linear):
+    """A linear layer that takes over another one's weights, and oneDNN's convolutions for its products.
+
+    Torch's own products in float32 are MKL's, which are half as fast on AMD's processors (on Intel's they are alike),
+    and those in bfloat16 have the bias copied first. So on x86, without gradients, this is a convolution of one pixel:
+    the same sums, which may be rounded otherwise.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        self.__dict__.update(linear.__dict__)  # also that it has been initialized, or it would be once more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        on_x86 = x.device.type == "cpu" and torch.backends.mkl.is_available()
+        if not on_x86 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        pixels = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        result = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        return result.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 def _by_distance(table: torch.Tensor, side: int) -> torch.Tensor:
