@@ -81,7 +81,7 @@ def test_nothing_grows_with_the_image_beyond_its_limit(layers, window_size, hidd
 def test_layers_in_bfloat16_give_the_stock_layers_results_but_for_rounding(layers, hidden_states, monkeypatch, parts):
     if parts == "many":
         monkeypatch.setattr(vision_unseg, "_CPU_TOKENS", 1)
-        monkeypatch.setattr(vision_unseg, "_CPU_BIAS", 3 * GRID**3)
+        monkeypatch.setattr(vision_unseg, "_CPU_LOGITS", 3 * GRID**3)
     stock, layer = layers
     expected = stock(hidden_states)
     layer.attn.to(torch.bfloat16)
@@ -105,7 +105,7 @@ def test_attention_in_bfloat16_rounds_no_more_than_torchs_own(scale):
 @torch.no_grad()
 def test_attention_in_bfloat16_has_no_more_logits_at_a_time_than_its_limit(layers, hidden_states, monkeypatch):
     limit, seen, softmax = 2 * GRID**3, [], torch.softmax
-    monkeypatch.setattr(vision_unseg, "_CPU_BIAS", limit)
+    monkeypatch.setattr(vision_unseg, "_CPU_LOGITS", limit)
     monkeypatch.setattr(torch, "softmax", lambda x, *args, **kw: seen.append(x.numel()) or softmax(x, *args, **kw))
     layer = layers[1].bfloat16()
     layer(hidden_states.bfloat16())

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.sam.modeling_sam import SamVisionLayer
 
-# How much is worked on at a time: tokens outside attention, and values of the bias that attention gets. A processor
-# likes what fits its caches; a graphics card what fills it.
-_CPU_TOKENS, _CPU_BIAS = 2**10, 2**22
+# How much is worked on at a time: tokens outside attention, values of the bias that attention gets, and logits where
+# it is written out. A processor likes what fits its caches; a graphics card what fills it.
+_CPU_TOKENS, _CPU_BIAS, _CPU_LOGITS = 2**10, 2**22, 2**20
 _GPU_TOKENS, _GPU_BIAS = 2**16, 2**28
 
 
@@ -75,10 +75,11 @@ class UnSegVisionLayer(SamVisionLayer):
         if attn.use_rel_pos:
             down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
             on_cpu = query.device.type == "cpu"
-            limit = _CPU_BIAS if on_cpu else _GPU_BIAS
+            write_out = on_cpu and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+            limit = _CPU_LOGITS if write_out else _CPU_BIAS if on_cpu else _GPU_BIAS
             count = max(limit // tokens**2, 1)
             rows = max(limit // (width * tokens), 1)
-            if on_cpu and query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            if write_out:
                 attended = _written_out(query, key, value, down, across, count, rows)
             else:
 
