@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -246,6 +247,22 @@ def test_mask_is_drawn_on_the_upright_picture(loud_protector, tmp_path):
     result = loud_protector.protect(tmp_path / "turned.png", mask=box_mask(40, 60))
     assert result.picture.pixels.shape == (40, 60, 3)
     np.testing.assert_array_equal(result.original.pixels, pixels)
+
+
+@pytest.mark.parametrize("mode", ["union", "per_segment"])
+def test_label_map_of_many_labels_is_not_held_as_a_mask_for_each(loud_protector, mode):
+    labels = np.kron(np.arange(1, 257, dtype=np.uint16).reshape(16, 16), np.ones((32, 32), dtype=np.uint16))
+    labels[::8] = 0
+    given = photo(512, 512)
+    tracemalloc.start()
+    try:
+        result = loud_protector.protect(given, label_map=labels, ignore_labels=(0,), mode=mode)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.masks == 256
+    assert np.array_equal(result.region, labels > 0)
+    assert peak < 256 * labels.size / 2  # a byte a pixel and mask
 
 
 def test_label_map_leaves_ignored_labels_out(loud_protector):

@@ -130,9 +130,32 @@ def read_any(image: ImageInput) -> Picture:
     return read(image)
 
 
+class MasksOfLabels(Sequence):
+    """`(height, width)` bool masks of a label map's labels, each made when it is asked for: a large map may have
+    thousands."""
+
+    def __init__(self, label_map: np.ndarray, labels: list[int]):
+        self._label_map, self._labels = label_map, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._label_map == self._labels[index]
+
+    def union(self) -> np.ndarray:
+        """Where any of the labels is."""
+        return np.isin(self._label_map, self._labels)
+
+
+def union_of(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """What at least one of the masks covers, a new array; there is at least one."""
+    return masks.union() if isinstance(masks, MasksOfLabels) else np.logical_or.reduce(masks)
+
+
 def given_masks(
     prompt: Prompt, size: tuple[int, int]
-) -> tuple[list[np.ndarray] | None, list[int] | None, tuple[str, ...]]:
+) -> tuple[Sequence[np.ndarray] | None, list[int] | None, tuple[str, ...]]:
     """`(height, width)` bool masks of a prompt that holds them, else None, their classes where it has those, and what
     a user should know of them."""
     if prompt.whole_image:
@@ -155,7 +178,7 @@ def given_masks(
         notes = ()
         if 255 in present and 255 in prompt.ignore_labels and found[-1] > 255:
             notes = ("label 255 is ignored: if labels count objects here, ignore 0 alone (ignore_labels)",)
-        return [labels == value for value in found], found, notes
+        return MasksOfLabels(labels, found), found, notes
     return None, None, ()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from .fidelity import compare, max_noise, strips
 from .image_files import Picture
-from .inputs import ImageInput, Prompt, given_masks, mask_of_box, read_any
+from .inputs import ImageInput, Prompt, given_masks, mask_of_box, read_any, union_of
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 from .noise_choice import SMALL_BUDGET, ceiling_of, needs_tint, standing_out
 from .object_finder import find_objects
@@ -292,9 +292,7 @@ class Protector:
         """The third step: finds the masks if none were given, and makes the noise. The last that runs on the model."""
         start = time.perf_counter()
         masks, found = self.find_masks(job, embeddings)
-        region = masks[0].copy()
-        for mask in masks[1:]:
-            region |= mask
+        region = union_of(masks)
         if not region.any():
             what = "the background budget applies everywhere" if job.epsilon_background else "nothing is protected"
             found.append(f"the mask is empty: {what}")
@@ -347,7 +345,7 @@ class Protector:
 
     @_in_one_thread
     @torch.inference_mode()
-    def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[list[np.ndarray], list[str]]:
+    def find_masks(self, job: "Job", embeddings: UnSegImageEmbeddings) -> tuple[Sequence[np.ndarray], list[str]]:
         """What `decode` will make noise for: `(height, width)` bool masks, and what a user should know of them."""
         notes: list[str] = []
         return (self._find_masks(job, embeddings, notes) if job.masks is None else job.masks), notes
@@ -431,15 +429,20 @@ class Protector:
         return list(masks_at(logits, self.processor.target_size, reshaped, (job.picture.height, job.picture.width)))
 
     def _noise(
-        self, job: "Job", embeddings, masks: list[np.ndarray], region: np.ndarray
+        self, job: "Job", embeddings, masks: Sequence[np.ndarray], region: np.ndarray
     ) -> "tuple[FullSizeNoise | NoiseOfSegments, bool | None]":
         """Noise whose rows are `(rows, width, 3)` float32 in [-1, 1], and whether it is a tint; None if it is that of
         classes."""
         apart = job.of_classes or (job.prompt.mode == "per_segment" and len(masks) > 1)
-        inside = [index for index, mask in enumerate(masks) if mask.any()] if apart else []
-        segments = [(masks[index], _extent(masks[index])) for index in inside]
         sizes = tuple(job.features[name][0].tolist() for name in ("original_sizes", "reshaped_input_sizes"))
-        drawn = torch.cat([self.processor.mask_prompts(m, sizes[1]) for m in (region, *(m for m, _ in segments))])
+        segments, inside, drawn = [], [], [self.processor.mask_prompts(region, sizes[1])]
+        for index, mask in enumerate(masks if apart else ()):
+            if mask.any():
+                top, bottom, left, right = extent = _extent(mask)
+                segments.append((mask[top:bottom, left:right].copy(), extent))  # of all that may be too much to keep
+                inside.append(index)
+                drawn.append(self.processor.mask_prompts(mask, sizes[1]))
+        drawn = torch.cat(drawn)
         cell = self.processor.target_size // embeddings.image_embeddings.shape[-1]
         # Of masks without a class, and of what lies around all masks.
         codes = self._codes_of_masks(job, region, cell * sizes[0][0] / sizes[1][0])
@@ -497,7 +500,7 @@ class NoiseOfSegments:
 
     Args:
         everywhere: noise of the union.
-        segments: `(height, width)` bool, (top, bottom, left, right) around what is inside, and noise of each.
+        segments: of each what is inside, bool, cut out at (top, bottom, left, right), those, and its noise.
     """
 
     def __init__(
@@ -514,9 +517,9 @@ class NoiseOfSegments:
         for mask, (top, bottom, left, right), own in self._largest_first:
             first, last = max(rows.start, top), min(rows.start + len(noise), bottom)
             if first < last:
-                part = slice(first, last), slice(left, right)
-                inside = mask[part]
-                noise[first - rows.start : last - rows.start, left:right][inside] = own[part][inside]
+                inside = mask[first - top : last - top]
+                own_rows = own[first:last, left:right]
+                noise[first - rows.start : last - rows.start, left:right][inside] = own_rows[inside]
         return noise
 
 
@@ -535,7 +538,7 @@ class Job:
     prompt: Prompt
     epsilon: float
     epsilon_background: float
-    masks: list[np.ndarray] | None
+    masks: Sequence[np.ndarray] | None
     classes: list[int] | None
     features: Any
     notes: tuple[str, ...]

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import image_files
 from ..fidelity import max_noise
-from ..inputs import given_masks
+from ..inputs import given_masks, union_of
 from ..mapping import stored_prompt
 from ..protection import whole_levels
 from . import manifest
@@ -168,4 +168,4 @@ def _region(mask: Any, size: tuple[int, int], protection: dict[str, Any]) -> np.
     if mask is None or not protection["masks"]:
         return np.ones(size, dtype=bool)
     prompt = stored_prompt(mask, protection["label_maps"], ignore_labels=protection["ignore_labels"])
-    return np.logical_or.reduce(given_masks(prompt, size)[0])
+    return union_of(given_masks(prompt, size)[0])
