@@ -296,6 +296,30 @@ def test_a_folder_of_photos_with_masks_holds_a_part_out_for_the_test(tmp_path: P
     assert "3.png" in " ".join(results["notes"])
 
 
+def test_a_folder_of_photos_with_cocos_json(tmp_path: Path, capsys):
+    images, numbers = discs(20, 44, 52, seed=5)
+    (tmp_path / "photos").mkdir()
+    boxes = []
+    for index in range(20):
+        Image.fromarray(images[index]).save(tmp_path / "photos" / f"{index}.png")
+        for disc in (1, 2):
+            rows, columns = (np.flatnonzero((numbers[index] == disc).any(axis=axis)) for axis in (1, 0))
+            box = [int(n) for n in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)]
+            boxes.append({"image_id": index, "category_id": disc, "bbox": box})
+    entries = [{"id": index, "file_name": f"{index}.png", "height": 44, "width": 52} for index in range(20)]
+    categories = [{"id": disc, "name": str(disc)} for disc in (1, 2)]
+    json_file = tmp_path / "boxes.json"
+    json_file.write_text(json.dumps({"images": entries, "annotations": boxes, "categories": categories}))
+    settings = SMALL | {"treatments": ["none"], "seeds": [0]}
+    arguments = ["audit", str(tmp_path / "photos"), "--masks", str(json_file), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--processes", "1", *as_arguments(settings)]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # What lies outside the boxes is the noise's background, and a class of the victims.
+    assert "largest change 8/255 in the region, 0/255 elsewhere" in capsys.readouterr().out
+    assert results["settings"]["classes"] == [0, 1, 2]
+    assert {len(cell["scores"]["per_class_iou"]) for cell in results["cells"]} == {3}
+
+
 def test_photos_without_masks_are_audited_on_proposed_segments_and_that_is_said(tmp_path: Path, monkeypatch):
     from unseg_hf.protection import Protector
 

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
 
 from unseg_hf.evaluation.labelled_images import (
+    CocoImages,
     DatasetRows,
     ImageFiles,
     LabelledImages,
@@ -220,6 +222,42 @@ def test_image_files_with_masks(tmp_path: Path):
     assert re.search(r"no\.png", images.left_out[0])
     np.testing.assert_array_equal(np.asarray(images[0].image), IMAGES[0])
     np.testing.assert_array_equal(images[0].region, NUMBERS[0] > 0)
+
+
+def test_image_files_with_cocos_json(tmp_path: Path):
+    names = ("a.png", "sub/b.png", "nothing.png", "unlisted.png", "odd.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(IMAGES[0]).save(tmp_path / name)
+    size = {"height": 30, "width": 40}
+    content = {
+        "images": [{"id": i, "file_name": name, **size} for i, name in enumerate(names) if name != "unlisted.png"],
+        "annotations": [
+            {"image_id": 0, "category_id": 7, "bbox": [5, 6, 4, 3]},
+            {"image_id": 0, "category_id": 0, "bbox": [2, 2, 20, 20]},
+            {"image_id": 0, "category_id": 7, "bbox": [30, 0, 5, 5], "iscrowd": 1},
+            {"image_id": 1, "category_id": 0, "bbox": [0, 0, 2, 2]},
+            {"image_id": 4, "category_id": 8, "bbox": [0, 0, 2, 2]},
+        ],
+        "categories": [{"id": 7, "name": "cup"}, {"id": 0, "name": "table"}],
+    }
+    path = tmp_path / "objects.json"
+    path.write_text(json.dumps(content))
+    images = {tmp_path / name: Path(name) for name in sorted(names)}
+    labelled = LabelledImages(CocoImages(path, images, tmp_path), background=(0,))
+    assert [image.name for image in labelled] == ["a.png", "nothing.png", "sub/b.png"]
+    odd, unlisted = labelled.left_out
+    assert "odd.png" in odd
+    assert "category 8, which it does not list" in odd
+    assert f"unlisted.png: {path} has no image of this name" in unlisted
+    assert (labelled.classes, labelled.things) == ((0, 1, 2), (1, 2))
+    labels, instances = np.zeros((2, 30, 40), int)
+    labels[2:22, 2:22] = instances[2:22, 2:22] = 1
+    labels[6:9, 5:9] = instances[6:9, 5:9] = 2
+    np.testing.assert_array_equal(labelled[0].labels, labels)
+    np.testing.assert_array_equal(labelled[0].instances, instances)
+    np.testing.assert_array_equal(labelled[0].region, labels > 0)
+    assert not labelled[1].region.any()
 
 
 def test_a_folder_is_the_same_data_wherever_it_lies(tmp_path: Path):

@@ -69,7 +69,7 @@ def plan(
         raise ValueError(f"{output} is no {format} file: name it {output.with_suffix(f'.{format}')}")
     suffix = (image_files.LOSSLESS_FORMATS | image_files.LOSSY_FORMATS)[wanted]
 
-    annotation_of = _annotations(masks, found) if is_json(masks) else {}
+    annotation_of = annotations_of(masks, found) if is_json(masks) else {}
     mask_of = dict.fromkeys(found, masks) if is_json(masks) else match_masks(masks, found)
     sharing = Counter(relative.with_suffix("") for relative in found.values())
     tasks: dict[Path, Task] = {}
@@ -88,7 +88,7 @@ def is_json(masks: Path | None) -> bool:
     return masks is not None and masks.suffix.lower() == ".json"
 
 
-def _annotations(path: Path, images: dict[Path, Path]) -> dict[Path, Any]:
+def annotations_of(path: Path, images: dict[Path, Path]) -> dict[Path, Any]:
     """What COCO's json says of images: by their paths below their folders, or their names where those are unique on
     both sides; arguments and errors as for `match_masks`, and a ValueError for a json that is not COCO's."""
     if not path.is_file():

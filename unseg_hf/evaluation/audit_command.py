@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unseg_hf.image_tasks import images_in, match_masks
+from unseg_hf.image_tasks import images_in, is_json, match_masks
 
 DEFAULT_VICTIMS = {
     "semantic": ("unet", "segformer"),
@@ -52,7 +52,12 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DATA", help="images to publish, and their masks")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for report and cache")
     data = parser.add_argument_group("data")
-    data.add_argument("--masks", type=Path, metavar="PATH", help="folder of mask files, for a folder of image files")
+    data.add_argument(
+        "--masks",
+        type=Path,
+        metavar="PATH",
+        help="for a folder of image files: folder of masks with their names, or COCO's json of the upright images",
+    )
     data.add_argument("--test", metavar="DATA", help="clean test images (default: every fifth of DATA is held out)")
     data.add_argument("--test-masks", type=Path, metavar="PATH", help="as --masks, for --test")
     data.add_argument("--split", default="train", help="of a data set with splits (default: train)")
@@ -162,7 +167,9 @@ def _audit(options: argparse.Namespace):
 
     source = _source(options, options.data, options.masks, options.split)
     notes = [PROPOSED] if isinstance(source, ProposedSegments) else []
-    labels = {"kind": options.mask_kind, "ignore": options.ignore_labels, "background": options.background_labels}
+    # In COCO's json 0 is no class, but what belongs to none.
+    background = options.background_labels or ((0,) if is_json(options.masks) else ())
+    labels = {"kind": options.mask_kind, "ignore": options.ignore_labels, "background": background}
     if options.test is None and options.test_split is None:
         train, test = LabelledImages(source, **labels).split(TEST_SHARE)
         train, test = train.first(limits["max_train"]), test.first(limits["max_test"])
@@ -182,7 +189,7 @@ def _audit(options: argparse.Namespace):
 
 def _source(options: argparse.Namespace, location: str, masks: Path | None, split: str):
     """Where raw images come from, by what is at the location."""
-    from unseg_hf.evaluation.labelled_images import DatasetRows, ImageFiles, ProposedSegments
+    from unseg_hf.evaluation.labelled_images import CocoImages, DatasetRows, ImageFiles, ProposedSegments
 
     folder = Path(location)
     if not folder.is_dir() or _is_dataset(folder):
@@ -198,6 +205,8 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
         raise ValueError(unreadable[0] if unreadable else f"{location} holds no images")
     if masks is None:
         return ProposedSegments(list(images), folder, options.model, options.device)
+    if is_json(masks):
+        return CocoImages(masks, images, folder)
     return ImageFiles(list(match_masks(masks, images).items()), folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +157,50 @@ class ImageFiles:
         image, mask = self._pairs[index]
         name = image.relative_to(self._folder).as_posix()
         return Raw(name, Image.fromarray(read(image).rgb8()), read_mask(mask))
+
+
+class CocoImages:
+    """Image files with the objects that COCO's json has of them, as `unseg protect --masks` takes them.
+
+    Classes are numbered from 1 in the order of the categories' ids; 0 is what belongs to no object, crowds as well.
+
+    Args:
+        json: of the upright images.
+        images: image files, and their paths below the folder.
+        folder: that they come from; images are named by their paths below it, and so are the same wherever it is.
+
+    Raises:
+        ValueError: a json that is not COCO's, or whose images are not told apart, naming what to do.
+    """
+
+    def __init__(self, json: Path, images: Mapping[Path, Path], folder: Path) -> None:
+        from unseg_hf.image_tasks import annotations_of
+        from unseg_hf.layouts.coco import CocoInstances
+
+        self._json, self.name = json, str(folder)
+        self._images = [(image, path.as_posix()) for image, path in images.items()]
+        self._annotations = annotations_of(json, images)
+        categories = sorted(CocoInstances("{split}").classes(json.parent, json.name))
+        # Without 255, which is no class.
+        self._numbers = {category: n + (n >= IGNORED) for n, category in enumerate(categories, 1)}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int) -> Raw:
+        image, name = self._images[index]
+        annotation = self._annotations[image]
+        if annotation is None:
+            raise ValueError(f"{image}: {self._json} has no image of this name")
+        pixels = read(image).rgb8()
+        labels, instances = (np.zeros(pixels.shape[:2], np.int32) for _ in range(2))
+        found = [s for s in annotation.segments(labels.shape, None, True) if s.mask.any()]
+        # Small ones lie over large ones.
+        for number, (mask, category) in enumerate(sorted(found, key=lambda s: -np.count_nonzero(s.mask)), 1):
+            if category not in self._numbers:
+                raise ValueError(f"{image}: {self._json} has an object of category {category}, which it does not list")
+            labels[mask], instances[mask] = self._numbers[category], number
+        return Raw(name, Image.fromarray(pixels), labels, instances)
 
 
 class ProposedSegments:
