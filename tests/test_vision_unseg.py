@@ -160,7 +160,19 @@ def test_linear_layers_are_stock_ones(dtype):
     own = vision_unseg._Linear(stock)
     torch.testing.assert_close(own(given), expected)
     torch.testing.assert_close(own(given[:, ::2, :, :]), expected[:, ::2])
+    assert own(given[:0]).shape == (0, 5, 3, 40)
     assert own.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_compiles_into_one_graph(layers, hidden_states, dtype, gradients):
+    layer = layers[1].to(dtype)
+    torch.compiler.reset()  # it compiles a function for so many layers, and no more
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.set_grad_enabled(gradients):
+        expected = layer(hidden_states.to(dtype))
+        torch.testing.assert_close(whole(hidden_states.to(dtype)), expected)
 
 
 @torch.no_grad()

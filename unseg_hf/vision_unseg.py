@@ -11,6 +11,18 @@ _CPU_TOKENS, _CPU_BIAS, _CPU_LOGITS = 2**10, 2**22, 2**20
 _GPU_TOKENS, _GPU_BIAS = 2**16, 2**28
 
 
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """In which oneDNN's products are fast on this processor: none where torch has no oneDNN, or no x86."""
+    # The operator that torch.compile puts in place of linear layers; its name is not promised.
+    if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return frozenset()
+    in_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if in_bfloat16 else {torch.float32})
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()
+
+
 class UnSegVisionLayer(SamVisionLayer):
     """A vision layer of SAM, with its own weights under their own names, that never holds a whole layer's products.
 
@@ -75,7 +87,8 @@ class UnSegVisionLayer(SamVisionLayer):
         if attn.use_rel_pos:
             down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
             on_cpu = query.device.type == "cpu"
-            write_out = on_cpu and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+            fast = query.dtype == torch.bfloat16 and query.dtype in _ONEDNN_DTYPES
+            write_out = on_cpu and fast and not torch.is_grad_enabled()
             limit = _CPU_LOGITS if write_out else _CPU_BIAS if on_cpu else _GPU_BIAS
             count = max(limit // tokens**2, 1)
             rows = max(limit // (width * tokens), 1)
@@ -95,23 +108,20 @@ class UnSegVisionLayer(SamVisionLayer):
 
 
 class _Linear(nn.Linear):
-    """A linear layer that takes over another one's weights, and oneDNN's convolutions for its products.
+    """A linear layer that takes over another one's weights, and without gradients oneDNN's products on x86.
 
-    Torch's own products in float32 are MKL's, which are half as fast on AMD's processors (on Intel's they are alike),
-    and those in bfloat16 have the bias copied first. So on x86, without gradients, this is a convolution of one pixel:
-    the same sums, which may be rounded otherwise.
+    Torch's own in float32 are MKL's, which are half as fast on AMD's processors (on Intel's they are alike), and those
+    in bfloat16 have the bias copied first. The same sums, which may be rounded otherwise.
     """
 
     def __init__(self, linear: nn.Linear):
         self.__dict__.update(linear.__dict__)  # also that it has been initialized, or it would be once more
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        on_x86 = x.device.type == "cpu" and torch.backends.mkl.is_available()
-        if not on_x86 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        ours = x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES and type(self.weight) is nn.Parameter
+        if not ours or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        pixels = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
-        result = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return result.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def _by_distance(table: torch.Tensor, side: int) -> torch.Tensor:
