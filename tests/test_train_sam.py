@@ -91,6 +91,12 @@ def test_the_sam_alone_is_trained_and_its_prompts_are_drawn(trained, saved_gener
     before, after = UnSegModel.from_pretrained(saved_generator), UnSegModel.from_pretrained(folder)
     head = before.noise_head.state_dict()
     assert all(torch.equal(value, head[name]) for name, value in after.noise_head.state_dict().items())
+    # The norms of the image encoder begin as ones: none stays so where it is trained.
+    norms = {
+        n: v for n, v in after.sam.vision_encoder.named_parameters() if "layers" in n and "norm" in n and "weight" in n
+    }
+    assert norms
+    assert not any(torch.equal(value, torch.ones_like(value)) for value in norms.values())
     assert after.config.draw_prompts
     assert not before.config.draw_prompts
     assert "held out, IoU for a box 0." in said

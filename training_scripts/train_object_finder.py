@@ -226,5 +226,5 @@ def validate(finder, photos, regions) -> float:
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_object_finder: {error}")

@@ -196,7 +196,8 @@ def sam_loss(sam, batch: dict, step: int, points: int, random):
         count = max(1, math.ceil(MOST_POINTS * (2 * choice[1] - 1)))
         given = batch["points"][:, None, :count]
         prompts = {"input_points": given, "input_labels": torch.ones_like(given[..., 0], dtype=torch.int64)}
-    embeddings = sam.get_image_embeddings(normalise(recoloured(batch["image"], random)))
+    # Not by `get_image_embeddings`, which transformers runs without gradients.
+    embeddings = sam.vision_encoder(normalise(recoloured(batch["image"], random))).last_hidden_state
 
     def answer():
         logits, ious = ask(sam, embeddings, batch["image"].shape[-1], prompts)
@@ -272,5 +273,5 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_sam: {error}")
