@@ -27,7 +27,7 @@ from unseg_hf import ProtectImages, Protector, cli
 from unseg_hf.bulk import manifest, outputs
 from unseg_hf.bulk.opening import open_source
 from unseg_hf.bulk.progress import Progress, duration
-from unseg_hf.bulk.run import protect_dataset
+from unseg_hf.bulk.run import protect_dataset, where_pids_hold
 from unseg_hf.mapping import RecordError
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "protect_dataset.py"
@@ -453,8 +453,9 @@ def test_a_damaged_shard_has_no_mark_while_it_is_made_anew_and_others_work_on(pl
     whole = files("out")
     for name in ("data/p1.png", "data/p8.png"):
         Path("out", name).unlink()
-    at_work, killed = (Path("out/.partial", f"{socket.gethostname()}-{pid}-0") for pid in (os.getpid(), 2**22 + 1))
-    for folder in (at_work, killed):
+    at_work, killed = (Path("out/.partial", f"{where_pids_hold()}-{pid}-0") for pid in (os.getpid(), 2**22 + 1))
+    elsewhere = Path("out/.partial", f"{socket.gethostname()}.1-{2**22 + 1}-0")  # another container of this host
+    for folder in (at_work, killed, elsewhere):
         folder.mkdir(parents=True)
     seen = []
 
@@ -469,6 +470,7 @@ def test_a_damaged_shard_has_no_mark_while_it_is_made_anew_and_others_work_on(pl
     assert [len(marks) for marks in seen] == [1, 2]
     assert at_work.is_dir()
     assert not killed.exists()
+    elsewhere.rmdir()
     at_work.rmdir()
     Path("out/.partial").rmdir()
     assert files("out") == whole

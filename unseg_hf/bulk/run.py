@@ -96,7 +96,7 @@ def protect_dataset(
     """
     number, processes = process
     protect.protector(rank)  # before anything is written: one that does not load must not begin an output
-    partial = output / manifest.PARTIAL / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    partial = output / manifest.PARTIAL / f"{where_pids_hold()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     manifest.keep_settings(output, run_settings(source, kind, protect, on_error), partial)
     progress = Progress(output, source, report, report_every)
     missing = []
@@ -120,13 +120,23 @@ def protect_dataset(
     return summary
 
 
+def where_pids_hold() -> str:
+    """This machine, and on Linux its part in which a process number says whether that process lives: containers of one
+    host may share its name, and the output, and know nothing of each other's processes."""
+    try:
+        space = f".{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        space = ""
+    return socket.gethostname() + space
+
+
 def _remove_left_behind(folder: Path) -> None:
     """Remove what processes that were killed left half-written, and the folder itself if nobody else works there."""
-    host = socket.gethostname()
+    here = where_pids_hold()
     for partial in folder.glob("*"):
         owner, _, process = partial.name.rpartition("-")[0].rpartition("-")
         with contextlib.suppress(OSError, ValueError):
-            killed = owner == host and not psutil.pid_exists(int(process))
+            killed = owner == here and not psutil.pid_exists(int(process))
             # A folder's own time is not that of what is written below it.
             newest = max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
             if killed or time.time() - newest > LONG_AGO:
