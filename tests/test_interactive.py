@@ -293,7 +293,20 @@ class TestUselessRecords:
             samples = self.one_batch(DatasetSource(tmp_path / "lists.parquet"))
         assert len(samples) == 6
 
-    def test_a_batch_of_nothing_but_damage_is_an_error(self, source):
+    def test_a_damaged_image_that_is_a_whole_batch_is_replaced_by_another(self, source):
+        data = InteractiveSegmentation([source(images=[b"nothing"])], 16)
+        batches = list(data.batches(0, 1))
+        with pytest.warns(UserWarning, match="row 0: column 'image' cannot be decoded"):
+            samples = [data.__getitems__(batch)[0] for batch in batches]
+        assert len(samples) == 6
+        assert not any("row 0" in sample["name"] for sample in samples)
+        (damaged,) = (batch for batch in batches if batch[0].handle == 0)
+        with pytest.warns(UserWarning, match="row 0"):
+            again = [data.__getitems__(damaged)[0] for _ in range(2)]
+        assert again[0]["name"] == again[1]["name"]
+        assert torch.equal(again[0]["image"], again[1]["image"])
+
+    def test_data_of_nothing_but_damage_are_an_error(self, source):
         with (
             pytest.warns(UserWarning, match="left out"),
             pytest.raises(ValueError, match=r"no usable record in a batch of 6 from .*six\.parquet"),

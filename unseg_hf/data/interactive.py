@@ -11,6 +11,9 @@ from PIL import Image
 
 from .records import Record, Source
 
+OTHERS = 16
+"""Records that are tried in place of a batch of which none can be used."""
+
 
 class Draw(NamedTuple):
     """One sample of an epoch: all that its pixels depend on, beside the seed."""
@@ -160,7 +163,7 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         """The samples of a batch.
 
         A record that cannot be read or has no mask is named in a warning, and another of the batch takes its place,
-        cropped anew.
+        cropped anew; where none of the batch can be used, another of the source.
 
         Returns:
             For each draw `image` `(3, image_size, image_size)` float in [0, 1], `mask` `(image_size, image_size)`, 0
@@ -168,10 +171,10 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
             padded, and `name`.
 
         Raises:
-            ValueError: no record of the batch can be used.
+            ValueError: no record of the batch can be used, nor any of some others.
         """
         samples = [self._sample(draw, attempt=0) for draw in draws]
-        usable = [draw for draw, sample in zip(draws, samples, strict=True) if sample]
+        usable = [draw for draw, sample in zip(draws, samples, strict=True) if sample] or self._another(draws[0])
         if not usable:
             names = [self.sources[draw.source].name for draw in draws]
             raise ValueError(
@@ -181,6 +184,16 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
             if sample is None:
                 samples[place] = self._sample(usable[place % len(usable)], attempt=1 + place)
         return samples
+
+    def _another(self, draw: Draw) -> list[Draw]:
+        """A record of the same source that can be used, in the draw's place; none if several cannot."""
+        for attempt in range(OTHERS):
+            random = np.random.default_rng((self.seed, draw.epoch, draw.number, attempt))
+            for handle in itertools.islice(self.sources[draw.source].order(random, 0, 1), 1):
+                other = draw._replace(handle=handle)
+                if self._sample(other, attempt=0):
+                    return [other]
+        return []
 
     def _sample(self, draw: Draw, attempt: int) -> dict[str, Any] | None:
         random = np.random.default_rng((self.seed, draw.epoch, draw.number, attempt))
