@@ -85,7 +85,7 @@ def test_the_batch_size_and_the_mode_of_the_victim_change_nothing():
     assert victim.training
 
 
-def test_unlabelled_pixels_count_in_no_task():
+def test_unlabelled_pixels_count_for_average_precision_alone():
     labels = LABELS.copy()
     labels[0, 16:] = 255
     wrong_below = torch.from_numpy(LABELS[0]).long().clone()
@@ -94,6 +94,10 @@ def test_unlabelled_pixels_count_in_no_task():
     assert semantic["foreground_iou"] == semantic["boundary_iou"] == 1
     below = square((16, SIZE), (0, SIZE))
     assert evaluate("interactive", torch.stack([LEFT | below, RIGHT]), labels)["object_iou"] == 1
+    panoptic = torch.from_numpy(np.stack([wrong_below.numpy(), INSTANCES[0] + 3 * below.numpy()], -1)).long()
+    assert evaluate("panoptic", panoptic, labels)["pq"] == pytest.approx(1)
+    surest = {"scores": torch.tensor([0.9, 0.8, 0.7])}
+    assert evaluate("instance", objects(below, LEFT, RIGHT) | surest, labels)["ap"] < 0.8
 
 
 def test_classes_that_do_not_occur_have_no_iou():

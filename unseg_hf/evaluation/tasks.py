@@ -39,8 +39,9 @@ def evaluate_victim(
 ) -> dict[str, Any]:
     """Test a victim on clean images, on the device that it is on.
 
-    Pixels labelled 255 do not count. Pixels of a class in `things` that belong to no object are a crowd: they count
-    as unlabelled for panoptic maps, and what is found on them is not held against the victim for AP.
+    Pixels labelled 255 do not count, but for AP: as in COCO, where most pixels have no class, an object that is found
+    there is an error. Pixels of a class in `things` that belong to no object are a crowd: they count as unlabelled for
+    panoptic maps, and what is found on them is not held against the victim for AP.
 
     Args:
         victim: left in the mode, training or evaluation, that it came in.
