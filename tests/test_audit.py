@@ -296,6 +296,37 @@ def test_a_folder_of_photos_with_masks_holds_a_part_out_for_the_test(tmp_path: P
     assert "3.png" in " ".join(results["notes"])
 
 
+def test_what_lies_inside_the_folder_of_photos_is_not_audited_with_them(tmp_path: Path, capsys):
+    images, numbers = discs(20, 44, 52, seed=5)
+    photos = tmp_path / "photos"
+    (photos / "masks").mkdir(parents=True)
+    for index in range(20):
+        Image.fromarray(images[index]).save(photos / f"{index}.png")
+        Image.fromarray((numbers[index] > 0) * np.uint8(255)).save(photos / "masks" / f"{index}.png")
+    settings = SMALL | {"treatments": ["none"], "seeds": [0]}
+    arguments = [
+        "audit",
+        str(photos),
+        "--masks",
+        str(photos / "masks"),
+        "-o",
+        str(photos / "audit"),
+        "--processes",
+        "1",
+    ]
+    for _ in range(2):
+        assert main([*arguments, *as_arguments(settings)]) == 0
+        results = json.loads((photos / "audit" / "results.json").read_text())
+        assert results["settings"]["train_images"] + results["settings"]["test_images"] == 20
+        assert "left out" not in " ".join(results["notes"])
+    capsys.readouterr()
+    assert main(["audit", str(photos), "--masks", str(photos / "masks"), "-o", str(photos)]) == 2
+    assert "is the folder of the images and that of -o: keep them apart" in capsys.readouterr().err
+    held_out = ["--test", str(tmp_path / "photos" / "masks"), "-o", str(tmp_path / "out")]
+    assert main([*arguments[:4], *held_out]) == 2
+    assert "has no masks, and DATA has: give --test-masks" in capsys.readouterr().err
+
+
 def test_a_folder_of_photos_with_cocos_json(tmp_path: Path, capsys):
     images, numbers = discs(20, 44, 52, seed=5)
     (tmp_path / "photos").mkdir()

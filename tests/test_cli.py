@@ -540,3 +540,25 @@ def test_the_installed_command_runs(folder, saved_generator):
     assert done.returncode == 0, done.stderr
     assert "PSNR" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_pipe_among_the_images_is_passed_over(folder, saved_generator):
+    os.mkfifo(folder / "in/sub/pipe.png")
+    assert run("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator) == 0
+    assert [path.name for path in (folder / "out").iterdir()] == ["b.png"]
+
+
+def test_what_was_done_is_said_also_where_the_report_cannot_be_written(folder, saved_generator, monkeypatch, capsys):
+    put_in_place = image_files.put_in_place
+
+    def full(data, target, name):
+        if name.endswith(".json") and (folder / "out").exists():
+            raise image_files.ImageFileError("r.json: it cannot be written (no space left)")
+        put_in_place(data, target, name)
+
+    monkeypatch.setattr(image_files, "put_in_place", full)
+    request = ("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator)
+    assert run(*request, "--json", folder / "r.json") == 2
+    said = capsys.readouterr()
+    assert f"b.jpg -> {folder / 'out/b.png'}" in said.out
+    assert "no space left" in said.err

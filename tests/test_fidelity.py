@@ -19,3 +19,8 @@ def test_ssim_measured_in_strips_is_that_of_the_whole_picture():
     expected = float(structural_similarity_index_measure(*whole, data_range=255.0))
     assert figures["ssim"] == pytest.approx(expected, abs=1e-6)
     assert figures["ssim"] < 0.999
+
+
+def test_ssim_of_equal_pictures_is_one():
+    picture = from_array(np.random.default_rng(0).integers(0, 256, (400, 361, 3), np.uint8))
+    assert 0.999999 < compare(picture, picture, np.ones((400, 361), bool))["ssim"] <= 1

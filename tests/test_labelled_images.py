@@ -126,6 +126,9 @@ def test_the_limit_counts_images_that_can_be_used():
     assert [labelled.name for labelled in images.first(1)] == ["1"]
     with pytest.raises(ValueError, match="the limit of 0 images leaves none"):
         LabelledImages(InMemory([None]), limit=0)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"the limit of {count} images leaves none"):
+            images.first(count)
 
 
 def test_split_depends_on_the_pixels_alone_and_keeps_copies_together(tmp_path: Path):

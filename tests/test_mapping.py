@@ -344,3 +344,7 @@ def test_a_gpu_protects_in_batches_within_the_bound(dataset, saved_generator):
         inside = box(*SIZES[index][:2]) > 0
         assert np.abs(a - b)[inside].max() <= 8
         assert np.abs(a - b)[~inside].max() <= 2
+
+
+def test_one_label_to_ignore_needs_no_list(saved_generator):
+    assert ProtectImages(str(saved_generator), mask_column="mask", ignore_labels=0).ignore_labels == (0,)

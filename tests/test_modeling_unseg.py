@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import SamConfig, SamModel
 
-from unseg_hf import UnSegConfig, UnSegImageEmbeddings, UnSegModel
+from unseg_hf import UnSegConfig, UnSegImageEmbeddings, UnSegModel, UnSegProcessor
 
 VIT_B = {}
 VIT_L = {
@@ -388,6 +389,12 @@ def test_a_budget_that_is_asked_for_in_part_has_the_models_share_for_the_backgro
     assert config.budget(0.04) == (0.04, 0)
     with pytest.raises(ValueError, match=r"epsilon_background=0\.03: needs"):
         config.budget(0.02, 0.03)
+
+
+def test_all_that_the_processor_says_can_be_passed_on(generator, pixels):
+    inputs = UnSegProcessor.for_image_size(64)(Image.new("RGB", (80, 60)), input_boxes=[[[8, 8, 40, 40]]])
+    assert {"original_sizes", "reshaped_input_sizes"} <= inputs.keys()
+    assert generator(**inputs).noise.shape == (1, 1, 3, 16, 16)
 
 
 def test_forward_wants_either_pixels_or_embeddings(generator, pixels):

@@ -664,3 +664,16 @@ def test_prompt_object_and_fields_are_the_same(tiny_protector):
     np.testing.assert_array_equal(a.picture.pixels, b.picture.pixels)
     with pytest.raises(ValueError, match="one or the other"):
         tiny_protector.protect(photo(), Prompt(), mask=box_mask())
+
+
+def test_a_saved_picture_has_the_exif_and_the_resolution_of_its_file(loud_protector, tmp_path):
+    given = Image.fromarray(photo())
+    exif = given.getexif()
+    exif[270] = "a description"
+    given.save(tmp_path / "photo.jpg", exif=exif, dpi=(300, 300))
+    protected = loud_protector.protect(tmp_path / "photo.jpg", whole_image=True)
+    protected.save(tmp_path / "new" / "protected.png")
+    with Image.open(tmp_path / "new" / "protected.png") as saved:
+        assert saved.getexif()[270] == "a description"
+        assert saved.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert np.array_equal(np.asarray(saved), protected.picture.pixels)

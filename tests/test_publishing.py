@@ -72,6 +72,18 @@ def test_card_has_every_section_and_a_front_matter_that_parses():
     assert not re.search(r"\{\w+\}", card.text)
 
 
+@pytest.mark.parametrize(
+    "card",
+    ["spaces_demo/README.md", "unseg_hf/checkpoints/unseg-tiny/README.md"],
+)
+def test_cards_that_are_published_as_they_are_say_licence_and_tags(card):
+    data = ModelCard.load(Path(__file__).parent.parent / card).data
+    assert data.license == "apache-2.0"
+    assert data.tags
+    if "checkpoints" in card:
+        assert (data.library_name, data.pipeline_tag) == ("transformers", "image-to-image")
+
+
 def test_braces_rules_and_backslashes_in_a_section_are_text():
     text = '{data} {} {0!r} {{licence}} \\1 \\g<0>\n---\n{"a": {"b": 1}}'
     card = fill_model_card(TEMPLATE, **SECTIONS | {"settings": text})

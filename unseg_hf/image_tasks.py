@@ -44,11 +44,8 @@ def plan(
         if item.is_dir():
             if same := [what for what, other in apart.items() if other == real]:
                 raise ValueError(f"{item} is the folder of the images and of the {same[0]}: keep them apart")
-            # What lies inside the input and is none of its images: a next run would protect the output again.
-            inside = {other for other in apart.values() if real in other.parents}
-            for path in images_in(item, unreadable):
-                if not inside or inside.isdisjoint([where := _real(path), *where.parents]):
-                    found.setdefault(path, path.relative_to(item))
+            for path in images_in(item, unreadable, apart.values()):
+                found.setdefault(path, path.relative_to(item))
         else:
             found.setdefault(item, Path(item.name))
     if not found:
@@ -156,8 +153,9 @@ def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path
     }
 
 
-def images_in(folder: Path, unreadable: list[str]) -> list[Path]:
-    """Image files in a folder and those below it; `unreadable` gets a line for each folder that cannot be searched."""
+def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -> list[Path]:
+    """Image files in a folder and those below it, but not below folders `apart` inside it; `unreadable` gets a line
+    for each folder that cannot be searched."""
     from .image_files import READ_SUFFIXES
 
     def complain(error: OSError) -> None:
@@ -172,8 +170,13 @@ def images_in(folder: Path, unreadable: list[str]) -> list[Path]:
             continue
         seen.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        images += [Path(parent, name) for name in names if Path(name).suffix.lower() in READ_SUFFIXES]
-    return sorted(images)
+        paths = [Path(parent, name) for name in names if Path(name).suffix.lower() in READ_SUFFIXES]
+        # A link to nothing is named when its turn comes; for a pipe it would never end.
+        images += [path for path in paths if path.is_file() or not path.exists()]
+    root = _real(folder)
+    # What lies inside the folder and is none of its images: a next run would protect the output again.
+    inside = {real for real in map(_real, apart) if root in real.parents}
+    return sorted(path for path in images if not inside or inside.isdisjoint([where := _real(path), *where.parents]))
 
 
 def refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path | None]) -> None:

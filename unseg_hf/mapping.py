@@ -122,7 +122,7 @@ class ProtectImages:
         settled = {
             "model": None if self.model is None else str(self.model),
             "revision": revision,
-            "ignore_labels": tuple(self.ignore_labels),
+            "ignore_labels": tuple(np.ravel(self.ignore_labels).tolist()),
             "report_columns": tuple(self.report_columns),
             "identity": identity,
             "version": __version__,

@@ -252,6 +252,8 @@ class UnSegModel(UnSegPreTrainedModel):
         noise_boxes: Sequence[tuple[int, int, int, int]] | None = None,
         codes: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        original_sizes: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
     ) -> UnSegOutput | tuple:
         """Noise for each prompt of each image. Coordinates are (x, y) in pixels of the model's input.
 
@@ -275,6 +277,8 @@ class UnSegModel(UnSegPreTrainedModel):
                 Whole numbers from 0 to `config.noise_codes - 1`: which of its noises each prompt gets; 0 by default.
             return_dict (`bool`, *optional*):
                 `False` for a tuple.
+            original_sizes, reshaped_input_sizes (*optional*):
+                Not used: what [`UnSegProcessor`] says beside, so that all of it can be passed on.
 
         Returns:
             [`UnSegOutput`]. Without any prompt there is one noise an image. Memory grows with `batch * prompts`: pass

@@ -165,11 +165,11 @@ def run_protect(options: argparse.Namespace) -> int:
                 progress.update()
 
             in_threads(tasks, work, record, threads)
+        for folder in unreadable:
+            print(f"unseg: {folder}", file=sys.stderr)
+        report.print_summary()
     finally:
         report.write()
-    for folder in unreadable:
-        print(f"unseg: {folder}", file=sys.stderr)
-    report.print_summary()
     return 1 if report.count("failed") or unreadable else 0
 
 

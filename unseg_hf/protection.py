@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .fidelity import compare, max_noise, strips
-from .image_files import Picture
+from .image_files import Picture, write
 from .inputs import ImageInput, Prompt, given_masks, mask_of_box, read_any, union_of
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 from .noise_choice import SMALL_BUDGET, ceiling_of, needs_tint, standing_out
@@ -106,6 +106,18 @@ class Protected:
     def image(self) -> Image.Image:
         """The protected picture as a fresh PIL image, which `datasets` stores as PNG."""
         return self.picture.to_pil()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the picture with all that its file had beside pixels (alpha, EXIF, ICC profile, resolution), read it
+        back and compare, as `unseg protect` does; `image.save` would leave EXIF and resolution out.
+
+        Args:
+            path: its suffix is the format; JPEG takes part of the noise. Missing folders are made.
+
+        Raises:
+            ImageFileError: it cannot be written, or would not give back the same pixels.
+        """
+        write(self.picture, path)
 
     @property
     def unchanged(self) -> bool:

@@ -58,7 +58,9 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
         metavar="PATH",
         help="for a folder of image files: folder of masks with their names, or COCO's json of the upright images",
     )
-    data.add_argument("--test", metavar="DATA", help="clean test images (default: every fifth of DATA is held out)")
+    data.add_argument(
+        "--test", metavar="DATA", help="clean test images (default: about a fifth of DATA, by their pixels)"
+    )
     data.add_argument("--test-masks", type=Path, metavar="PATH", help="as --masks, for --test")
     data.add_argument("--split", default="train", help="of a data set with splits (default: train)")
     data.add_argument("--test-split", metavar="SPLIT", help="of --test, or of DATA (default for --test: --split)")
@@ -167,6 +169,11 @@ def _audit(options: argparse.Namespace):
 
     source = _source(options, options.data, options.masks, options.split)
     notes = [PROPOSED] if isinstance(source, ProposedSegments) else []
+
+    def refuse_proposed(other, name: str, masks: str) -> None:
+        if isinstance(other, ProposedSegments) and not notes:
+            raise ValueError(f"{name} {other.name} has no masks, and DATA has: give {masks}")
+
     # In COCO's json 0 is no class, but what belongs to none.
     background = options.background_labels or ((0,) if is_json(options.masks) else ())
     labels = {"kind": options.mask_kind, "ignore": options.ignore_labels, "background": background}
@@ -177,12 +184,14 @@ def _audit(options: argparse.Namespace):
         train = LabelledImages(source, **labels, limit=limits["max_train"])
         location, split = options.test or options.data, options.test_split or options.split
         held_out = _source(options, location, options.test_masks, split)
+        refuse_proposed(held_out, "--test", "--test-masks")
         test = LabelledImages(held_out, like=train, limit=limits["max_test"])
     attacker = None
     if options.attacker is not None:
         from unseg_hf.evaluation.published_images import ATTACKER_IMAGES
 
         theirs = _source(options, options.attacker, options.attacker_masks, options.split)
+        refuse_proposed(theirs, "--attacker", "--attacker-masks")
         attacker = LabelledImages(theirs, like=train, limit=ATTACKER_IMAGES)
     return Audit(config, train, test, attacker, notes, options.command_line, say=_say)
 
@@ -199,8 +208,13 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
         return DatasetRows(location, split, *columns, options.mask_kind, bool(options.ignore_labels))
     if options.instance_column is not None:
         raise ValueError(f"{location} is a folder of image files; --instance-column needs a data set with columns")
+    apart = {"-o": options.output, "--masks": masks}
+    if same := [name for name, path in apart.items() if path is not None and path.resolve() == folder.resolve()]:
+        raise ValueError(f"{location} is the folder of the images and that of {same[0]}: keep them apart")
     unreadable: list[str] = []
-    images = {path: path.relative_to(folder) for path in images_in(folder, unreadable)}
+    others = (options.output, options.masks, options.test_masks, options.attacker_masks)
+    inside = [path for path in others if path is not None]
+    images = {path: path.relative_to(folder) for path in images_in(folder, unreadable, inside)}
     if unreadable or not images:
         raise ValueError(unreadable[0] if unreadable else f"{location} holds no images")
     if masks is None:

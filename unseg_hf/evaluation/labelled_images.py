@@ -272,8 +272,7 @@ class LabelledImages(Sequence):
     ) -> None:
         if kind not in MASK_KINDS:
             raise ValueError(f"masks are {kind!r}: must be one of {', '.join(MASK_KINDS)}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"the limit of {limit} images leaves none; take at least 1, or None for all")
+        _check_limit(limit)
         self._source, self._indices = source, []
         self.name, self.left_out, self.digests = source.name, [], []
         self._annotations = hashlib.sha256()
@@ -362,7 +361,8 @@ class LabelledImages(Sequence):
         return sides
 
     def first(self, count: int | None) -> LabelledImages:
-        """The first so many images; None: all."""
+        """The first so many images; None: all. ValueError if that is none."""
+        _check_limit(count)
         return self._some(range(len(self))[:count])
 
     def _some(self, indices: Sequence[int]) -> LabelledImages:
@@ -373,6 +373,11 @@ class LabelledImages(Sequence):
 
     def __iter__(self) -> Iterator[LabelledImage]:
         return (self[index] for index in range(len(self)))
+
+
+def _check_limit(images: int | None) -> None:
+    if images is not None and images < 1:
+        raise ValueError(f"the limit of {images} images leaves none; take at least 1, or None for all")
 
 
 def _check(raw: Raw) -> None:
