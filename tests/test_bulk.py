@@ -863,7 +863,10 @@ def test_images_with_unlike_noises_are_counted_and_said(place, script, capsys):
         (["--device", "foo"], "does not load on 'foo'"),
         (["--device", "cuda:99"], "does not load on 'cuda:99'"),
         (["--model", "cut"], "the generator cut does not load on 'cpu'"),
-        (["--epsilon_background", "2"], "needs epsilon"),
+        (["--epsilon_background", "2"], "--epsilon_background 2 needs --epsilon: give both"),
+        (["--epsilon", "4", "--epsilon_background", "5"], "--epsilon_background 5 is above --epsilon 4"),
+        (["--labels"], "--labels needs --masks or --mask_column"),
+        (["--masks", "masks", "--whole_image"], "masks and --whole_image were given: pass one kind of prompt"),
     ],
 )
 def test_a_run_that_cannot_begin_says_why_in_one_line_and_leaves_nothing(

@@ -96,9 +96,15 @@ def run(options: argparse.Namespace) -> int:
             f"--push_to_hub with --shard {options.shard}: run once more without --shard when all jobs are done; what "
             "is finished is not made again"
         )
-    from unseg_hf.protect_command import check_levels, say_of_tints
+    from unseg_hf.protect_command import say_of_tints, shares_of
 
-    check_levels({"--epsilon": options.epsilon, "--epsilon_background": options.epsilon_background})
+    names = ("--epsilon", "--epsilon_background")
+    epsilon, epsilon_background = shares_of(options.epsilon, options.epsilon_background, names)
+    has_masks = options.mask_column or options.masks
+    if has_masks and options.whole_image:
+        raise ValueError("masks and --whole_image were given: pass one kind of prompt")
+    if options.labels and not has_masks:
+        raise ValueError("--labels needs --masks or --mask_column")
     from transformers.utils import logging
 
     from unseg_hf import ProtectImages
@@ -124,15 +130,15 @@ def run(options: argparse.Namespace) -> int:
     )
     protect = ProtectImages(
         options.model,
-        mask_column="masks" if options.mask_column or options.masks else None,
+        mask_column="masks" if has_masks else None,
         revision=options.model_revision,
         label_maps=options.labels,
         ignore_labels=tuple(options.ignore_labels),
         mode="per_segment" if options.per_segment else "union",
         tint=options.tint,
         whole_image=options.whole_image,
-        epsilon=None if options.epsilon is None else options.epsilon / 255,
-        epsilon_background=None if options.epsilon_background is None else options.epsilon_background / 255,
+        epsilon=epsilon,
+        epsilon_background=epsilon_background,
         device=options.device,
         batch_size=options.batch_size,
     )

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -227,24 +227,30 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
         yield at_a_time, contextlib.nullcontext() if device.type == "cpu" else threading.Semaphore(2)
 
 
-def check_levels(levels: Mapping[str, float | None]) -> None:
-    """ValueError for what is no number of grey levels, with the name of its option; None is the model's."""
-    for name, value in levels.items():
+def shares_of(
+    epsilon: float | None, background: float | None, names: tuple[str, str] = ("epsilon", "epsilon_background")
+) -> tuple[float | None, float | None]:
+    """A budget in grey levels of 255 as shares of the pixel range; None is the model's.
+
+    Raises:
+        ValueError: one that makes no sense, by the names that the user knows.
+    """
+    for name, value in zip(names, (epsilon, background), strict=True):
         if value is not None and not 0 <= value <= 255:
             raise ValueError(f"{name} {value:g}: must be from 0 to 255 grey levels")
+    if background is not None and epsilon is None:
+        raise ValueError(f"{names[1]} {background:g} needs {names[0]}: give both")
+    if background is not None and background > epsilon:
+        raise ValueError(f"{names[1]} {background:g} is above {names[0]} {epsilon:g}")
+    return tuple(None if value is None else value / 255 for value in (epsilon, background))
 
 
 def budget_of(options: argparse.Namespace) -> tuple[float | None, float | None]:
     """(epsilon, epsilon_background) as shares of the pixel range; None is the model's."""
     if options.strength and options.epsilon is not None:
         raise ValueError(f"--strength {options.strength} and --epsilon {options.epsilon:g} were given: pass one")
-    epsilon, background = STRENGTHS.get(options.strength, options.epsilon), options.epsilon_background
-    check_levels({"--epsilon": epsilon, "--epsilon-background": background})
-    if background is not None and epsilon is None:
-        raise ValueError(f"--epsilon-background {background:g} needs --epsilon or --strength")
-    if background is not None and background > epsilon:
-        raise ValueError(f"--epsilon-background {background:g} is above --epsilon {epsilon:g}")
-    return tuple(None if value is None else value / 255 for value in (epsilon, background))
+    epsilon = STRENGTHS.get(options.strength, options.epsilon)
+    return shares_of(epsilon, options.epsilon_background, ("--epsilon", "--epsilon-background"))
 
 
 @contextlib.contextmanager

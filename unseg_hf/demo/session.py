@@ -17,7 +17,7 @@ from PIL import Image
 from unseg_hf.image_files import ImageFileError, Picture, read, read_mask
 from unseg_hf.inputs import Prompt
 from unseg_hf.modeling_unseg import UnSegImageEmbeddings
-from unseg_hf.protect_command import check_levels
+from unseg_hf.protect_command import shares_of
 from unseg_hf.protection import Decoded, Job, Protected, Protector, default_checkpoint, whole_levels
 
 VIEW_SIDE = 1024
@@ -235,13 +235,8 @@ class Workbench:
         Raises:
             ValueError: a budget or prompt that makes no sense.
         """
-        check_levels({"epsilon": epsilon, "epsilon_background": epsilon_background})
-        if epsilon_background is not None and epsilon is None:
-            raise ValueError(f"epsilon_background {epsilon_background:g} needs epsilon too")
-        if epsilon_background is not None and epsilon_background > epsilon:
-            raise ValueError(f"epsilon_background {epsilon_background:g} is above epsilon {epsilon:g}")
+        shares = shares_of(epsilon, epsilon_background)
         picture = photo.picture if keep_exif else replace(photo.picture, exif=None)
-        shares = [None if value is None else value / 255 for value in (epsilon, epsilon_background)]
         job = self.protector.prepare(picture, prompt, *shares)
         return self.protector.apply(job, self._decode(job, photo.embeddings))
 
