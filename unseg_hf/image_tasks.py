@@ -172,7 +172,7 @@ def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         paths = [Path(parent, name) for name in names if Path(name).suffix.lower() in READ_SUFFIXES]
         # A link to nothing is named when its turn comes; for a pipe it would never end.
-        images += [path for path in paths if path.is_file() or not path.exists()]
+        images += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     root = _real(folder)
     # What lies inside the folder and is none of its images: a next run would protect the output again.
     inside = {real for real in map(_real, apart) if root in real.parents}
