@@ -476,6 +476,21 @@ def test_a_damaged_shard_has_no_mark_while_it_is_made_anew_and_others_work_on(pl
     assert files("out") == whole
 
 
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_a_name_that_is_not_utf8_costs_its_record_alone(place, saved_generator, kind):
+    for folder, pixels in (("in", photo(0)), ("masks", mask(0))):
+        Path(folder).mkdir()
+        for name in (b"a.png", b"bad\xff.png", b"z.png"):
+            Path(folder, os.fsdecode(name)).write_bytes(encoded(pixels))
+    summary = run({"inputs": ["in"], "masks": Path("masks")}, saved_generator, kind=kind)
+    assert summary.complete
+    assert (summary.records, summary.failed) == (3, 1)
+    (failed,) = [line for line in manifest.read_lines(Path("out"), 0) if line.get("error")]
+    assert "is no name in UTF-8; rename it" in failed["error"]
+    assert [name for name in files("out") if "bad" in name] == []
+    assert len(load_dataset("out", split="train", cache_dir=str(place / "cache"))) == 2
+
+
 def test_a_name_that_is_too_long_for_a_file_costs_its_record_alone(place, saved_generator):
     long = "n" * 260
     members = {f"{name}.png": encoded(photo(0)) for name in ("a", long, "z")}

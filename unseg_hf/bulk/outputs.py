@@ -52,14 +52,14 @@ class ShardWriter:
         """Finish the files."""
 
     def _open(self, name: str) -> Path:
-        _refuse_outside(name)
+        _check_name(name)
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self.names.append(name)
         return path
 
     def _once(self, name: str) -> None:
-        _refuse_outside(name)
+        _check_name(name)
         if name in self._taken:
             raise ValueError(f"{name} is there a second time; rename one")
         self._taken.add(name)
@@ -133,7 +133,7 @@ class TarShard(ShardWriter):
         files = self.source.files(record)
         image = f"{key}.{image_suffix(files)}"
         for suffix in files:
-            _refuse_outside(f"{key}.{suffix}")
+            _check_name(f"{key}.{suffix}")
         self._member(image, png)
         for suffix, data in files.items():
             self._member(f"{key}.{suffix}", data)
@@ -162,7 +162,7 @@ class FolderShard(ShardWriter):
         beside = {f"beside/{record.name}.{suffix}": data for suffix, data in self.source.files(record).items()}
         files = {image: png} | beside
         for name in files:
-            _refuse_outside(name)
+            _check_name(name)
         # All names before any file: of a record that cannot be written nothing is.
         for part in {part for name in files for part in PurePosixPath(name).parts}:
             if len(os.fsencode(part)) > LONGEST_NAME:
@@ -175,7 +175,12 @@ class FolderShard(ShardWriter):
 WRITERS = {"parquet": ParquetShard, "folder": FolderShard, "tars": TarShard}
 
 
-def _refuse_outside(name: str) -> None:
+def _check_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        # Such a file stands in the way of all others: who loads the output reads its names as UTF-8.
+        raise ValueError(f"{name!a} is no name in UTF-8; rename it") from None
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{name} leads out of the output; rename it")
