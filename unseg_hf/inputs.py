@@ -130,27 +130,32 @@ def read_any(image: ImageInput) -> Picture:
     return read(image)
 
 
-class MasksOfLabels(Sequence):
-    """`(height, width)` bool masks of a label map's labels, each made when it is asked for: a large map may have
-    thousands."""
+class LabelMasks(Sequence):
+    """The masks of a label image, one for each of its values, each made when it is asked for: there may be thousands.
 
-    def __init__(self, label_map: np.ndarray, labels: list[int]):
-        self._label_map, self._labels = label_map, labels
+    Args:
+        labels: `(height, width)` integers.
+        ignored: values that belong to no mask.
+    """
+
+    def __init__(self, labels: np.ndarray, ignored: Sequence[int] = ()):
+        self.labels = labels
+        self.values = tuple(int(value) for value in np.unique(labels) if value not in ignored)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.values)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._label_map == self._labels[index]
+        return self.labels == self.values[index]
 
     def union(self) -> np.ndarray:
-        """Where any of the labels is."""
-        return np.isin(self._label_map, self._labels)
+        """Where any of the values is."""
+        return np.isin(self.labels, self.values)
 
 
 def union_of(masks: Sequence[np.ndarray]) -> np.ndarray:
     """What at least one of the masks covers, a new array; there is at least one."""
-    return masks.union() if isinstance(masks, MasksOfLabels) else np.logical_or.reduce(masks)
+    return masks.union() if isinstance(masks, LabelMasks) else np.logical_or.reduce(masks)
 
 
 def given_masks(
@@ -170,15 +175,14 @@ def given_masks(
         labels = _labels(prompt.label_map, size)
         if labels.dtype.kind == "f":
             raise ValueError(f"a label map of {labels.dtype}: pass whole numbers, one for each object or class")
-        present = np.unique(labels).tolist()
-        found = [int(value) for value in present if value not in prompt.ignore_labels]
-        if not found:
+        masks = LabelMasks(labels, prompt.ignore_labels)
+        if not masks:
             ignored = ", ".join(map(str, prompt.ignore_labels))
             return [np.zeros(size, dtype=bool)], None, (f"the label map has no labels but those ignored: {ignored}",)
         notes = ()
-        if 255 in present and 255 in prompt.ignore_labels and found[-1] > 255:
+        if 255 in prompt.ignore_labels and masks.values[-1] > 255 and (labels == 255).any():
             notes = ("label 255 is ignored: if labels count objects here, ignore 0 alone (ignore_labels)",)
-        return MasksOfLabels(labels, found), found, notes
+        return masks, list(masks.values), notes
     return None, None, ()
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .records import LabelMasks, Record, decoding
+from ..inputs import LabelMasks
+from .records import Record, decoding
 
 MASK_KINDS = ("binary", "regions", "instances", "classes")
 

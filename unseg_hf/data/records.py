@@ -41,25 +41,6 @@ class Record:
     class_ids: tuple[int, ...] | None = None
 
 
-class LabelMasks(Sequence):
-    """The masks of a label image: one for each of its values.
-
-    Args:
-        labels: `(height, width)` integers.
-        ignored: values that belong to no mask.
-    """
-
-    def __init__(self, labels: np.ndarray, ignored: Sequence[int] = ()):
-        self.labels = labels
-        self.values = tuple(int(value) for value in np.unique(labels) if value not in ignored)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.labels == self.values[index]
-
-
 class Source(Protocol):
     """A data set that is read as records; see `unseg_hf.data.sources` for those there are.
 

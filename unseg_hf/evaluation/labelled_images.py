@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from unseg_hf.data.records import LabelMasks
 from unseg_hf.image_files import one_line, read, read_mask
+from unseg_hf.inputs import LabelMasks
 
 IGNORED = 255
 """Label of pixels without a class."""
