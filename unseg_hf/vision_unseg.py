@@ -87,21 +87,13 @@ class UnSegVisionLayer(SamVisionLayer):
         if attn.use_rel_pos:
             down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
             on_cpu = query.device.type == "cpu"
+            # Not float32, whose written-out products are no faster than torch's attention.
             fast = query.dtype == torch.bfloat16 and query.dtype in _ONEDNN_DTYPES
             write_out = on_cpu and fast and not torch.is_grad_enabled()
             limit = _CPU_LOGITS if write_out else _CPU_BIAS if on_cpu else _GPU_BIAS
-            count = max(limit // tokens**2, 1)
-            rows = max(limit // (width * tokens), 1)
-            if write_out:
-                attended = _written_out(query, key, value, down, across, count, rows)
-            else:
-
-                def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
-                    parts = zip(*(tensor.split(count, 1) for tensor in some), strict=True)
-                    return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
-
-                images = (tensor.split(max(count // heads, 1)) for tensor in (query, key, value))
-                attended = torch.cat([attend(some) for some in zip(*images, strict=True)])
+            count, rows = max(limit // tokens**2, 1), max(limit // (width * tokens), 1)
+            attention = _written_out if write_out else _in_parts
+            attended = attention(query, key, value, down, across, count, rows)
         else:
             attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, height, width, -1)
@@ -131,6 +123,25 @@ def _by_distance(table: torch.Tensor, side: int) -> torch.Tensor:
     """
     places = torch.arange(side, device=table.device)
     return table[places[:, None] - places + side - 1]
+
+
+def _in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    down: torch.Tensor,
+    across: torch.Tensor,
+    count: int,
+    rows: int,
+) -> torch.Tensor:
+    """Torch's attention of all heads, of so many heads and rows of queries at a time."""
+
+    def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        parts = zip(*(tensor.split(count, 1) for tensor in some), strict=True)
+        return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
+
+    images = (tensor.split(max(count // query.shape[1], 1)) for tensor in (query, key, value))
+    return torch.cat([attend(some) for some in zip(*images, strict=True)])
 
 
 def _with_bias(
@@ -163,7 +174,7 @@ def _written_out(
     count: int,
     rows: int,
 ) -> torch.Tensor:
-    """Attention of all heads as products and a softmax, of so many heads and rows of queries at a time.
+    """What `_in_parts` gives, as products and a softmax.
 
     For bfloat16 on a processor, without gradients: torch's own attention does not use all of its units, and reads a
     bias more slowly than these products add it up. They start with the bias of the keys' rows; that of their columns

@@ -209,7 +209,9 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
     if options.instance_column is not None:
         raise ValueError(f"{location} is a folder of image files; --instance-column needs a data set with columns")
     apart = {"-o": options.output, "--masks": masks}
-    if same := [name for name, path in apart.items() if path is not None and path.resolve() == folder.resolve()]:
+    if same := [
+        name for name, path in apart.items() if path is not None and os.path.realpath(path) == os.path.realpath(folder)
+    ]:
         raise ValueError(f"{location} is the folder of the images and that of {same[0]}: keep them apart")
     unreadable: list[str] = []
     others = (options.output, options.masks, options.test_masks, options.attacker_masks)
