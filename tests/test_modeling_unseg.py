@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 import torch
@@ -441,3 +442,28 @@ def test_convolutions_that_are_trained_on_large_features_get_them_in_planes(
         seen.clear()
         head.image_features(embeddings, encoded)
     assert not any(seen)
+
+
+def test_a_generator_that_was_used_can_be_sent_to_another_process(generator, pixels):
+    with torch.no_grad():
+        noise = generator(pixels).noise
+        again = pickle.loads(pickle.dumps(generator))(pixels).noise
+    assert torch.equal(again, noise)
+
+
+def test_sam_itself_still_hands_out_all_its_layers(generator, pixels):
+    with torch.no_grad():
+        found = generator.sam(pixel_values=pixels, output_hidden_states=True)
+    assert len(found.vision_hidden_states) == len(generator.sam.vision_encoder.layers) + 1
+
+
+def test_embeddings_of_an_image_that_is_not_there_are_an_error(generator, pixels):
+    embeddings = generator.get_image_embeddings(pixels)
+    assert torch.equal(embeddings.of_image(-1).image_embeddings, embeddings.image_embeddings[-1:])
+    with pytest.raises(IndexError):
+        embeddings.of_image(len(pixels))
+
+
+def test_bfloat16_is_refused_where_the_weights_are_no_float32(generator):
+    with pytest.raises(ValueError, match=r"weights are torch\.float16"):
+        generator.half().encode_in_bf16()

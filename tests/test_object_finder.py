@@ -206,9 +206,9 @@ def test_a_saved_copy_finds_the_same(trained, tmp_path):
 def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path, monkeypatch):
     start, folder, _ = trained
     few = write_discs(tmp_path / "few.parquet", 3, seed=0)
-    write_parquet(tmp_path / "empty.parquet", {
-        "image": [encoded(np.zeros((20, 20, 3), np.uint8))], "mask": [encoded(np.zeros((20, 20), np.uint8))],
-    })  # fmt: skip
+    black, none, narrow = (np.zeros(shape, np.uint8) for shape in ((20, 20, 3), (20, 20), (20, 10)))
+    for name, mask in (("empty", none), ("narrow", narrow + 1)):
+        write_parquet(tmp_path / f"{name}.parquet", {"image": [encoded(black)], "mask": [encoded(mask)]})
     main = runpy.run_path(str(SCRIPT))["main"]
 
     def refused(*options, by: type[Exception] = ValueError) -> str:
@@ -226,6 +226,8 @@ def test_what_cannot_be_trained_is_refused(trained, saved_generator, tmp_path, m
     assert "no.pth cannot be read" in refused(start, "--train_data", few, "--pretrained", missing, *out)
     with pytest.warns(UserWarning, match="left out: .* shows no object"):
         assert "no photo shows an object" in refused(start, "--train_data", tmp_path / "empty.parquet", *out)
+    with pytest.warns(UserWarning, match=r"the mask has shape \(20, 10\), the image, upright"):
+        assert "no photo shows an object" in refused(start, "--train_data", tmp_path / "narrow.parquet", *out)
     assert not (tmp_path / "out").exists()
     assert "choose a new folder" in refused(start, "--train_data", few, "--output", start, by=FileExistsError)
 
@@ -243,3 +245,14 @@ def test_a_generator_whose_finder_lacks_its_weights_says_how_to_do_without_it(tm
     protected = without.protect(pixels, mask=mask)
     np.testing.assert_array_equal(protected.picture.pixels, embedded.protect(pixels, mask=mask).picture.pixels)
     assert UNSURE not in without.protect(pixels).notes  # SAM looks for objects instead
+
+
+def test_a_generator_that_is_trained_leaves_its_finder_as_it_is(protector_of):
+    protector = protector_of(object_finder_width=8)
+    pixels, _ = scene(LEFT)
+    before = protector.protect(pixels).region
+    state = {name: value.clone() for name, value in protector.model.state_dict().items()}
+    protector.model.train()
+    assert not any(module.training for module in protector.model.object_finder.modules())
+    np.testing.assert_array_equal(protector.protect(pixels).region, before)
+    assert all(torch.equal(value, state[name]) for name, value in protector.model.state_dict().items())

@@ -1,11 +1,16 @@
 """The "image-protection" pipeline gives what `Protector` gives, for one image, lists and batches."""
 
+import functools
+import http.server
+import json
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import pipeline
 
-from unseg_hf import Protector
+from unseg_hf import Protector, UnSegModel
 
 
 def photo(seed, height=40, width=56):
@@ -80,3 +85,28 @@ def test_an_unknown_keyword_is_named(protect):
         protect({"image": photo(0), "masc": box_mask()})
     with pytest.raises(ValueError, match="a dict of mask: it needs an 'image'"):
         protect({"mask": box_mask()})
+
+
+def test_a_photo_may_be_an_address(protect, tmp_path):
+    photo(0).save(tmp_path / "photo.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fetched = protect(f"http://127.0.0.1:{server.server_port}/photo.png", mask=box_mask())
+        server.shutdown()
+    np.testing.assert_array_equal(fetched["image"], protect(photo(0), mask=box_mask())["image"])
+
+
+def test_a_model_saved_without_its_pipeline_names_none_that_is_not_there(saved_generator, tmp_path):
+    protect = pipeline("image-protection", model=str(saved_generator))
+    protect.save_pretrained(tmp_path / "pipeline")
+    assert "custom_pipelines" in json.loads((tmp_path / "pipeline/config.json").read_text())
+    # Loaded, or still in memory.
+    for model in (UnSegModel.from_pretrained(tmp_path / "pipeline"), protect.model):
+        model.save_pretrained(tmp_path / "model")
+        protect.processor.save_pretrained(tmp_path / "model")
+        assert "custom_pipelines" not in json.loads((tmp_path / "model/config.json").read_text())
+        again = pipeline("image-protection", model=str(tmp_path / "model"))
+        np.testing.assert_array_equal(
+            again(photo(0), mask=box_mask())["image"], protect(photo(0), mask=box_mask())["image"]
+        )

@@ -337,3 +337,16 @@ def test_stretched_images_fill_the_square_and_so_does_their_noise(shape, tmp_pat
     full = processor.post_process_noise(noise, shape, (64, 64))
     assert full.shape == (1, 3, height, width)
     assert ((full[0, 0] > 0.5) == torch.from_numpy(mask[0])).float().mean() > 0.98
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(processor):
+    grey = picture(40, 60)[..., 0]
+    deep = [Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey.astype(np.int32) * 257)]
+    wanted = processor(grey)["pixel_values"]
+    assert {image.mode for image in deep} == {"I;16", "I"}
+    assert all(torch.equal(processor(image)["pixel_values"], wanted) for image in deep)
+
+
+def test_a_tensor_is_no_batch_of_grey_images(processor):
+    with pytest.raises(ValueError, match=r"a tensor of shape \(3, 40, 60\): pass PIL images"):
+        processor(torch.zeros(3, 40, 60, dtype=torch.uint8))

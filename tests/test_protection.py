@@ -13,6 +13,7 @@ from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
 from unseg_hf.fidelity import compare
+from unseg_hf.noise_choice import texture
 from unseg_hf.protection import ALL_OVER, apply_noise
 
 RNG = np.random.default_rng(0)
@@ -379,15 +380,15 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
     protector.model.load_state_dict(coded_protector.model.state_dict())
     # A meadow under, over or beside a sky.
     pixels = np.full((240, 320, 3), 128, np.uint8)
-    pixels[120:] = np.random.default_rng(0).integers(60, 200, (120, 320, 3))
-    sky, meadow = np.s_[:80], np.s_[140:]
+    pixels[50:] = np.random.default_rng(0).integers(60, 200, (190, 320, 3))
+    sky, meadow = np.s_[:35], np.s_[70:]
 
     def noise(protector, picture=pixels, **options):
         result = protector.protect(picture, **({"whole_image": True} | options))
         return result.picture.pixels.astype(int) - result.original.pixels
 
     meadow_mask = np.zeros((240, 320), bool)
-    meadow_mask[150:] = True
+    meadow_mask[80:] = True
     softened, full = noise(protector), noise(coded_protector)
     assert np.abs(full[sky]).max() == 8
     assert np.abs(softened[sky]).max() == 2
@@ -397,7 +398,7 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
         assert np.abs(np.rot90(turned, -turn)[sky]).max() == 2
     np.testing.assert_array_equal(softened[meadow], full[meadow])
     in_16_bits = noise(protector, pixels.astype(np.uint16)[..., :1] * 257)
-    assert np.abs(in_16_bits[sky]).max() == 2 * 257
+    assert 500 < np.abs(in_16_bits[sky]).max() <= 2 * 257
     apart = noise(protector, whole_image=False, masks=[np.ones((240, 320), bool)] * 2, mode="per_segment")
     assert np.abs(apart[sky]).max() == 2
     everything = [np.ones((240, 320), bool)]
@@ -410,14 +411,17 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
         np.testing.assert_array_equal(few, noise(coded_protector, **of_class, epsilon=levels / 255))
     # Shading is smooth, too, however steep.
     shaded = pixels.copy()
-    shaded[:120] = 2 * np.arange(120)[:, None, None]
+    shaded[:50] = 2 * np.arange(50)[:, None, None]
     assert np.abs(noise(protector, shaded)[sky]).max() == 2
-    # Of what is smooth all over, the roughest part is as rough as it gets.
+    # What is smooth in more than a quarter of it gets the whole budget everywhere.
+    wide = np.vstack([pixels, pixels[:50]])
     hazy = (128 + (pixels.astype(int) - 128) // 16).astype(np.uint8)
-    of_haze = noise(protector, hazy)
-    assert (of_haze == noise(coded_protector, hazy)).all(axis=2).mean() >= 0.25
-    assert np.abs(of_haze[meadow]).max() == 8
-    assert np.abs(of_haze[sky]).max() == 2
+    for smooth in (wide, hazy):
+        np.testing.assert_array_equal(noise(protector, smooth), noise(coded_protector, smooth))
+    # What counts is how much of the region that is.
+    mask = np.zeros(wide.shape[:2], bool)
+    mask[:240] = True
+    assert np.abs(noise(protector, wide, whole_image=False, mask=mask)[sky]).max() == 2
     # So thin a line that no row or column of those that are looked at has it.
     high = np.repeat(np.repeat(pixels, 6, axis=0), 4, axis=1)[..., :1]
     line = np.zeros(high.shape[:2], bool)
@@ -427,7 +431,8 @@ def test_smooth_parts_get_their_own_epsilon_and_small_budgets_the_faint_code(cod
     around = {"whole_image": False, "mask": meadow_mask, "epsilon_background": 2 / 255}
     np.testing.assert_array_equal(noise(protector, **around), noise(coded_protector, **around))
     for height, width in ((1, 1), (3, 200), (80, 3)):
-        assert np.abs(noise(protector, pixels[:height, :width])).max() <= 2
+        small = pixels[:height, :width]
+        np.testing.assert_array_equal(noise(protector, small), noise(coded_protector, small))
 
 
 def test_where_nothing_is_protected_or_each_class_has_its_noise_there_is_no_tint_to_speak_of(protector_of):
@@ -677,3 +682,59 @@ def test_a_saved_picture_has_the_exif_and_the_resolution_of_its_file(loud_protec
         assert saved.getexif()[270] == "a description"
         assert saved.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert np.array_equal(np.asarray(saved), protected.picture.pixels)
+
+
+def test_only_a_generator_protects(tiny_protector, tiny_sam_config):
+    from transformers import SamModel
+
+    for wrong in (SamModel(tiny_sam_config()), tiny_protector.processor, "folder"):
+        with pytest.raises(ValueError, match="is no generator: pass a UnSegModel"):
+            Protector(wrong, tiny_protector.processor)
+
+
+def test_another_default_device_of_torchs_changes_nothing(loud_protector):
+    image, mask = photo(), box_mask()
+    before = loud_protector.protect(image, mask=mask)
+    with torch.device("meta"):  # as a GPU, without one: what is made there cannot meet what is on the CPU
+        assert texture(image).shape == (15, 20)
+        assert compare(before.original, before.picture, before.region) == compare(
+            before.original, before.picture, before.region
+        )
+
+
+def test_a_result_shows_itself_and_says_little(loud_protector):
+    protected = loud_protector.protect(photo(300, 400), mask=box_mask(300, 400))
+    assert len(repr(protected)) < 600
+    assert Image.open(io.BytesIO(protected._repr_png_())).size == (400, 300)
+
+
+def test_prompts_with_arrays_can_be_compared():
+    assert Prompt(mask=box_mask()) != Prompt(mask=box_mask())
+    assert len({Prompt(mask=box_mask()), Prompt(whole_image=True)}) == 2
+
+
+def test_masks_may_come_one_by_one(loud_protector):
+    masks = [box_mask(), ~box_mask()]
+    one_by_one, at_once = (loud_protector.protect(photo(), masks=given) for given in (iter(masks), masks))
+    np.testing.assert_array_equal(one_by_one.picture.pixels, at_once.picture.pixels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": "8/255"}, "epsilon='8/255': must be a number"),
+        ({"epsilon": True}, "epsilon=True: must be a number"),
+        ({"epsilon_background": [1]}, r"epsilon_background=\[1\]: must be a number"),
+        ({"box": [1, 2, 3, 4]}, "unknown box: the prompt has mask, masks"),
+    ],
+)
+def test_what_is_no_number_or_no_field_is_named(tiny_protector, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_protector.protect(photo(), **options)
+
+
+def test_columns_that_are_set_later_are_checked_when_they_are_needed(protector_of):
+    protector = protector_of()
+    protector.model.config.turned_columns = [4]
+    with pytest.raises(ValueError, match=r"turned_columns=\[4\]: all must be from 0 to 3"):
+        protector.protect(photo(), mask=box_mask())

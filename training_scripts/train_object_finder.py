@@ -50,14 +50,14 @@ def main() -> None:
         raise ValueError(f"--width {options.width}: must be at least 1")
 
     import torch
-    from accelerate import Accelerator
 
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.evaluation.victims.deeplab import imagenet_weights_file, load_torchvision_mobilenet
+    from unseg_hf.training.processes import build_accelerator
     from unseg_hf.training.publishing import save_generator
     from unseg_hf.training.surrogates import normalise
 
-    accelerator = Accelerator()
+    accelerator = build_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes: a finder needs one")
     torch.manual_seed(options.seed)
@@ -137,6 +137,7 @@ def load(sources: list[str], side: int):
     from PIL import Image
 
     from unseg_hf.data.sources import parse_source
+    from unseg_hf.image_files import as_rgb8
 
     photos, regions = [], []
     for text in sources:
@@ -147,9 +148,14 @@ def load(sources: list[str], side: int):
                 region = np.logical_or.reduce(list(record.masks))
                 if not region.any():
                     raise ValueError(f"{record.name} shows no object")
+                if region.shape != record.image.size[::-1]:
+                    raise ValueError(
+                        f"{record.name}: the mask has shape {region.shape}, the image, upright, (height, width) "
+                        f"{record.image.size[::-1]}"
+                    )
                 photo, region = (
                     np.array(image.resize((side, side), Image.Resampling.BILINEAR))
-                    for image in (record.image.convert("RGB"), Image.fromarray(region.astype(np.uint8) * 255))
+                    for image in (as_rgb8(record.image), Image.fromarray(region.astype(np.uint8) * 255))
                 )
             except (OSError, ValueError) as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)

@@ -38,9 +38,9 @@ class UnSegConfig(PreTrainedConfig):
             victims still pick up at small amplitudes. `None`: none does.
         epsilon_smooth (`float`, *optional*):
             Largest change, as a share of the pixel range, where the image is smooth and noise would show: skies, skin;
-            rounded to whole grey levels. About a quarter of what is protected keeps `epsilon` all the same, the
-            roughest where all is smooth. It holds for budgets of 6/255 or more, and not for tints and the noises of
-            classes. `None`: `epsilon` and `epsilon_background` hold everywhere, as in the paper.
+            rounded to whole grey levels. It holds where no more than a quarter of what is protected is smooth, for
+            budgets of 6/255 or more, and not for tints and the noises of classes. `None`: `epsilon` and
+            `epsilon_background` hold everywhere, as in the paper.
         turned_columns (`list[int]`, *optional*):
             Columns of patches of the input, from 0, in which the noise of masks without a class, tints aside, is the
             opposite. Waves that are broken so leave no lines in a spectrum for a notch filter, but victims need longer
@@ -158,6 +158,7 @@ class UnSegConfig(PreTrainedConfig):
         """
         share = self.epsilon_background / self.epsilon if self.epsilon else 0.0
         epsilon = self.epsilon if epsilon is None else epsilon
+        check_epsilon(epsilon, 0.0)
         epsilon_background = epsilon * share if epsilon_background is None else epsilon_background
         check_epsilon(epsilon, epsilon_background)
         return float(epsilon), float(epsilon_background)
@@ -172,7 +173,10 @@ class UnSegConfig(PreTrainedConfig):
 
 
 def check_epsilon(epsilon: float, epsilon_background: float) -> None:
-    """Raises ValueError unless `0 <= epsilon_background <= epsilon <= 1`."""
+    """Raises ValueError unless `0 <= epsilon_background <= epsilon <= 1`, both of them numbers."""
+    for name, value in {"epsilon": epsilon, "epsilon_background": epsilon_background}.items():
+        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+            raise ValueError(f"{name}={value!r}: must be a number, a share of the pixel range (8 / 255, say)")
     if not 0 <= epsilon_background <= epsilon <= 1:
         raise ValueError(
             f"epsilon={epsilon:g}, epsilon_background={epsilon_background:g}: needs 0 <= epsilon_background <= "

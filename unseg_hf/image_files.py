@@ -14,7 +14,7 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -88,10 +88,10 @@ class Picture:
     notes: what had to change when reading, in plain words. Raises ImageFileError for any other shape or dtype.
     """
 
-    pixels: np.ndarray
-    alpha: np.ndarray | None = None
-    exif: bytes | None = None
-    icc_profile: bytes | None = None
+    pixels: np.ndarray = field(repr=False)
+    alpha: np.ndarray | None = field(default=None, repr=False)
+    exif: bytes | None = field(default=None, repr=False)
+    icc_profile: bytes | None = field(default=None, repr=False)
     dpi: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
 
@@ -544,6 +544,16 @@ def _matching_profile(profile: bytes | None, channels: int, notes: list[str]) ->
         notes.append("colour profile of another kind of image dropped")
         return None
     return profile
+
+
+def as_rgb8(image: Image.Image) -> Image.Image:
+    """A pillow image as 8-bit RGB, alpha ignored: as pillow converts it, but for 16-bit grey, which it would clip.
+
+    Raises ImageFileError for numbers that are no 16-bit grey.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(from_pil(image).rgb8())
+    return image.convert("RGB")
 
 
 def _grey16(image: Image.Image, name: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What callers hand in: images, prompts and masks, in any form."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ TINTS = ("auto", "always", "never")
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """What to protect in one image: at most one of `mask`, `masks`, `label_map`, `boxes`, `points` and `whole_image`;
     with none of them the generator looks for objects itself: its object finder, or SAM where it has none.
@@ -68,6 +68,8 @@ class Prompt:
             raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if self.tint not in TINTS:
             raise ValueError(f"tint={self.tint!r}: must be one of {', '.join(TINTS)}")
+        if self.masks is not None and not hasattr(self.masks, "__len__"):
+            object.__setattr__(self, "masks", list(self.masks))
         if self.classes is not None:
             object.__setattr__(self, "classes", _class_numbers(self.classes, self.masks))
         for name, width in (("boxes", 4), ("points", 2)):
@@ -83,6 +85,14 @@ class Prompt:
             raise ValueError(f"point_labels={labels}: 1 is on the object, 0 is not, and at least one must be on it")
         object.__setattr__(self, "point_labels", [int(label) for label in labels])
         object.__setattr__(self, "ignore_labels", tuple(np.ravel(self.ignore_labels).tolist()))
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """ValueError for names that are none of a prompt's fields."""
+        if unknown := set(names) - cls.__dataclass_fields__.keys():
+            raise ValueError(
+                f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(cls.__dataclass_fields__)}"
+            )
 
     def check_inside(self, height: int, width: int) -> None:
         """ValueError for a box that misses an image of this size, or a point outside it."""

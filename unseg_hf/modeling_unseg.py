@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_unseg import UnSegConfig
 from .object_finder import ObjectFinder
-from .vision_unseg import UnSegVisionLayer
+from .vision_unseg import UnSegVisionEncoder, UnSegVisionLayer
 
 
 @dataclass
@@ -29,7 +30,8 @@ class UnSegImageEmbeddings(ModelOutput):
     noise_features: torch.Tensor | None = None
 
     def of_image(self, index: int) -> "UnSegImageEmbeddings":
-        """The embeddings of one image of the batch, as a batch of one."""
+        """The embeddings of one image of the batch, as a batch of one. IndexError if there is none of this index."""
+        index = range(len(self.image_embeddings))[index]
         one = slice(index, index + 1)
         return UnSegImageEmbeddings(self.image_embeddings[one], self.noise_features[one])
 
@@ -170,6 +172,7 @@ class UnSegModel(UnSegPreTrainedModel):
     def __init__(self, config: UnSegConfig):
         super().__init__(config)
         self.sam = SamModel._from_config(config.sam_config)
+        self.sam.vision_encoder = UnSegVisionEncoder(self.sam.vision_encoder)
         if self.sam.vision_encoder.config._attn_implementation == "sdpa":
             layers = self.sam.vision_encoder.layers
             for i, layer in enumerate(layers):
@@ -183,9 +186,29 @@ class UnSegModel(UnSegPreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading replaces the parameters, and with them whether they are trained.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        model._freeze()
         return loaded
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # A configuration that names a pipeline whose code is not there, with what the pipeline saves, loads as none.
+        pipelines = self.config.__dict__.pop("custom_pipelines", {})
+        files = [Path(save_directory, f"{one['impl'].partition('.')[0]}.py") for one in pipelines.values()]
+        named = {"custom_pipelines": pipelines} if pipelines else {}
+        if all(file.is_file() for file in files):
+            self.config.__dict__ |= named
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.__dict__ |= named
+
+    def train(self, mode: bool = True) -> "UnSegModel":
+        super().train(mode)
+        if self.object_finder is not None:
+            # Nothing here trains it, and what its batch norms count would change it all the same.
+            self.object_finder.eval()
+        return self
 
     def _freeze(self) -> None:
         self.sam.requires_grad_(not self.config.freeze_sam)
@@ -201,8 +224,10 @@ class UnSegModel(UnSegPreTrainedModel):
         is: in bfloat16 too, it would change several times as many pixels. Slow on a processor without bfloat16 units.
 
         Raises:
-            ValueError: another attention than `attn_implementation="sdpa"`.
+            ValueError: another attention than `attn_implementation="sdpa"`, or weights that are not float32.
         """
+        if self.dtype != torch.float32:
+            raise ValueError(f"the model's weights are {self.dtype}: load it in float32, and leave out dtype")
         for layer in self.sam.vision_encoder.layers:
             if not isinstance(layer, UnSegVisionLayer):
                 raise ValueError('bfloat16 needs attn_implementation="sdpa"')
@@ -232,13 +257,10 @@ class UnSegModel(UnSegPreTrainedModel):
         encoder = self.sam.vision_encoder
         trained = pixel_values.requires_grad or any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            # The one layer that is read: all of them would stay in memory.
-            encoded = encoder(pixel_values.to(self.dtype), output_hidden_states=[self.config.fusion_layer])
+            encoded = encoder(pixel_values.to(self.dtype), layer=self.config.fusion_layer)
         return UnSegImageEmbeddings(
             image_embeddings=encoded.last_hidden_state,
-            noise_features=self.noise_head.image_features(
-                encoded.last_hidden_state, encoded.hidden_states[self.config.fusion_layer]
-            ),
+            noise_features=self.noise_head.image_features(encoded.last_hidden_state, encoded.hidden_states[0]),
         )
 
     def forward(

@@ -17,7 +17,7 @@ CLEARLY = 1.1  # times as far
 TEXTURE_CELLS = 48  # down an image and across it
 TEXTURED = 6 / 255  # deviation of grey from a plane, of its range, from which noise is hidden
 SMOOTH = 1 / 3  # of that, up to which it shows
-FLAT = 0.5 / 255  # deviation below which there is no texture at all
+SPARED = 1 / 4  # of a region that may be smoother than that
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
@@ -56,11 +56,12 @@ def standing_out(pixels: np.ndarray, tints: np.ndarray) -> int:
     return 0 if squares.max() < CLEARLY**2 * squares[0] else int(squares.argmax())
 
 
-def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_smooth: float) -> FullSizeNoise:
+def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_smooth: float) -> FullSizeNoise | None:
     """The largest change that hides in each part of an image: `epsilon_smooth` where it is smooth, `epsilon` where its
     texture covers that much; `(height, width, 1)`, in parts, as shares of the pixel range.
 
-    About a quarter of the region gets `epsilon`: of an object that is smooth all over, but not flat, the roughest.
+    None, for `epsilon` everywhere, if more than a quarter of the region is smooth: of a road or a wall that is less
+    noise in most of it, and models learn from such images what they look like.
 
     Args:
         pixels: `(height, width, channels)` uint8 or uint16.
@@ -71,8 +72,9 @@ def ceiling_of(pixels: np.ndarray, region: np.ndarray, epsilon: float, epsilon_s
     few = _thinned(region)
     few = few if few.any() else region  # thin lines may lie between
     covered = F.adaptive_avg_pool2d(torch.from_numpy(few.astype(np.float32))[None], rough.shape)[0].numpy()
-    roughest = np.quantile(rough[covered >= min(0.5, covered.max())], 0.75)
-    share = ((rough / np.clip(roughest, FLAT, TEXTURED) - SMOOTH) / (1 - SMOOTH)).clip(0, 1)
+    if (rough[covered >= min(0.5, covered.max())] < TEXTURED).mean() > SPARED:
+        return None
+    share = ((rough / TEXTURED - SMOOTH) / (1 - SMOOTH)).clip(0, 1)
     largest = (1 - share) * epsilon_smooth + share * epsilon
     return FullSizeNoise(largest[..., None].astype(np.float32), [(largest.shape, pixels.shape[:2])])
 
@@ -97,7 +99,9 @@ def texture(pixels: np.ndarray) -> np.ndarray:
 
     variance = covariance(grey, grey)
     # A plane fits best whose two slopes do: over a rectangle they have nothing to do with each other.
-    for places in torch.meshgrid(*(torch.arange(side, dtype=grey.dtype) for side in grey.shape), indexing="ij"):
+    for places in torch.meshgrid(
+        *(torch.arange(side, dtype=grey.dtype, device=grey.device) for side in grey.shape), indexing="ij"
+    ):
         variance -= covariance(grey, places) ** 2 / covariance(places, places).clamp(min=1e-9)
     variance = variance.clamp(min=0)[None, None]
     return F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()[0, 0].numpy()

@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_utils import load_image
 
 from .inputs import Prompt
 from .protection import Job, Protector
@@ -47,19 +48,20 @@ class ImageProtectionPipeline(Pipeline):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Model, processor and code; `pipeline(..., trust_remote_code=True)` loads them without this package."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        # Before the model, which names a pipeline whose code is there; the base class leaves out that of one which was
+        # itself loaded from such a folder.
+        custom_object_save(self, save_directory)
         # The base class saves the image processor alone, from which no processor could be loaded.
         self.image_processor, kept = None, self.image_processor
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.image_processor = kept
-        # The base class leaves out the code of a pipeline that was itself loaded from such a folder.
-        if not (Path(save_directory) / f"{type(self).__module__.rpartition('.')[2]}.py").is_file():
-            custom_object_save(self, save_directory)
         self.processor.save_pretrained(save_directory)
 
     def _sanitize_parameters(self, epsilon: float | None = None, epsilon_background: float | None = None, **prompt):
-        _checked(prompt)
+        Prompt.check_names(prompt)
         budget = {"epsilon": epsilon, "epsilon_background": epsilon_background}
         given = {name: value for name, value in budget.items() if value is not None}
         # Each by its own name, so that a call changes what it names and leaves what the pipeline was made with.
@@ -73,7 +75,10 @@ class ImageProtectionPipeline(Pipeline):
                 raise ValueError(f"a dict of {', '.join(map(str, inputs))}: it needs an 'image'")
             fields = {name: value for name, value in inputs.items() if name != "image"}
             inputs = inputs["image"]
-            prompt |= _checked(fields)
+            Prompt.check_names(fields)
+            prompt |= fields
+        if isinstance(inputs, str) and inputs.startswith(("http://", "https://")):
+            inputs = load_image(inputs)  # as transformers' own pipelines do
         return {"job": self.protector.prepare(inputs, Prompt(**prompt), epsilon, epsilon_background)}
 
     def _forward(self, model_inputs: dict) -> dict[str, Any]:
@@ -90,15 +95,6 @@ class ImageProtectionPipeline(Pipeline):
             "mask": Image.fromarray(protected.region).convert("L"),
             "report": protected.report,
         }
-
-
-def _checked(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a prompt; ValueError for others."""
-    if unknown := fields.keys() - Prompt.__dataclass_fields__.keys():
-        raise ValueError(
-            f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(Prompt.__dataclass_fields__)}"
-        )
-    return fields
 
 
 __all__ = ["ImageProtectionPipeline"]

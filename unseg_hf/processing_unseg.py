@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import BatchFeature, SamProcessor
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+from .image_files import as_rgb8
+
 MASK_STRIDE = 4  # SAM's mask prompts have a quarter of the resolution of its images
 
 
@@ -87,6 +89,11 @@ class UnSegProcessor(SamProcessor):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: UnSegProcessor returns PyTorch tensors, 'pt'")
+        if isinstance(images, torch.Tensor):
+            raise ValueError(
+                f"images is a tensor of shape {tuple(images.shape)}: pass PIL images or arrays (height, width, 3), or "
+                "a Protector, which takes tensors (channels, height, width) and does all that follows"
+            )
         single = isinstance(images, (Image.Image, np.ndarray))
         pictures = [_rgb(image) for image in ([images] if single else images)]
         features = super().__call__(
@@ -288,7 +295,7 @@ def _neighbours(few: int, many: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _rgb(image) -> np.ndarray:
     """Any accepted image as `(height, width, 3)` uint8."""
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(as_rgb8(image))
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
         raise ValueError(

@@ -5,7 +5,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
+from .configuration_unseg import UnSegConfig
 from .fidelity import compare, max_noise, strips
 from .image_files import Picture, write
 from .inputs import ImageInput, Prompt, given_masks, mask_of_box, read_any, union_of
@@ -94,7 +95,7 @@ class Protected:
 
     original: Picture
     picture: Picture
-    region: np.ndarray
+    region: np.ndarray = field(repr=False)
     epsilon: float
     epsilon_background: float
     masks: int
@@ -106,6 +107,10 @@ class Protected:
     def image(self) -> Image.Image:
         """The protected picture as a fresh PIL image, which `datasets` stores as PNG."""
         return self.picture.to_pil()
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.image._repr_png_()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the picture with all that its file had beside pixels (alpha, EXIF, ICC profile, resolution), read it
@@ -155,7 +160,8 @@ class Protector:
         processor: its processor.
 
     Raises:
-        ValueError: a model with an object finder, and a processor that does not stretch images.
+        ValueError: a model that is no generator, or one with an object finder and a processor that does not stretch
+            images.
 
     Example:
 
@@ -169,6 +175,10 @@ class Protector:
     """
 
     def __init__(self, model: UnSegModel, processor: UnSegProcessor):
+        if getattr(getattr(model, "config", None), "model_type", None) != UnSegConfig.model_type:
+            raise ValueError(
+                f"{type(model).__name__} is no generator: pass a UnSegModel, and its UnSegProcessor after it"
+            )
         if model.object_finder is not None and not processor.stretch:
             raise ValueError(
                 "the object finder looks at stretched images, and the processor pads them: take the one that was "
@@ -181,7 +191,7 @@ class Protector:
     def from_pretrained(
         cls,
         checkpoint: str | os.PathLike | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         bf16: bool = False,
         **kwargs,
     ) -> "Protector":
@@ -189,7 +199,7 @@ class Protector:
 
         Args:
             checkpoint: folder or Hub id.
-            device: where it runs.
+            device: where it runs; by default where it is loaded, on the CPU unless `device_map` says otherwise.
             bf16: encode images with products in bfloat16, which is fast where the device has units for it. Some
                 pixels come out one grey level away from float32's.
             kwargs: passed on to `UnSegModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
@@ -211,7 +221,7 @@ class Protector:
             )
         if bf16:
             model.encode_in_bf16()
-        model = model.to(device)
+        model = model if device is None else model.to(device)
         shared = {k: v for k, v in kwargs.items() if k in SHARED}
         return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))
 
@@ -253,6 +263,7 @@ class Protector:
             raise ValueError(f"prompt is a {type(prompt).__name__}: pass a Prompt, or its fields by name (mask=...)")
         if prompt is not None and prompt_fields:
             raise ValueError(f"prompt and {', '.join(prompt_fields)} were given: pass one or the other")
+        Prompt.check_names(prompt_fields)
         job = self.prepare(image, prompt or Prompt(**prompt_fields), epsilon, epsilon_background)
         return self.apply(job, self.decode(job, self.encode([job])[0]))
 
@@ -475,7 +486,8 @@ class Protector:
         tinted = codes[chosen] in (self.model.config.tint_codes or ())
         if self.model.config.turned_columns and not tinted and not job.of_classes:
             patches = embeddings.image_embeddings.shape[-1]
-            turned = torch.zeros(patches, dtype=torch.bool)
+            self.model.config.validate_architecture()  # which may have been changed since
+            turned = torch.zeros(patches, dtype=torch.bool, device=noise.device)
             turned[list(self.model.config.turned_columns)] = True
             noise = torch.where(turned.repeat_interleave(noise.shape[-1] // patches), -noise, noise)
         everywhere, *own = (self.processor.full_size_noise(one, *sizes) for one in noise)

@@ -1,9 +1,9 @@
-"""SAM's vision layers in parts that stay small: the same noise, in less memory."""
+"""SAM's vision encoder, which hands out one of its layers, and those layers in parts that stay small."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.sam.modeling_sam import SamVisionLayer
+from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer
 
 # How much is worked on at a time: tokens outside attention, values of the bias that attention gets, and logits where
 # it is written out. A processor likes what fits its caches; a graphics card what fills it.
@@ -21,6 +21,38 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 
 
 _ONEDNN_DTYPES = _onednn_dtypes()
+
+
+class UnSegVisionEncoder(SamVisionEncoder):
+    """SAM's vision encoder, which can hand out what one of its layers makes.
+
+    The stock encoder does so as well, by hooks that stay on its layers: no model that has them can be pickled, and so
+    be sent to another process or hashed for a cache.
+
+    Args:
+        encoder: the stock encoder; its modules are taken over.
+    """
+
+    def __init__(self, encoder: SamVisionEncoder):
+        super(SamVisionEncoder, self).__init__(encoder.config)  # the stock one's would make weights that nobody needs
+        self.image_size, self.gradient_checkpointing = encoder.image_size, encoder.gradient_checkpointing
+        self.patch_embed, self.pos_embed = encoder.patch_embed, encoder.pos_embed
+        self.layers, self.neck = encoder.layers, encoder.neck
+
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, layer: int | None = None, **kwargs
+    ) -> SamVisionEncoderOutput | tuple:
+        """As the stock encoder's; with `layer`, from 1 on, its output is all that there is of `hidden_states`."""
+        if layer is None:
+            return super().forward(pixel_values, **kwargs)
+        hidden = self.patch_embed(pixel_values)
+        if self.pos_embed is not None:
+            hidden = hidden + self.pos_embed
+        for number, one in enumerate(self.layers, 1):
+            hidden = one(hidden)
+            if number == layer:
+                kept = hidden
+        return SamVisionEncoderOutput(last_hidden_state=self.neck(hidden), hidden_states=(kept,))
 
 
 class UnSegVisionLayer(SamVisionLayer):
