@@ -28,6 +28,7 @@ def main() -> None:
 
     from unseg_hf import Prompt, Protector
     from unseg_hf.data.sources import parse_source
+    from unseg_hf.image_files import as_rgb8
 
     def iou(one: np.ndarray, other: np.ndarray) -> float:
         return np.count_nonzero(one & other) / np.count_nonzero(one | other)
@@ -43,7 +44,7 @@ def main() -> None:
             found: dict[str, list[float]] = {}
             proposals = []
             for record in records:
-                image = record.image.convert("RGB")
+                image = as_rgb8(record.image)
                 everything = protector.prepare(image, Prompt())
                 embeddings = protector.encode([everything])[0]
                 proposed = protector.find_masks(everything, embeddings)[0]

@@ -121,6 +121,7 @@ class TestSettings:
             ({"postprocessings": ["fax"]}, "postprocessings"),
             ({"epsilon": 0.1, "epsilon_background": 0.2}, "epsilon_background <= epsilon"),
             ({"epsilon_start": 0.5}, "epsilon_start=0.5"),
+            ({"epsilon_start": 4.0}, "epsilon_start=4.0 with epsilon_warmup=0.0"),
             ({"surrogate_turns": 0}, "surrogate_turns=0"),
             ({"keep_checkpoints": -1}, "keep_checkpoints=-1"),
             ({"surrogate_restart": -1}, "surrogate_restart=-1"),
@@ -150,13 +151,13 @@ class TestPhases:
     def test_each_turn_moves_its_own_network_alone(self, small_run, build_generator, tiny_sam_config, tmp_path):
         fresh_generator, fresh_surrogates = networks(build_generator, tiny_sam_config)
         # Three steps an epoch: the first epoch is the surrogates', the second the generator's.
-        generator, surrogates, log = small_run(tmp_path / "one", epochs=1)
+        generator, surrogates, log = small_run(tmp_path / "one", epochs=1, generator_turns=0)
         assert torch.equal(weights(generator), weights(fresh_generator))
         assert not torch.equal(weights(surrogates), weights(fresh_surrogates))
         assert set(log[0]) == {"step", "images_per_second", "noise", "surrogate"}
         # The same first epoch, as cosine is not, with a constant rate.
         constant = {"schedule": "step", "decay_at": 1.0}
-        _, first, _ = small_run(tmp_path / "first", epochs=1, **constant)
+        _, first, _ = small_run(tmp_path / "first", epochs=1, generator_turns=0, **constant)
         generator, surrogates, log = small_run(tmp_path / "both", epochs=2, **constant)
         assert not torch.equal(weights(generator), weights(fresh_generator))
         assert torch.equal(weights(surrogates), weights(first))
@@ -339,6 +340,8 @@ class TestPhases:
     def test_less_data_than_a_step_needs_is_said(self, small_run, tmp_path):
         with pytest.raises(ValueError, match=r"an epoch of 12 images is less than one step of batch_size=13"):
             small_run(tmp_path, batch_size=13)
+        with pytest.raises(ValueError, match=r"ends after 6 steps, before the generator's first turn: an epoch has 6"):
+            small_run(tmp_path, batch_size=2, alternation="epoch", epochs=1)
         assert not (tmp_path / "checkpoints").exists()
 
 
@@ -497,10 +500,10 @@ class TestInterruptions:
             small_run(tmp_path / "old")
 
     def test_other_settings_are_named_before_anything_is_trained(self, small_run, tmp_path):
-        small_run(tmp_path, epochs=1)
+        small_run(tmp_path)
         with pytest.raises(ValueError, match=r"batch_size is 2, was 4; learning_rate is 0.1, was 0.0001"):
-            small_run(tmp_path, epochs=1, resume=True, batch_size=2, learning_rate=0.1)
-        small_run(tmp_path, epochs=1, resume=True, log_every=5)  # what is written may change
+            small_run(tmp_path, resume=True, batch_size=2, learning_rate=0.1)
+        small_run(tmp_path, resume=True, log_every=5)  # what is written may change
 
     def test_another_frozen_sam_is_noticed(self, small_run, tmp_path, monkeypatch):
         small_run(tmp_path, freeze_sam=True)
@@ -513,7 +516,6 @@ TWO_PROCESSES = """
     import sys
     import torch
     sys.path.insert(0, {tests!r})
-    from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
     from conftest import tiny_sam_config, build_generator
     from test_bilevel import Discs, networks
@@ -521,11 +523,12 @@ TWO_PROCESSES = """
     from unseg_hf.training.bilevel import train
     from unseg_hf.training.checkpoints import fingerprint
     from unseg_hf.training.configuration_bilevel import BilevelConfig
+    from unseg_hf.training.processes import build_accelerator
 
     sam_config = tiny_sam_config.__wrapped__()
     generator, surrogates = networks(build_generator.__wrapped__(sam_config), sam_config, ("unet", "sam"))
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, kwargs_handlers=handlers)
+    accelerator = build_accelerator(gradient_accumulation_steps=2, kwargs_handlers=handlers)
     config = BilevelConfig(
         epochs=4, batch_size=1, gradient_accumulation_steps=2, points=128, sam_loss_weight=1.0, max_gradient_norm=1.0,
         alternation={alternation!r}, log_every=1, save_every=3, postprocess_probability=0.3,
@@ -555,7 +558,7 @@ class TestTwoProcesses:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program],
             capture_output=True, text=True, timeout=300, check=False,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONHASHSEED": "0"},
+            env=os.environ | {"PYTHONHASHSEED": "0"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return [(tmp_path / rank).read_text().split() for rank in ("0", "1")]

@@ -260,6 +260,25 @@ def test_boxes_in_a_column_are_refused(place, saved_generator):
     assert not Path("out").exists()
 
 
+def test_a_folder_that_is_called_as_a_shard_is_keeps_its_name_in_tars(place, saved_generator):
+    for name in ("in/x.png", "in/00000/x.png", "in/00000/y.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(encoded(photo(0)))
+    protect = ProtectImages(str(saved_generator), whole_image=True)
+    summary = protect_dataset(open_source(["in"], Path("out")), Path("out"), "tars", protect)
+    assert (summary.records, summary.failed) == (3, 0)
+    with tarfile.open("out/data/00000.tar") as tar:
+        assert {n for n in tar.getnames() if n.endswith(".png")} == {"x.png", "00000/x.png", "00000/y.png"}
+
+
+def test_a_table_without_rows_is_refused(place, saved_generator):
+    Dataset.from_dict({"image": []}, features=Features({"image": ImageFeature()})).to_parquet("none.parquet")
+    protect = ProtectImages(str(saved_generator), whole_image=True)
+    with pytest.raises(ValueError, match="parquet without images: there is nothing to protect"):
+        protect_dataset(open_source(["none.parquet"], Path("out")), Path("out"), "parquet", protect)
+    assert not Path("out").exists()
+
+
 def test_names_in_a_tar_that_lead_out_of_the_output_are_refused(place, saved_generator):
     with tarfile.open("a.tar", "w") as tar:
         for name in ("../../evil.png", "fine.png", "fine.txt", "other.png", "fine.png"):

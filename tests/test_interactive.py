@@ -313,6 +313,13 @@ class TestUselessRecords:
         ):
             self.one_batch(source(images=[b"nothing"] * 6))
 
-    def test_a_mask_of_another_size_is_an_error(self, source):
-        with pytest.raises(ValueError, match=r"row 0 has shape \(8, 16\), the image \(height, width\) \(16, 16\)"):
-            self.one_batch(source(masks=[png(np.ones((8, 16), np.uint8))]))
+    def test_a_mask_of_another_size_is_named_and_replaced(self, source):
+        with pytest.warns(UserWarning, match=r"row 0 left out, its mask has shape \(8, 16\) and .* \(16, 16\)"):
+            samples = self.one_batch(source(masks=[png(np.ones((8, 16), np.uint8))]))
+        assert len(samples) == 6
+        assert not any("row 0" in sample["name"] for sample in samples)
+
+    def test_sixteen_bit_grey_is_scaled_and_not_clipped(self, source):
+        deep = png(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16))
+        samples = self.one_batch(source(images=[deep] * 6))
+        assert all(len(sample["image"].unique()) > 3 for sample in samples)  # and not white alone

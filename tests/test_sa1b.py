@@ -460,7 +460,7 @@ def test_annotations_of_another_layout_name_the_field(tmp_path, members, change,
     change(described)
     members["sa_1.json"] = json.dumps(described).encode()
     source = Sa1bSource(write_tar(tmp_path / "a.tar", members))
-    with pytest.raises(ValueError, match=rf"a\.tar/sa_1\.json.*{named}"):
+    with pytest.raises(OSError, match=rf"a\.tar/sa_1\.json.*{named}"):
         load_all(source)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from labelled_discs import write_discs
 
-from unseg_hf import UnSegModel, UnSegProcessor
+from unseg_hf import UnSegModel, UnSegProcessor, default_checkpoint
 from unseg_hf.noise_codes import CLASSES, code_noise
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "teach_noise_codes.py"
@@ -79,3 +79,12 @@ def test_at_another_input_size_the_sam_keeps_all_weights_but_the_positions(saved
     changed = [name for name, value in after.sam.state_dict().items() if not torch.equal(value, weights[name])]
     assert changed == ["vision_encoder.pos_embed"]
     assert after.config.epsilon == before.config.epsilon
+
+
+def test_a_generator_with_an_object_finder_is_taught_without_it(tmp_path):
+    data = write_discs(tmp_path / "train.parquet", 4, seed=0)
+    command = [sys.executable, SCRIPT, default_checkpoint(), "--train_data", data, "--output", tmp_path / "taught"]
+    command += ["--steps", 1, "--batch_size", 2, "--class_codes", "DDD"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert UnSegModel.from_pretrained(tmp_path / "taught").object_finder is None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hub_server import TOKEN, HubServer
 from PIL import Image
 
 from unseg_hf import Protector, UnSegModel, UnSegProcessor, default_checkpoint
+from unseg_hf.training import processes
 
 SCRIPTS = Path(__file__).parent.parent / "training_scripts"
 TINY, PAPER = (["--config", SCRIPTS / "configs" / name] for name in ("tiny.json", "paper-vit-b.json"))
@@ -22,7 +24,7 @@ SMALL = [
     "--image_size", "64", "--hidden_size", "32", "--layers", "2", "--heads", "2", "--decoder_size", "32",
     "--surrogate_width", "4", "--batch_size", "2", "--points", "64", "--log_every", "1",
 ]  # fmt: skip
-ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,7 @@ def test_of_a_generator_of_several_noises_the_first_is_trained_on_and_the_others
 
     options = ["--train_data", f"{parquet},weight=2", "--epoch_size", "2", "--epochs", "1", "--tracker", "none"]
     options += ["--sam", str(default_checkpoint()), "--stretch", "True", "--learning_rate", "0", "--no_save_code"]
+    options += ["--alternation", "joint"]
     train_generator.main([*SMALL, *options, "--output_dir", str(tmp_path / "run")])
     before, after = (UnSegModel.from_pretrained(folder) for folder in (default_checkpoint(), tmp_path / "run"))
     assert (after.config.noise_codes, after.config.tint_codes, after.config.faint_code) == (1, None, None)
@@ -173,6 +176,77 @@ def test_of_a_generator_of_several_noises_the_first_is_trained_on_and_the_others
     processor = UnSegProcessor.from_pretrained(tmp_path / "run")
     assert (processor.stretch, processor.sharpness) == (True, 6)
     assert "train.parquet (weight=2): 6 images" in (tmp_path / "run/README.md").read_text()
+
+
+def test_a_new_noise_head_is_not_at_its_bounds_and_the_rest_is_the_checkpoints(parquet, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train_generator
+
+    sam = ["--sam", str(default_checkpoint()), "--image_size", "512"]
+    options = [
+        "--train_data",
+        parquet,
+        "--epochs",
+        "1",
+        "--tracker",
+        "none",
+        "--stretch",
+        "True",
+        "--surrogate",
+        "unet",
+    ]
+    options += ["--surrogate_size", "32", "--new_noise_head", "True", "--learning_rate", "0", "--alternation", "joint"]
+    train_generator.main([*sam, *options, "--points", "64", "--no_save_code", "--output_dir", str(tmp_path / "run")])
+    before, after = (UnSegModel.from_pretrained(folder).eval() for folder in (default_checkpoint(), tmp_path / "run"))
+    assert after.config.epsilon_background == before.config.epsilon_background == 0
+    with torch.no_grad():
+        pixels = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+        old, new = (model(pixels).noise.abs().mean() for model in (before, after))
+    assert old > 0.9
+    assert new < 0.5
+    # What the checkpoint decides is no setting of the run.
+    assert '"image_size"' not in (tmp_path / "run/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "bad.json is not JSON"),
+        ("[1]", "bad.json holds a list"),
+        ('{"epocs": 3}', "bad.json: there is no setting 'epocs'; 'epochs'\\?"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(content, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train_generator
+
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train_generator.parse(["--config", str(tmp_path / "bad.json"), "--train_data", "x", "--output_dir", "y"])
+    (tmp_path / "good.json").write_text('{"epoch_size": null, "epochs": 3, "prompt_kinds": ["box", "mask"]}')
+    _, data, _, config = train_generator.parse(
+        ["--config", str(tmp_path / "good.json"), "--train_data", "x", "--output_dir", "y"]
+    )
+    assert (data.epoch_size, config.epochs, config.prompt_kinds) == (None, 3, ["box", "mask"])
+
+
+@pytest.mark.slow
+def test_what_needs_one_process_is_refused_in_two(parquet, saved_generator, tmp_path):
+    done = run(
+        saved_generator, "--train_data", parquet, "--output", tmp_path / "out", script="train_sam.py",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    )  # fmt: skip
+    assert done.returncode
+    assert "2 processes: a SAM small enough for this script needs one" in done.stderr
+
+
+def test_processes_that_do_not_work_together_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        processes, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device=torch.device("mps"))
+    )
+    with pytest.raises(ValueError, match="2 processes were started, and 1 work together on mps"):
+        processes.build_accelerator()
 
 
 @pytest.mark.parametrize(

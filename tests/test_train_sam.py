@@ -1,5 +1,6 @@
 """A small SAM learns what boxes and points mean, and a teacher's masks become its training data."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_the_sam_alone_is_trained_and_its_prompts_are_drawn(trained, saved_gener
     assert not before.config.draw_prompts
     assert "held out, IoU for a box 0." in said
     assert "choose a new folder" in run("train_sam.py", folder, "--train_data", "x", "--output", folder).stderr
+
+
+def test_anew_nothing_is_left_but_the_frequencies_of_the_coordinates(saved_generator):
+    begin_anew = runpy.run_path(str(SCRIPTS / "train_sam.py"))["begin_anew"]
+    sam = UnSegModel.from_pretrained(saved_generator).sam
+    with torch.no_grad():
+        for parameter in sam.parameters():
+            parameter.fill_(7)
+    begin_anew(sam)
+    kept = {name for name, value in sam.named_parameters() if (value == 7).any()}
+    assert {name.split(".")[-1] for name in kept} <= {"positional_embedding"}, kept
 
 
 def test_fewer_images_than_a_batch_are_refused(saved_generator, tmp_path):

@@ -98,7 +98,9 @@ def main() -> None:
         _, model.config.epsilon_background = model.config.budget(None, options.epsilon_background / 255)
     model.sam.requires_grad_(False)
     sources = [parse_source(text) for text in options.train_data]
-    data = InteractiveSegmentation(sources, size, (1, 1), seed=options.seed, stretch=stretch)
+    streamed = any(source.size is None for source in sources)  # nobody knows where that ends
+    whole = options.steps * options.batch_size if streamed else None
+    data = InteractiveSegmentation(sources, size, (1, 1), epoch_size=whole, seed=options.seed, stretch=stretch)
     # The noise has four cells for each patch.
     places = (np.arange(4 * size // model.config.sam_config.vision_config.patch_size) + 0.5) / 4
     targets = np.stack([code_noise(code, places[:, None], places) for code in codes])
@@ -133,7 +135,7 @@ def with_codes(model, count: int, image_size: int):
 
     config = copy.deepcopy(model.config)
     config.noise_codes, config.tint_codes, config.faint_code = count, None, None
-    config.object_finder_width = None  # it comes last, and knows one input size
+    model.object_finder = config.object_finder_width = None  # it comes last, and knows one input size
     config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():

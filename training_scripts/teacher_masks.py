@@ -37,6 +37,7 @@ def main() -> None:
     from unseg_hf.data.records import Record
     from unseg_hf.data.sa1b_writer import write_sa1b
     from unseg_hf.data.sources import parse_source
+    from unseg_hf.image_files import as_rgb8
 
     teacher = sam_model_registry["vit_t"]()
     teacher.load_state_dict(torch.load(options.checkpoint, map_location="cpu", weights_only=True))
@@ -48,7 +49,7 @@ def main() -> None:
             for handle in source.order(np.random.default_rng(0), *options.part):
                 try:
                     record = source.load(handle)
-                    image = record.image.convert("RGB")
+                    image = as_rgb8(record.image)
                 except OSError as error:
                     warnings.warn(f"{source.name}: left out, {error}", stacklevel=2)
                     continue

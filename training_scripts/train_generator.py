@@ -19,12 +19,15 @@ configuration file overrides it. A run that was interrupted, in whatever way, go
 """
 
 import argparse
+import difflib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+
+OF_A_NEW_SAM = ("image_size", "hidden_size", "layers", "heads", "decoder_size")
 
 
 def _setting(default, text: str):
@@ -39,6 +42,11 @@ class ModelArguments:
         None, "SAM or UnSeg checkpoint to start from, folder or Hub id; none: a new, small SAM."
     )
     train_sam: bool = _setting(False, "Train the SAM of that checkpoint, too; a new one always is.")
+    new_noise_head: bool = _setting(
+        False,
+        "Begin with a new noise head where that checkpoint has one. What a finished generator makes lies at its "
+        "bounds, where hardly a gradient passes: its head stays as it is for long.",
+    )
     image_size: int = _setting(256, "Input side of a new SAM, in pixels.")
     hidden_size: int = _setting(128, "Width of a new SAM's vision encoder.")
     layers: int = _setting(6, "Layers of a new SAM's vision encoder.")
@@ -66,14 +74,20 @@ class ModelArguments:
         None,
         "'no' or 'bf16'; none: as the launcher says. bf16 pays on GPUs and on CPUs with bf16 matrix units only.",
     )
-    protect_epsilon: float = _setting(
-        8 / 255, "Budget inside the mask that the finished generator protects with, 0 to 1."
+    protect_epsilon: float | None = _setting(
+        None,
+        "Budget inside the mask that the finished generator protects with, 0 to 1; none, here and in the next three: "
+        "as a UnSeg checkpoint says, or 8/255.",
     )
-    protect_epsilon_background: float = _setting(2 / 255, "The same outside the mask, 0 to protect_epsilon.")
-    proposal_iou: float = _setting(
-        0.88, "Predicted IoU above which the finished generator proposes a segment by itself."
+    protect_epsilon_background: float | None = _setting(
+        None, "The same outside the mask, 0 to protect_epsilon; none: as said, or 2/255."
     )
-    proposal_stability: float = _setting(0.95, "Stability (IoU at the thresholds +1 and -1) above which it does.")
+    proposal_iou: float | None = _setting(
+        None, "Predicted IoU above which the finished generator proposes a segment by itself; none: as said, or 0.88."
+    )
+    proposal_stability: float | None = _setting(
+        None, "Stability (IoU at the thresholds +1 and -1) above which it does; none: as said, or 0.95."
+    )
 
 
 @dataclass
@@ -126,13 +140,30 @@ def parse(arguments: list[str]):
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config")
     config, arguments = files.parse_known_args(arguments)
-    if config.config:
-        values = json.loads(Path(config.config).read_text())
-        words = [w for k, v in values.items() for w in (f"--{k}", *map(str, v if isinstance(v, list) else [v]))]
-        arguments = words + arguments
     groups = (ModelArguments, DataArguments, RunArguments, BilevelConfig)
+    if config.config:
+        arguments = words_of(Path(config.config), {f.name for group in groups for f in fields(group)}) + arguments
     description = f"{__doc__.splitlines()[0]} --config FILE.json gives settings that the command line overrides."
     return HfArgumentParser(groups, description=description).parse_args_into_dataclasses(arguments)
+
+
+def words_of(file: Path, known: set[str]) -> list[str]:
+    """The settings of a configuration file as words of a command line; null is a setting's default.
+
+    Raises:
+        ValueError: a file that is not such, naming what is wrong.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}: needs an object of settings and values")
+    for name in values.keys() - known:
+        close = difflib.get_close_matches(name, known, 1)
+        raise ValueError(f"{file}: there is no setting {name!r}" + (f"; {close[0]!r}?" if close else ""))
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [w for name, value in lists.items() if value != [None] for w in (f"--{name}", *map(str, value))]
 
 
 def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decoder_size: int):
@@ -178,10 +209,13 @@ def build_generator(args: ModelArguments):
         "proposal_iou": args.proposal_iou,
         "proposal_stability": args.proposal_stability,
     }
+    finished = {name: value for name, value in finished.items() if value is not None}
     if args.sam:
         # In fp32, whatever it was stored in: so are the new weights, and the optimizer's steps.
         model = UnSegModel.from_pretrained(args.sam, freeze_sam=not args.train_sam, dtype=torch.float32, **finished)
         keep_first_noise(model)
+        if args.new_noise_head:
+            model.noise_head = UnSegModel(model.config).noise_head
         return model
     sizes = (args.image_size, args.hidden_size, args.layers, args.heads, args.decoder_size)
     return UnSegModel(UnSegConfig(sam_config=sam_config(*sizes), freeze_sam=False, **finished))
@@ -255,10 +289,11 @@ def build_surrogates(args: ModelArguments, generator):
     )
 
 
-def build_accelerator(model_args: ModelArguments, run: RunArguments, config):
+def accelerator_of(model_args: ModelArguments, run: RunArguments, config):
     """Devices, processes, precision and the tracker."""
-    from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+    from unseg_hf.training.processes import build_accelerator
 
     if run.tracker not in ("tensorboard", "trackio", "wandb", "none"):
         raise ValueError(f"--tracker {run.tracker}: must be tensorboard, trackio, wandb or none")
@@ -269,7 +304,7 @@ def build_accelerator(model_args: ModelArguments, run: RunArguments, config):
             raise ValueError(
                 f"--tracker {run.tracker} is not installed: pip install {run.tracker}, or pass --tracker none"
             ) from error
-    accelerator = Accelerator(
+    accelerator = build_accelerator(
         mixed_precision=model_args.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if run.tracker == "none" else run.tracker,
@@ -341,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     from unseg_hf.training.publishing import check_hub, push_generator, save_generator
     from unseg_hf.training.surrogates import checkpoint_activations
 
-    accelerator = build_accelerator(model_args, run, config)
+    accelerator = accelerator_of(model_args, run, config)
     if run.push_to_hub and not run.hub_model_id:
         raise ValueError("--push_to_hub needs --hub_model_id user/name")
     if run.push_to_hub and accelerator.is_main_process:
@@ -381,6 +416,9 @@ def main(arguments: list[str] | None = None) -> None:
             surrogate.compile()
 
     decisive = asdict(model_args) | asdict(data_args) | {"epoch_size": len(data)}
+    if model_args.sam:
+        # Nothing that a checkpoint decides belongs into a card, or between a run and its resumption.
+        decisive = {name: value for name, value in decisive.items() if name not in OF_A_NEW_SAM}
     everything = asdict(config) | decisive
     name = Path(run.output_dir).resolve().name
     accelerator.init_trackers(

@@ -56,15 +56,15 @@ def main() -> None:
         raise FileExistsError(f"{options.output} is there: choose a new folder")
 
     import torch
-    from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
+    from unseg_hf.training.processes import build_accelerator
     from unseg_hf.training.publishing import save_generator
 
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes: a SAM small enough for this script needs one")
     torch.manual_seed(options.seed)
@@ -77,12 +77,14 @@ def main() -> None:
     model.sam.requires_grad_(True)
     model.sam.shared_image_embedding.requires_grad_(False)
 
-    def data_of(texts: list[str], scale: float) -> InteractiveSegmentation:
+    def data_of(texts: list[str], scale: float, most: int | None = None) -> InteractiveSegmentation:
         sources = [parse_source(text) for text in texts]
         shape = {"seed": options.seed, "stretch": processor.stretch}
+        if any(source.size is None for source in sources):
+            shape["epoch_size"] = most  # nobody knows where a stream ends
         return InteractiveSegmentation(sources, processor.target_size, (1, scale), **shape)
 
-    data = data_of(options.train_data, options.max_scale)
+    data = data_of(options.train_data, options.max_scale, options.steps * options.batch_size)
     loader = DataLoader(
         Prompted(data, options.seed),
         batch_sampler=data.batches_of_steps(options.steps, options.batch_size),
@@ -128,15 +130,19 @@ def main() -> None:
 
 
 def begin_anew(sam) -> None:
-    """Random weights as torch has them. SAM's own, with a deviation of 0.02, leave so little of a narrow decoder's
-    tokens that hundreds of steps pass before anything is learned."""
+    """Random weights as torch has them, and positions at 0. SAM's own, with a deviation of 0.02, leave so little of a
+    narrow decoder's tokens that hundreds of steps pass before anything is learned. The frequencies of the coordinates,
+    which are random and never trained, stay."""
     from torch import nn
 
     for module in sam.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
+    for name, parameter in sam.vision_encoder.named_parameters():
+        if name.split(".")[-1] in ("pos_embed", "rel_pos_h", "rel_pos_w"):
+            nn.init.zeros_(parameter)
 
 
 class Prompted:

@@ -121,7 +121,7 @@ class TarShard(ShardWriter):
         super().__init__(*arguments)
         is_tar = self.source.description["kind"] == "tars"
         stem = folder_of(self.source.shards[self.index].name) if is_tar else f"{self.index:05d}"
-        self._prefix = f"{stem}/"
+        self._prefix = f"{stem}/" if is_tar else ""
         path = self._open(f"data/{stem}.tar")
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 

@@ -95,6 +95,8 @@ def protect_dataset(
         ValueError: the generator does not load.
     """
     number, processes = process
+    if not source.shards:
+        raise ValueError(f"{source.description['kind']} without images: there is nothing to protect")
     protect.protector(rank)  # before anything is written: one that does not load must not begin an output
     partial = output / manifest.PARTIAL / f"{where_pids_hold()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     manifest.keep_settings(output, run_settings(source, kind, protect, on_error), partial)

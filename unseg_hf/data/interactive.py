@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..image_files import as_rgb8
 from .records import Record, Source
 
 OTHERS = 16
@@ -162,8 +163,8 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
     def __getitems__(self, draws: list[Draw]) -> list[dict[str, Any]]:
         """The samples of a batch.
 
-        A record that cannot be read or has no mask is named in a warning, and another of the batch takes its place,
-        cropped anew; where none of the batch can be used, another of the source.
+        A record that cannot be read, or has no mask or one of another size, is named in a warning, and another of the
+        batch takes its place, cropped anew; where none of the batch can be used, another of the source.
 
         Returns:
             For each draw `image` `(3, image_size, image_size)` float in [0, 1], `mask` `(image_size, image_size)`, 0
@@ -200,7 +201,7 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         source = self.sources[draw.source]
         try:
             record = source.load(draw.handle)
-            image = record.image.convert("RGB")
+            image = as_rgb8(record.image)
             mask = self._choose_mask(record, random)
         except OSError as error:  # Pillow's word for damaged images, too
             warnings.warn(f"{source.name}: left out, {error}", stacklevel=2)
@@ -209,10 +210,12 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
             warnings.warn(f"{source.name}: {record.name} left out, it has no mask with a pixel in it", stacklevel=2)
             return None
         if mask.shape != image.size[::-1]:
-            raise ValueError(
-                f"{source.name}: the mask of {record.name} has shape {mask.shape}, the image (height, width) "
-                f"{image.size[::-1]}; both must be the same"
+            warnings.warn(
+                f"{source.name}: {record.name} left out, its mask has shape {mask.shape} and the image, upright, "
+                f"(height, width) {image.size[::-1]}; both must be the same",
+                stacklevel=2,
             )
+            return None
         pixels, target = self._jittered(image, Image.fromarray(mask.astype(np.uint8)), random)
         if random.random() < 0.5:
             pixels, target = pixels[:, ::-1], target[:, ::-1]

@@ -188,7 +188,7 @@ class Sa1bSource:
                 if not isinstance(code["counts"], str):
                     raise TypeError("'counts' must be a string, COCO's compressed run-length code")
                 if list(code["size"]) != [image.height, image.width]:
-                    raise ValueError(
+                    raise OSError(
                         f"{name}: segmentation 'size' is {code['size']}, the image's [height, width] is "
                         f"{[image.height, image.width]}; the json belongs to another image, or the image was resized"
                     )
@@ -198,9 +198,9 @@ class Sa1bSource:
                     codes.append(code)
                     areas.append(area)
         except KeyError as error:
-            raise ValueError(f"{name} has no field {error}; write it as SA-1B does, see {__name__}") from error
+            raise OSError(f"{name} has no field {error}; write it as SA-1B does, see {__name__}") from error
         except TypeError as error:
-            raise ValueError(f"{name} is not laid out as SA-1B's: {error}; see {__name__}") from error
+            raise OSError(f"{name} is not laid out as SA-1B's: {error}; see {__name__}") from error
         return RleMasks(name, codes, areas)
 
 

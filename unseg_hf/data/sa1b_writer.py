@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..image_files import as_rgb8
 from .records import Record
 from .sa1b import run_length_coder
 
@@ -84,7 +85,7 @@ def _samples(records: Iterable[Record], quality: int, longest_side: int | None) 
     for record in records:
         encoded = io.BytesIO()
         try:
-            image = record.image.convert("RGB")
+            image = as_rgb8(record.image)
             size, longest = image.size, max(image.size)
             if longest_side and longest > longest_side:
                 image = image.resize([max(1, round(side * longest_side / longest)) for side in size], _SMOOTH)
@@ -96,8 +97,8 @@ def _samples(records: Iterable[Record], quality: int, longest_side: int | None) 
         for mask in record.masks:
             if mask.shape != size[::-1]:
                 raise ValueError(
-                    f"{record.name}: a mask has shape {mask.shape} and the image (height, width) {size[::-1]}; both "
-                    "must be the same"
+                    f"{record.name}: a mask has shape {mask.shape} and the image, upright, (height, width) "
+                    f"{size[::-1]}; both must be the same"
                 )
             if image.size != size:
                 # Half covered is covered: nearest neighbours would leave thin objects in pieces.

@@ -284,7 +284,6 @@ def _process(rank: int, options: argparse.Namespace, processes: int, port: int) 
         "MASTER_PORT": str(port),
     }
     if options.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     sys.exit(run(options))
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from unseg_hf.image_files import one_line, read, read_mask
+from unseg_hf.image_files import as_rgb8, one_line, read, read_mask
 from unseg_hf.inputs import LabelMasks
 
 IGNORED = 255
@@ -136,7 +136,7 @@ class DatasetRows:
             if not isinstance(numbers, LabelMasks):
                 raise ValueError(f"{self.name}: {record.name} has no map of instances")
             instances = numbers.labels
-        return Raw(record.name, record.image.convert("RGB"), labels, instances)
+        return Raw(record.name, as_rgb8(record.image), labels, instances)
 
 
 class ImageFiles:

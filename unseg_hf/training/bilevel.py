@@ -112,7 +112,8 @@ def train(
         FloatingPointError: a loss that is not finite, naming the step, the phase and the images.
         FileNotFoundError: `resume` without a checkpoint.
         FileExistsError: a checkpoint without `resume`.
-        ValueError: less data than a step needs, or a resumed run with other settings.
+        ValueError: less data than a step needs, a run too short to train the generator, or a resumed one with other
+            settings.
     """
     output_dir = Path(output_dir)
     per_step, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
@@ -128,6 +129,12 @@ def train(
             f"{per_step} batches x {world} processes"
         )
     total = min(config.max_steps or math.inf, steps_an_epoch * config.epochs)
+    if config.generator_turns and not any(config.trains(step // steps_an_epoch, step)[0] for step in range(total)):
+        raise ValueError(
+            f"the run ends after {total} steps, before the generator's first turn: an epoch has {steps_an_epoch}, and "
+            f"alternation={config.alternation!r} begins with surrogate_turns={config.surrogate_turns} of the "
+            "surrogates; raise epochs or max_steps"
+        )
 
     wrapped = _Generator(generator)
     adam_g = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), config.learning_rate)

@@ -113,6 +113,11 @@ class BilevelConfig:
             raise ValueError(
                 f"epsilon_start={self.epsilon_start}: must be at least 1, the multiple the budget falls from"
             )
+        if self.epsilon_start > 1 and not self.epsilon_warmup > 0:
+            raise ValueError(
+                f"epsilon_start={self.epsilon_start} with epsilon_warmup={self.epsilon_warmup}: the budget falls over "
+                "that share of all steps, which must be above 0 (0.6, say)"
+            )
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "surrogate_turns", "points", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
