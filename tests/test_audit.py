@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from labelled_discs import discs, write_discs
+from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
 
 from unseg_hf.cli import main
@@ -110,8 +110,40 @@ def test_results_alone_are_enough_to_go_on_from(make_audit, trained: Mock, tmp_p
     # The picture is not made, nor shown where it is there from before.
     make_audit(examples=0).report()
     assert "examples.png" not in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out" / "examples.png").exists()
     # Cells of other images are not taken for these.
     assert not make_audit(size=48).report()["cells"]
+
+
+def test_a_victim_that_diverges_costs_its_cell_alone(make_audit, monkeypatch):
+    def train(build, data, **settings):
+        if settings["seed"] == 1:
+            raise FloatingPointError("the victim's loss is nan")
+        return build().eval()
+
+    monkeypatch.setattr(audit_module, "train_victim", train)
+    audit = make_audit()
+    assert {cell["seed"] for cell in audit.run()["cells"]} == {0}
+    assert "unet, clean, none, seed 1: not trained, the victim's loss is nan" in audit.lines
+    assert "4 of 8 victims of the grid are not trained." in (audit.config.output / "report.md").read_text()
+
+
+def test_a_checkpoint_is_known_by_what_is_in_it(make_audit, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Audit, "_victim", lambda self, name: Mock(size_multiple=1))
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    def keys(folder: Path) -> list[Path]:
+        audit_module._digest_of.cache_clear()
+        audit = make_audit(victims=[f"segformer@{folder}"])
+        return [audit._file(cell) for cell in plan(audit.config)]
+
+    before = keys(folders[0])
+    assert keys(folders[1]) == before
+    (folders[0] / "model.safetensors").write_bytes(b"other")
+    assert not set(keys(folders[0])) & set(before)
 
 
 def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatch):
@@ -121,24 +153,41 @@ def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatc
         audit_module.put_in_place(b'{"scores": {"foreground_iou": 0.5}, "seconds": 1}', audit._file(cell), "a cell")
     second = Mock(process_index=1, num_processes=2, device="cuda:1")
     monkeypatch.setattr("accelerate.PartialState", lambda **options: second)
-    assert len(audit.run()["cells"]) == len(cells)
+    assert audit.run() == {}
+    assert len(audit.results()["cells"]) == len(cells)
     assert audit._device == "cuda:1"
 
 
-def test_what_cannot_be_trained_is_refused_before_anything_is_published(make_audit, files, tmp_path: Path):
+def test_what_cannot_be_trained_is_refused_before_anything_is_published(make_audit, files, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="size 36: the victim unetpp needs a multiple of 32"):
         make_audit(size=36, victims=["unetpp"])
-    with pytest.raises(ValueError, match=r"clean share 0.01: of 10 training images that is not one"):
-        make_audit(clean_shares=[0, 0.01])
+    with pytest.raises(ValueError, match=r"clean share 0.1: of 10 training images that is 1, and a victim needs two"):
+        make_audit(clean_shares=[0, 0.1])
+    with pytest.raises(ValueError, match=r"noises has no 'clean': add it"):
+        make_audit(noises=["random"], clean_shares=[0, 0.5])
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_module, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="needs matplotlib; run pip install"):
+            make_audit()
+    nothing = {"image": [encoded(discs(1, 44, 52, seed=9)[0][0])], "mask": [encoded(np.zeros((44, 52), np.uint8))]}
+    empty = write_parquet(tmp_path / "empty.parquet", nothing)
     train, test = (LabelledImages(DatasetRows(files[split])) for split in ("train", "test"))
     with pytest.raises(ValueError, match="the attacker's images are training images"):
         Audit(config(output=tmp_path / "out"), train, test, train.first(3))
+    with pytest.raises(ValueError, match="no test image has a foreground pixel"):
+        Audit(config(output=tmp_path / "out"), train, LabelledImages(DatasetRows(empty), like=train))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "no json", '{"cells": [{"noise": "clean"}]}', '{"cells": [{"key": "../a", "scores": {}, "seconds": 1}]}'],
+    [
+        "[]",
+        "no json",
+        '{"cells": [{"key": 1, "scores": {}, "seconds": 1}]}',
+        '{"cells": [{"noise": "clean"}]}',
+        '{"cells": [{"key": "../a", "scores": {}, "seconds": 1}]}',
+    ],
 )
 def test_a_foreign_results_file_is_refused_and_left(text: str, make_audit, tmp_path: Path):
     (tmp_path / "out").mkdir()
@@ -173,10 +222,8 @@ def test_a_changed_setting_makes_anew_only_what_it_touches(make_audit, trained: 
 
 
 def test_victims_learn_from_the_treated_files_and_are_tested_on_clean_images(make_audit, trained: Mock, monkeypatch):
-    from unseg_hf.evaluation import tasks
-
-    tested = Mock(wraps=tasks.evaluate_victim)
-    monkeypatch.setattr(tasks, "evaluate_victim", tested)
+    tested = Mock(wraps=audit_module.evaluate_victim)
+    monkeypatch.setattr(audit_module, "evaluate_victim", tested)
     audit = make_audit(noises=["random"], treatments=["greyscale"], seeds=[3])
     audit.run()
     data, settings = trained.call_args.args[1], trained.call_args.kwargs
@@ -198,7 +245,8 @@ def test_clean_shares_mix_clean_images_in_and_stand_beside_them_alone(make_audit
     clean, random, alone_30, mixed_30, alone_60, mixed_60 = data
     assert [len(one.images) for one in data] == [10, 10, 3, 10, 6, 10]
     epochs = [call.kwargs["epochs"] for call in trained.call_args_list]
-    assert epochs == [6, 6, 20, 6, 10, 6], "clean images alone get as many steps as the mixture"
+    # Of 3, 1 and 2 steps.
+    assert epochs == [6, 6, 18, 6, 9, 6], "clean images alone get as many steps as the mixture"
     for alone, mixed in ((alone_30, mixed_30), (alone_60, mixed_60)):
         is_clean = (mixed.images == clean.images).all(axis=(1, 2, 3))
         np.testing.assert_array_equal(mixed.images[is_clean], alone.images)
@@ -346,7 +394,7 @@ def test_a_folder_of_photos_with_cocos_json(tmp_path: Path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     # What lies outside the boxes is the noise's background, and a class of the victims.
     assert "largest change 8/255 in the region, 0/255 elsewhere" in capsys.readouterr().out
-    assert results["settings"]["classes"] == [0, 1, 2]
+    assert results["settings"]["classes"] == [0, 2, 3]
     assert {len(cell["scores"]["per_class_iou"]) for cell in results["cells"]} == {3}
 
 

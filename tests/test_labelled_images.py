@@ -44,6 +44,29 @@ def test_two_values_are_a_binary_mask_whatever_the_foregrounds_number(value: int
         np.testing.assert_array_equal(labelled.region, numbers > 0)
 
 
+def test_a_border_of_255_around_a_binary_mask_is_no_class():
+    labels = (NUMBERS > 0).astype(np.uint8)
+    labels[:, :4] = 255
+    images = LabelledImages(InMemory(list(labels)))
+    assert images.binary
+    np.testing.assert_array_equal(images[0].labels, labels[0])
+    np.testing.assert_array_equal(images[0].region, labels[0] == 1)
+
+
+def test_of_two_classes_the_one_that_is_no_background_is_scored():
+    trimaps = np.where(NUMBERS > 0, 1, 2).astype(np.uint8)
+    trimaps[:, :4] = 3
+    images = LabelledImages(InMemory(list(trimaps)), ignore=[3], background=[2])
+    assert images.classes == (2, 1)
+    np.testing.assert_array_equal(images[0].labels == 1, (NUMBERS[0] > 0) & (trimaps[0] != 3))
+    np.testing.assert_array_equal(images[0].region, images[0].labels == 1)
+
+
+def test_the_background_of_a_binary_mask_is_0():
+    with pytest.raises(ValueError, match="binary masks, whose background is 0, not 255: invert the masks"):
+        LabelledImages(InMemory(list((NUMBERS > 0) * np.uint8(255))), background=[255])
+
+
 def test_classes_are_numbered_without_gaps_and_the_test_images_follow():
     labels = np.select([NUMBERS == 1, NUMBERS == 2], [7, 30], 3).astype(np.uint8)
     labels[:, 0], labels[:, 1] = 255, 11
@@ -253,7 +276,17 @@ def test_image_files_with_cocos_json(tmp_path: Path):
     assert "odd.png" in odd
     assert "category 8, which it does not list" in odd
     assert f"unlisted.png: {path} has no image of this name" in unlisted
-    assert (labelled.classes, labelled.things) == ((0, 1, 2), (1, 2))
+    assert (labelled.classes, labelled.things) == ((0, 1, 8), (1, 2))
+    # The same category has the same number in a json that lists others.
+    content["categories"], content["annotations"] = [{"id": 7, "name": "cup"}], content["annotations"][:1]
+    (tmp_path / "cups.json").write_text(json.dumps(content))
+    cups = CocoImages(tmp_path / "cups.json", images, tmp_path)
+    assert LabelledImages(cups, like=labelled)[0].labels.max() == 2
+    cups.check_same_categories(CocoImages(path, images, tmp_path))
+    content["categories"][0]["name"] = "saucer"
+    (tmp_path / "saucers.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"category 7 is 'saucer' in .*saucers.json and 'cup' in .*cups.json"):
+        cups.check_same_categories(CocoImages(tmp_path / "saucers.json", images, tmp_path))
     labels, instances = np.zeros((2, 30, 40), int)
     labels[2:22, 2:22] = instances[2:22, 2:22] = 1
     labels[6:9, 5:9] = instances[6:9, 5:9] = 2

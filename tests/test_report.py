@@ -171,7 +171,30 @@ def test_what_limits_the_findings_is_said():
     alone = results({("clean", "none"): 0.5, ("generator", "none"): 0.1})
     assert "No control stands beside it" in summary(alone)
     missing = results({("clean", "none"): 0.5})
+    assert "The grid has no `generator` among its noises" in summary(missing)
+    missing["grid"]["noises"].append("generator")
     assert "are not both trained yet" in summary(missing)
+    missing["grid"]["noises"].remove("clean")
+    assert "The grid has no `clean` among its noises" in summary(missing)
+
+
+def test_the_words_name_the_base_other_trainings_and_shares():
+    found = results({("clean", "jpeg50"): 0.5, ("generator", "jpeg50"): 0.1})
+    found["grid"] |= {"treatments": ["jpeg50"], "trainings": ["plain", "strong"], "clean_shares": [0.0, 0.5]}
+    more = []
+    for cell in found["cells"]:
+        strong = {"clean": 0.4, "generator": 0.3}[cell["noise"]]
+        mixed = {"clean": 0.35, "generator": 0.45}[cell["noise"]]
+        more.append(cell | {"training": "strong", "scores": {"foreground_iou": strong}})
+        more.append(cell | {"clean_share": 0.5, "scores": {"foreground_iou": mixed}})
+    found["cells"] += more
+    text = summary(found)
+    assert "a model trained on the protected images, after jpeg50, reached 0.100" in text
+    assert "Under strong training it leaves 75%." in text
+    assert "With 50% of the images clean it leaves 90%; those alone, without any other, teach 70%." in text
+    for cell in found["cells"]:
+        cell["scores"] = {"foreground_iou": 0.5}
+    assert "Under strong" not in summary(found)  # where there is nothing to lose
 
 
 def test_the_tables_show_what_is_there_and_what_is_not():

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from unseg_hf.evaluation.controls import CONTROLS
 from unseg_hf.evaluation.labelled_images import LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.published_images import (
+    ATTACKER_IMAGES,
     DENOISER,
     NOISES,
     TREATMENTS,
@@ -39,10 +41,12 @@ from unseg_hf.evaluation.published_images import (
     treat,
 )
 from unseg_hf.evaluation.report import RESULTS, write_report
+from unseg_hf.evaluation.tasks import SCORED_BY_AP, check_scorable, evaluate_victim, score_name, trivial_score
 from unseg_hf.evaluation.victims.base import Victim
-from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, train_victim
+from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, steps_an_epoch, train_victim
 from unseg_hf.image_files import put_in_place
 from unseg_hf.inputs import TINTS
+from unseg_hf.model_identity import checkpoint_digest
 from unseg_hf.protection import default_checkpoint
 
 GRID = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds")
@@ -52,9 +56,13 @@ VICTIM_SETTINGS = ("task", "epochs", "size", "batch_size", "lr", "preset", "devi
 """Options that decide the figures of a victim, beside its cell and its images."""
 
 VERSIONED = ("torch", "transformers", "pillow", "numpy", "kornia")
+REPORT_EVERY = 60
+"""Seconds between two reports of a run, whose plots take one or two."""
+
 FIGURES = ("scores", "seconds")
 """What is kept of a cell."""
 
+EXAMPLES = "examples.png"
 EXAMPLE_SIDE = 160
 """Pixels of each that are shown, across and down."""
 
@@ -138,6 +146,8 @@ class AuditConfig:
                 raise ValueError(f"{option} is {values}; give at least one, and each only once")
         if self.tint not in TINTS:
             raise ValueError(f"tint is {self.tint!r}; use one of {', '.join(TINTS)}")
+        if len(self.clean_shares) > 1 and "clean" not in self.noises:
+            raise ValueError(f"clean_shares is {self.clean_shares}, and noises has no 'clean': add it")
         if self.clean_shares[0] != 0 or not all(0 <= share < 1 for share in self.clean_shares):
             raise ValueError(f"clean_shares is {self.clean_shares}; give 0 and then shares below 1")
         for option in ("epochs", "batch_size", "size", "lr"):
@@ -222,7 +232,8 @@ class Audit:
         command: str = "",
         say: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.train, self.test, self.attacker = config, train, test, attacker or test
+        self.config, self.train, self.test = config, train, test
+        self.attacker = (attacker or test).first(ATTACKER_IMAGES)
         self.notes, self.command, self.say = list(notes), command, say
         self._settings: dict[tuple[str, bool], dict[str, Any]] = {}
         self._device = config.device
@@ -244,14 +255,21 @@ class Audit:
             if config.size % (multiple := self._victim(victim).size_multiple):
                 raise ValueError(f"size {config.size}: the victim {victim} needs a multiple of {multiple}")
         for share in config.clean_shares:
-            if share and not round(share * len(train)):
-                raise ValueError(f"clean share {share:g}: of {len(train)} training images that is not one")
+            if share and round(share * len(train)) < 2:
+                raise ValueError(
+                    f"clean share {share:g}: of {len(train)} training images that is {round(share * len(train))}, and "
+                    "a victim needs two"
+                )
+        check_scorable(config.task, self._test_data.labels, self._test_data.instances, len(train.classes))
+        for package, needs in (("matplotlib", True), ("faster_coco_eval", config.task in SCORED_BY_AP)):
+            if needs and find_spec(package) is None:
+                raise ImportError(f"an audit of this task needs {package}; run pip install 'unseg-hf[audit]'")
 
     def run(self) -> dict[str, Any]:
         """Run what is not there yet, share it among accelerate's processes, and write results and report.
 
         Returns:
-            What `results.json` holds, see [`unseg_hf.evaluation.report`].
+            What `results.json` holds, see [`unseg_hf.evaluation.report`]; nothing in the other processes.
         """
         from accelerate import PartialState
         from accelerate.utils import InitProcessGroupKwargs
@@ -276,7 +294,7 @@ class Audit:
             if DENOISER in config.treatments:
                 self._publish(noise, self.attacker)
         state.wait_for_everyone()
-        if rank == 0 and config.examples:
+        if rank == 0:
             self._write_examples()
         pending = [cell for cell in cells if not self._file(cell).is_file()]
         needed = dict.fromkeys(pair for cell in pending for pair in self._parts(cell))
@@ -288,15 +306,14 @@ class Audit:
         state.wait_for_everyone()
         self._run_cells(cells, pending, rank, world)
         state.wait_for_everyone()
-        return self._write_results() if rank == 0 else self.results()
+        return self._write_results() if rank == 0 else {}
 
     def report(self) -> dict[str, Any]:
         """Write results and report of the cells that are done; nothing is trained, noises may be published."""
         self._restore()
         for noise in self.config.noises:
             self._publish(noise, self.train)
-        if self.config.examples:
-            self._write_examples()
+        self._write_examples()
         return self._write_results()
 
     def _write_results(self) -> dict[str, Any]:
@@ -307,8 +324,6 @@ class Audit:
     def results(self) -> dict[str, Any]:
         """What `results.json` holds, of the cells that are done."""
         import torch
-
-        from unseg_hf.evaluation.tasks import score_name, trivial_score
 
         config, test, classes = self.config, self._test_data, len(self.train.classes)
         settings = {key: value for key, value in asdict(config).items() if key != "output" and key not in GRID}
@@ -355,7 +370,7 @@ class Audit:
         try:
             found = json.loads(file.read_text())["cells"]
             figures = {self._place(cell["key"]): {name: cell[name] for name in FIGURES} for cell in found}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} is no results of this command ({error!r}); choose another output folder, or remove it"
             ) from error
@@ -365,23 +380,27 @@ class Audit:
 
     def _run_cells(self, cells: list[Cell], pending: list[Cell], rank: int, world: int) -> None:
         seconds: list[float] = []
+        reported = time.monotonic()
         for cell in pending[rank::world]:
-            figures = self._train_and_test(cell)
+            try:
+                figures = self._train_and_test(cell)
+            except FloatingPointError as error:
+                # The others of the grid can be trained all the same.
+                self.say(f"{cell}: not trained, {error}")
+                continue
             put_in_place(json.dumps(figures).encode(), self._file(cell), str(self._file(cell)))
             seconds.append(figures["seconds"])
             left = sum(not self._file(other).is_file() for other in pending)
             score = next(iter(figures["scores"].values()))
+            shown = "no score" if score is None else f"{score:.3f}"
             remaining = timedelta(seconds=round(left * float(np.mean(seconds)) / world))
-            self.say(
-                f"[{len(cells) - left}/{len(cells)}] {cell}: {score:.3f} in {seconds[-1]:.0f} s; {remaining} to go"
-            )
-            if rank == 0:
+            self.say(f"[{len(cells) - left}/{len(cells)}] {cell}: {shown} in {seconds[-1]:.0f} s; {remaining} to go")
+            if rank == 0 and time.monotonic() - reported > REPORT_EVERY:
                 # A run that is stopped leaves a report of what it had.
                 self._write_results()
+                reported = time.monotonic()
 
     def _train_and_test(self, cell: Cell) -> dict[str, Any]:
-        from unseg_hf.evaluation.tasks import evaluate_victim, score_name
-
         config, start = self.config, time.perf_counter()
         images = np.load(self._treated(cell.noise, cell.treatment))
         labels, instances = self._train_annotations
@@ -431,8 +450,11 @@ class Audit:
 
         Fewer steps would make them look worse than they are, and protection in a mixture too.
         """
-        alone = cell.noise == "clean" and cell.clean_share > 0
-        return round(self.config.epochs / cell.clean_share) if alone else self.config.epochs
+        if cell.noise != "clean" or not cell.clean_share:
+            return self.config.epochs
+        images, batch_size = len(self.train), self.config.batch_size
+        steps = self.config.epochs * steps_an_epoch(images, batch_size)
+        return max(1, round(steps / steps_an_epoch(round(cell.clean_share * images), batch_size)))
 
     def _parts(self, cell: Cell) -> list[tuple[str, str]]:
         """The noises and treatments of the images that a cell learns from."""
@@ -498,6 +520,10 @@ class Audit:
         config = self.config
         settings = asdict(cell) | self._data | {key: getattr(config, key) for key in VICTIM_SETTINGS}
         settings["epochs"] = self._epochs(cell)
+        name, _, checkpoint = cell.victim.partition("@")
+        if Path(checkpoint).is_dir() and checkpoint:
+            # By what is in it, which may change, and not by where it lies.
+            settings["victim"] = f"{name}@{_digest_of(checkpoint)}"
         settings["parts"] = [self._treated_settings(*part) for part in self._parts(cell)]
         return self._place(_key(settings))
 
@@ -511,6 +537,10 @@ class Audit:
         from unseg_hf.image_files import from_array
         from unseg_hf.inspection import amplified_noise, captioned
 
+        if not self.config.examples:
+            # Of an earlier run, which was allowed to show them.
+            (self.config.output / EXAMPLES).unlink(missing_ok=True)
+            return
         rows: list[list[Image.Image]] = []
         for index in range(min(self.config.examples, len(self.train))):
             labelled = self.train[index]
@@ -530,11 +560,17 @@ class Audit:
         sheet = captioned(rows, list(self.config.noises), gap=6, caption=20, font_size=12)
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG")
-        put_in_place(buffer.getvalue(), self.config.output / "examples.png", "examples.png")
+        put_in_place(buffer.getvalue(), self.config.output / EXAMPLES, EXAMPLES)
 
 
 def _key(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _digest_of(checkpoint: str) -> str:
+    """Read once, and not for every cell."""
+    return checkpoint_digest(checkpoint)
 
 
 def _versions() -> dict[str, str]:

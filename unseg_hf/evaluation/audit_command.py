@@ -33,6 +33,9 @@ PROPOSED = (
     "No masks were given: the victims learned and were tested on what the generator takes for objects by "
     "itself. The scores say how well a model can learn those segments, not the objects that a person would draw."
 )
+MANY_CLASSES = 64
+"""Of so many grey levels in masks a few data sets have classes, and all soft edges."""
+
 DESCRIPTION = """Train victims on protected images, test them on clean ones, with control noises beside them.
 
 DATA is a parquet file, a folder as Hugging Face datasets reads it, a data set of the Hub, or a folder of image files
@@ -135,16 +138,15 @@ def run_audit(options: argparse.Namespace) -> int:
     processes = _processes(options)
     audit = _audit(options)
     if options.report_only:
-        audit.report()
+        results = audit.report()
     elif processes > 1:
         # What can be refused has been refused above, once and not by every process.
         return _run_in_processes(options, processes)
     else:
-        audit.run()
-    if int(os.environ.get("RANK", 0)) == 0:
+        results = audit.run()
+    if results:
         from unseg_hf.evaluation.report import summary, terminal_table
 
-        results = audit.results()
         print(f"\n{terminal_table(results)}\n\n{summary(results)}\n\nwrote {options.output / 'report.md'}")
     return 0
 
@@ -165,14 +167,18 @@ def _audit(options: argparse.Namespace):
     chosen |= {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = AuditConfig(output=options.output, **chosen)
 
-    from unseg_hf.evaluation.labelled_images import LabelledImages, ProposedSegments
+    from unseg_hf.evaluation.labelled_images import CocoImages, LabelledImages, ProposedSegments
 
     source = _source(options, options.data, options.masks, options.split)
-    notes = [PROPOSED] if isinstance(source, ProposedSegments) else []
+    proposed = isinstance(source, ProposedSegments)
 
-    def refuse_proposed(other, name: str, masks: str) -> None:
-        if isinstance(other, ProposedSegments) and not notes:
+    def check_masks(other, name: str, masks: str) -> None:
+        if isinstance(other, ProposedSegments) != proposed:
+            if proposed:
+                raise ValueError(f"DATA has no masks, and {name} {other.name} has: give --masks")
             raise ValueError(f"{name} {other.name} has no masks, and DATA has: give {masks}")
+        if isinstance(source, CocoImages) and isinstance(other, CocoImages):
+            source.check_same_categories(other)
 
     # In COCO's json 0 is no class, but what belongs to none.
     background = options.background_labels or ((0,) if is_json(options.masks) else ())
@@ -184,15 +190,21 @@ def _audit(options: argparse.Namespace):
         train = LabelledImages(source, **labels, limit=limits["max_train"])
         location, split = options.test or options.data, options.test_split or options.split
         held_out = _source(options, location, options.test_masks, split)
-        refuse_proposed(held_out, "--test", "--test-masks")
+        check_masks(held_out, "--test", "--test-masks")
         test = LabelledImages(held_out, like=train, limit=limits["max_test"])
     attacker = None
     if options.attacker is not None:
         from unseg_hf.evaluation.published_images import ATTACKER_IMAGES
 
         theirs = _source(options, options.attacker, options.attacker_masks, options.split)
-        refuse_proposed(theirs, "--attacker", "--attacker-masks")
+        check_masks(theirs, "--attacker", "--attacker-masks")
         attacker = LabelledImages(theirs, like=train, limit=ATTACKER_IMAGES)
+    notes = [PROPOSED] if proposed else []
+    if options.mask_kind == "auto" and len(train.classes) > MANY_CLASSES:
+        notes.append(
+            f"Masks have {len(train.classes)} values, and each counts as a class. If they are soft edges of one "
+            "object, --mask-kind binary takes all but 0 for it."
+        )
     return Audit(config, train, test, attacker, notes, options.command_line, say=_say)
 
 

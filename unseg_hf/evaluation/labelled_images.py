@@ -162,7 +162,8 @@ class ImageFiles:
 class CocoImages:
     """Image files with the objects that COCO's json has of them, as `unseg protect --masks` takes them.
 
-    Classes are numbered from 1 in the order of the categories' ids; 0 is what belongs to no object, crowds as well.
+    A class is numbered by its category's id and one more (two from 254 on: 255 is no class), so that it has the same
+    number in every json; 0 is what belongs to no object, crowds as well.
 
     Args:
         json: of the upright images.
@@ -180,9 +181,17 @@ class CocoImages:
         self._json, self.name = json, str(folder)
         self._images = [(image, path.as_posix()) for image, path in images.items()]
         self._annotations = annotations_of(json, images)
-        categories = sorted(CocoInstances("{split}").classes(json.parent, json.name))
-        # Without 255, which is no class.
-        self._numbers = {category: n + (n >= IGNORED) for n, category in enumerate(categories, 1)}
+        self._categories = CocoInstances("{split}").classes(json.parent, json.name)
+        self._numbers = {category: category + 1 + (category + 1 >= IGNORED) for category in self._categories}
+
+    def check_same_categories(self, other: CocoImages) -> None:
+        """ValueError if a category's id means one thing here and another there."""
+        for category, name in other._categories.items():
+            if self._categories.get(category, name) != name:
+                raise ValueError(
+                    f"category {category} is {name!r} in {other._json} and {self._categories[category]!r} in "
+                    f"{self._json}: number them alike"
+                )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -217,6 +226,7 @@ class ProposedSegments:
         self._images, self._folder, self.name = list(images), folder, str(folder)
         self._model, self._device = model, device
         self._protector = None
+        self._found: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -224,13 +234,18 @@ class ProposedSegments:
     def load(self, index: int) -> Raw:
         from unseg_hf.protection import Protector
 
-        self._protector = self._protector or Protector.from_pretrained(self._model, device=self._device)
         picture = read(self._images[index])
-        masks = self._protector.propose_masks(picture)
-        if not masks:
-            raise ValueError(f"{self._images[index]}: the generator finds no object in it; give a mask")
+        if index not in self._found:
+            self._protector = self._protector or Protector.from_pretrained(self._model, device=self._device)
+            masks = self._protector.propose_masks(picture)
+            if not masks:
+                raise ValueError(f"{self._images[index]}: the generator finds no object in it; give a mask")
+            # Kept, an eighth of a byte a pixel: every noise asks for it anew.
+            self._found[index] = masks[0].shape, np.packbits(np.logical_or.reduce(masks))
+        shape, bits = self._found[index]
+        region = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
         name = self._images[index].relative_to(self._folder).as_posix()
-        return Raw(name, Image.fromarray(picture.rgb8()), np.logical_or.reduce(masks))
+        return Raw(name, Image.fromarray(picture.rgb8()), region)
 
 
 class LabelledImages(Sequence):
@@ -242,9 +257,10 @@ class LabelledImages(Sequence):
     Args:
         source: where they come from.
         kind: "binary": two classes, 0 and everything else; "classes": each value is a class; "auto": binary if there
-            is no more than one value but 0.
+            is no more than one value but 0, or one beside 255, which is no class then.
         ignore: values that are no class. With several classes 255 is always one of them.
-        background: values of the classes that get the background's budget; of binary masks it is 0.
+        background: values of the classes that get the background's budget; of binary masks it is 0. Of two classes
+            one of which is background the other one is scored.
         like: other images whose classes these have too, as test images have those of the training images; values
             that are none of them count as ignored. `kind`, `ignore` and `background` are taken
             from there.
@@ -307,10 +323,20 @@ class LabelledImages(Sequence):
         else:
             self._ignored = frozenset(ignore)
             values -= self._ignored
+            if kind == "auto" and len(values) == 3 and {0, IGNORED} < values:
+                self._ignored |= {IGNORED}  # an object, and a border that is neither
+                values -= self._ignored
             self.binary = kind == "binary" or (kind == "auto" and len(values - {0}) <= 1)
             # The one class of a binary mask is everything but 0, whatever its number: 1 and 255 are both in use.
             self.classes = (0, 1) if self.binary else tuple(sorted(values - {IGNORED}))
             self._background = (0,) if self.binary else tuple(background)
+            if self.binary and set(background) - {0}:
+                raise ValueError(
+                    f"{source.name} has binary masks, whose background is 0, not {', '.join(map(str, background))}: "
+                    "invert the masks"
+                )
+            if len(self.classes) == 2 and self.classes[1] in self._background:
+                self.classes = self.classes[::-1]  # the second is the one that is scored
         if len(self.classes) > IGNORED:
             raise ValueError(f"{source.name} has {len(self.classes)} classes; at most {IGNORED} fit into a label map")
         objects = {int(value != 0) for value in objects} if self.binary else objects

@@ -61,7 +61,12 @@ def retained_utility(
 
 def summary(results: Results) -> str:
     """What the audit found, in plain words: for each victim and way of protecting, then what limits the findings."""
-    pairs = product(results["grid"]["victims"], _generators(results) or ["generator"])
+    grid = results["grid"]
+    if "clean" not in grid["noises"] or not _generators(results):
+        missing = "clean" if "clean" not in grid["noises"] else "generator"
+        nothing = f"The grid has no `{missing}` among its noises, so nothing can be said of what protection leaves."
+        return "\n\n".join([nothing, "\n".join(f"- {caveat}" for caveat in _caveats(results))]).strip()
+    pairs = product(grid["victims"], _generators(results))
     # Of a victim that learned nothing from clean images the same is said whatever the protection.
     paragraphs = dict.fromkeys(_finding(results, *pair) for pair in pairs)
     return "\n\n".join([*paragraphs, "\n".join(f"- {caveat}" for caveat in _caveats(results))]).strip()
@@ -86,17 +91,18 @@ def _finding(results: Results, victim: str, generator: str) -> str:
         )
     if not clean or not protected:
         return f"{start}its victims on clean and on protected images are not both trained yet."
+    after = "" if base == "none" else f", after {base},"
     lines = [
-        f"{start}a model trained on {GENERATORS[generator]} reached {mean(protected):.3f}, "
+        f"{start}a model trained on {GENERATORS[generator]}{after} reached {mean(protected):.3f}, "
         f"{_percent(mean(protected) / mean(clean))} of the {mean(clean):.3f} that it reached on clean ones"
     ]
     if (random := retained_utility(results, "random", base, victim, training)) is not None:
         lines[0] += f"; random noise of the same strength: {_percent(random)}"
     lines[0] += "."
     lines.append(_beside_controls(results, generator, base, victim, training))
-    worst = _worst_treatment(results, generator, victim, training)
-    if worst is not None:
-        lines.append(worst)
+    if not _protects_nothing(protected, clean):
+        lines.append(_worst_treatment(results, generator, victim, training))
+        lines.append(_elsewhere(results, generator, victim))
     return " ".join(line for line in lines if line)
 
 
@@ -144,6 +150,27 @@ def _worst_treatment(results: Results, generator: str, victim: str, training: st
     protected, clean = (scores(results, noise, worst, victim, training) for noise in (generator, "clean"))
     nothing = ", where it protects nothing" if _protects_nothing(protected, clean) else ""
     return f"Of {len(left)} treatments, {worst} costs it most: {_percent(left[worst])}{nothing}."
+
+
+def _elsewhere(results: Results, generator: str, victim: str) -> str:
+    """What is left under the grid's other trainings, and where part of the images is clean."""
+    grid = results["grid"]
+    base, training = grid["treatments"][0], grid["trainings"][0]
+    lines = []
+    for other in grid["trainings"][1:]:
+        clean = scores(results, "clean", base, victim, other)
+        retained = retained_utility(results, generator, base, victim, other)
+        if retained is not None and _has_learned(results, mean(clean)):
+            lines.append(f"Under {other} training it leaves {_percent(retained)}.")
+    whole = mean(scores(results, "clean", base, victim, training))
+    for share in grid["clean_shares"][1:]:
+        mixed, alone = (scores(results, noise, base, victim, training, share) for noise in (generator, "clean"))
+        if mixed and alone:
+            lines.append(
+                f"With {_percent(share)} of the images clean it leaves {_percent(mean(mixed) / whole)}; those alone, "
+                f"without any other, teach {_percent(mean(alone) / whole)}."
+            )
+    return " ".join(lines)
 
 
 def _protects_nothing(protected: Sequence[float], clean: Sequence[float]) -> bool:

@@ -14,6 +14,7 @@ from unseg_hf.evaluation.metrics import BoundaryIoU, SemanticSegmentation
 from unseg_hf.evaluation.victims.base import IGNORED, TASKS, Batch, Victim, boxes_of, segments_of
 
 SCORE_NAMES = {"instance": "ap", "detection": "ap", "panoptic": "pq", "interactive": "object_iou"}
+SCORED_BY_AP = ("instance", "detection")
 
 
 def score_name(task: str, num_classes: int) -> str:
@@ -39,9 +40,10 @@ def evaluate_victim(
 ) -> dict[str, Any]:
     """Test a victim on clean images, on the device that it is on.
 
-    Pixels labelled 255 do not count, but for AP: as in COCO, where most pixels have no class, an object that is found
-    there is an error. Pixels of a class in `things` that belong to no object are a crowd: they count as unlabelled for
-    panoptic maps, and what is found on them is not held against the victim for AP.
+    Pixels labelled 255 do not count, unless a numbered object covers them; but for AP: as in COCO, where most pixels
+    have no class, an object that is found there is an error. Pixels of a class in `things` that belong to no object
+    are a crowd: they count as unlabelled for panoptic maps, and what is found on them is not held against the victim
+    for AP.
 
     Args:
         victim: left in the mode, training or evaluation, that it came in.
@@ -66,7 +68,7 @@ def evaluate_victim(
         ValueError: the images have nothing to score.
         ImportError: AP needs faster-coco-eval.
     """
-    _check_scorable(victim.task, labels, instances, num_classes)
+    check_scorable(victim.task, labels, instances, num_classes)
     was_training = victim.training
     victim.eval()
     try:
@@ -95,7 +97,7 @@ def trivial_score(task: str, labels: np.ndarray, num_classes: int, instances: np
     """
     if score_name(task, num_classes) in ("ap", "pq"):
         return 0.0
-    _check_scorable(task, labels, instances, num_classes)
+    check_scorable(task, labels, instances, num_classes)
     if task == "interactive":
         maps = torch.as_tensor(labels).long()
         numbers = [None] * len(maps) if instances is None else torch.as_tensor(instances).long()
@@ -117,7 +119,8 @@ def _box_ious(labels: torch.Tensor, instances: torch.Tensor | None) -> Iterator[
         yield ((mask & counted).sum() / inside.sum()).item()
 
 
-def _check_scorable(task: str, labels: np.ndarray, instances: np.ndarray | None, num_classes: int) -> None:
+def check_scorable(task: str, labels: np.ndarray, instances: np.ndarray | None, num_classes: int) -> None:
+    """ValueError for a test that says nothing; arguments as for [`evaluate_victim`]."""
     labels = np.asarray(labels)
     if (task == "semantic" and num_classes > 2) or task == "panoptic":
         if not (labels != IGNORED).any():

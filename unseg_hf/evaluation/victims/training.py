@@ -51,6 +51,13 @@ class TrainingData:
         return Batch(torch.from_numpy(self.images[indices]).float() / 255, labels, instances).to(device)
 
 
+def steps_an_epoch(images: int, batch_size: int) -> int:
+    """Batches in a pass over so many images."""
+    # Batch norm cannot train on one image whose deepest features are one pixel.
+    lone = images > 1 and images % batch_size == 1
+    return images // batch_size + (not lone and images % batch_size > 0)
+
+
 def train_victim(
     build: Callable[[], Victim],
     data: TrainingData,
@@ -102,9 +109,7 @@ def train_victim(
         trained = [parameter for parameter in victim.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=victim.lr if lr is None else lr, weight_decay=victim.weight_decay)
         order = np.random.default_rng(seed)
-        # Batch norm cannot train on one image whose deepest features are one pixel.
-        lone = len(data.images) > 1 and len(data.images) % batch_size == 1
-        steps = len(data.images) // batch_size + (not lone and len(data.images) % batch_size > 0)
+        steps = steps_an_epoch(len(data.images), batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps)
         for _ in range(epochs):
             shuffled = order.permutation(len(data.images))
