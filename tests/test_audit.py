@@ -108,7 +108,9 @@ def test_results_alone_are_enough_to_go_on_from(make_audit, trained: Mock, tmp_p
     assert make_audit().run()["cells"] == before["cells"]
     trained.assert_not_called()
     # The picture is not made, nor shown where it is there from before.
-    make_audit(examples=0).report()
+    shutil.rmtree(tmp_path / "out" / "published")
+    assert make_audit(examples=0).report()["noises"] == before["noises"]
+    assert not (tmp_path / "out" / "published").exists()
     assert "examples.png" not in (tmp_path / "out" / "report.md").read_text()
     assert not (tmp_path / "out" / "examples.png").exists()
     # Cells of other images are not taken for these.

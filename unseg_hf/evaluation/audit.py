@@ -236,6 +236,7 @@ class Audit:
         self.attacker = (attacker or test).first(ATTACKER_IMAGES)
         self.notes, self.command, self.say = list(notes), command, say
         self._settings: dict[tuple[str, bool], dict[str, Any]] = {}
+        self._known: dict[str, dict[str, Any]] = {}
         self._device = config.device
         both = set(train.digests) & set(test.digests)
         if both:
@@ -311,7 +312,7 @@ class Audit:
     def report(self) -> dict[str, Any]:
         """Write results and report of the cells that are done; nothing is trained, noises may be published."""
         self._restore()
-        for noise in self.config.noises:
+        for noise in self.config.noises if self.config.examples else ():
             self._publish(noise, self.train)
         self._write_examples()
         return self._write_results()
@@ -344,7 +345,7 @@ class Audit:
             "noises": {
                 noise: {
                     "settings": self._noise_settings(noise, self.train),
-                    "measured": asdict(self._publish(noise, self.train)),
+                    "measured": self._measured(noise),
                 }
                 for noise in config.noises
             },
@@ -359,7 +360,8 @@ class Audit:
         }
 
     def _restore(self) -> None:
-        """Keep all cells of the results that stand in the output folder, where nothing else was kept of them.
+        """Keep all cells of the results that stand in the output folder, where nothing else was kept of them, and what
+        was measured of the noises.
 
         So results can be moved, or committed, without the work that made them, and later runs go on from them, also
         those of another grid, which writes other results in their place.
@@ -368,7 +370,8 @@ class Audit:
         if not file.is_file():
             return
         try:
-            found = json.loads(file.read_text())["cells"]
+            results = json.loads(file.read_text())
+            found, self._known = results["cells"], results.get("noises", {})
             figures = {self._place(cell["key"]): {name: cell[name] for name in FIGURES} for cell in found}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -501,6 +504,13 @@ class Audit:
             tint=config.tint,
             device=self._device,
         )
+
+    def _measured(self, noise: str) -> dict[str, Any]:
+        """What the noise did to the published files; of noises of which results say it nothing is published."""
+        known = self._known.get(noise)
+        if known and known["settings"] == self._noise_settings(noise, self.train):
+            return known["measured"]
+        return asdict(self._publish(noise, self.train))
 
     def _published(self, noise: str, images: LabelledImages) -> Path:
         return self.config.output / "published" / f"{noise}-{_key(self._noise_settings(noise, images))}"
