@@ -188,6 +188,8 @@ def test_the_fingerprint_follows_images_masks_and_classes(tmp_path: Path):
     ]
     fingerprints = {images.fingerprint() for images in others}
     assert len(fingerprints | {first}) == 1 + len(others)
+    # What is not among the images makes no difference.
+    assert LabelledImages(DatasetRows(file)).first(2).fingerprint() == others[0].fingerprint()
 
 
 def test_object_numbers_that_are_stored_in_three_channels_are_read(tmp_path: Path):

@@ -348,3 +348,9 @@ def test_a_gpu_protects_in_batches_within_the_bound(dataset, saved_generator):
 
 def test_one_label_to_ignore_needs_no_list(saved_generator):
     assert ProtectImages(str(saved_generator), mask_column="mask", ignore_labels=0).ignore_labels == (0,)
+
+
+def test_indices_are_not_taken_for_a_rank(saved_generator):
+    dataset = Dataset.from_dict({"image": [PILImage.fromarray(photo(20, 30))]}, features=Features({"image": Image()}))
+    with pytest.raises(ValueError, match="leave out with_indices"):
+        dataset.map(ProtectImages(str(saved_generator), whole_image=True), batched=True, with_indices=True)

@@ -132,6 +132,8 @@ class ProtectImages:
 
     def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> dict[str, list]:
         """The columns of a batch that change; with "drop" all of them, as those of which rows are dropped have to."""
+        if isinstance(rank, list):
+            raise ValueError("map passes indices, which this has no use for: leave out with_indices")
         _one_thread_in_workers()
         images = _undecoded(batch, self.image_column)
         column = self.mask_column or self.box_column

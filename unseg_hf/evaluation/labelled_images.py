@@ -291,7 +291,7 @@ class LabelledImages(Sequence):
         _check_limit(limit)
         self._source, self._indices = source, []
         self.name, self.left_out, self.digests = source.name, [], []
-        self._annotations = hashlib.sha256()
+        self._annotations: list[bytes] = []
         values: set[int] = set()
         objects: set[int] = set()
         for index in range(len(source)):
@@ -303,12 +303,8 @@ class LabelledImages(Sequence):
                 continue
             self._indices.append(index)
             self.digests.append(hashlib.sha256(str(raw.image.size).encode() + raw.image.tobytes()).hexdigest())
-            for part in (
-                raw.name.encode(),
-                raw.labels.tobytes(),
-                b"" if raw.instances is None else raw.instances.tobytes(),
-            ):
-                self._annotations.update(hashlib.sha256(part).digest())
+            parts = raw.name.encode(), raw.labels.tobytes(), b"" if raw.instances is None else raw.instances.tobytes()
+            self._annotations.append(b"".join(hashlib.sha256(part).digest() for part in parts))
             values |= set(np.unique(raw.labels).tolist())
             if raw.instances is not None:
                 objects |= set(np.unique(raw.labels[raw.instances != 0]).tolist())
@@ -361,7 +357,8 @@ class LabelledImages(Sequence):
 
     def fingerprint(self) -> str:
         """SHA-256 of images, names, annotations and classes: the same data have the same one, wherever they lie."""
-        whole = hashlib.sha256("".join(self.digests).encode() + self._annotations.digest())
+        annotations = hashlib.sha256(b"".join(self._annotations)).digest()
+        whole = hashlib.sha256("".join(self.digests).encode() + annotations)
         whole.update(repr((self.classes, self.binary, sorted(self._ignored), self._background)).encode())
         return whole.hexdigest()
 
@@ -395,6 +392,7 @@ class LabelledImages(Sequence):
         some = copy(self)
         some._indices = [self._indices[index] for index in indices]
         some.digests = [self.digests[index] for index in indices]
+        some._annotations = [self._annotations[index] for index in indices]
         return some
 
     def __iter__(self) -> Iterator[LabelledImage]:
