@@ -508,7 +508,7 @@ class Audit:
     def _measured(self, noise: str) -> dict[str, Any]:
         """What the noise did to the published files; of noises of which results say it nothing is published."""
         known = self._known.get(noise)
-        if known and known["settings"] == self._noise_settings(noise, self.train):
+        if known and known.get("settings") == self._noise_settings(noise, self.train):
             return known["measured"]
         return asdict(self._publish(noise, self.train))
 
