@@ -38,6 +38,7 @@ class UnSegVisionEncoder(SamVisionEncoder):
         self.image_size, self.gradient_checkpointing = encoder.image_size, encoder.gradient_checkpointing
         self.patch_embed, self.pos_embed = encoder.patch_embed, encoder.pos_embed
         self.layers, self.neck = encoder.layers, encoder.neck
+        self.post_init()
 
     def forward(
         self, pixel_values: torch.Tensor | None = None, layer: int | None = None, **kwargs
