@@ -33,7 +33,7 @@ def test_it_protects_the_example_within_the_bound_at_good_quality(protected):
     difference = np.abs(protected.picture.pixels.astype(int) - read(EXAMPLES / "coffee.png").pixels).max(axis=2)
     assert 4 <= difference[mask].max() <= 8
     assert difference[~mask].max() == 0
-    assert protected.report["psnr"] > 34
+    assert protected.report["psnr"] > 33.5  # it is smooth, and so gets the whole budget all over
 
 
 def test_it_finds_what_the_example_is_of_without_a_mask():
@@ -104,16 +104,27 @@ def test_each_of_its_codes_is_the_noise_it_was_taught():
     textured = np.random.default_rng(0).integers(60, 196, (192, 192, 3)).astype(np.uint8)
     assert likeness(MASK, textured, masks=masks) > 0.8
     assert likeness(FAINT, textured, masks=masks, epsilon=4 / 255) > 0.8 * 4 / 8
-    blue = grey - np.uint8([20, 10, 0])
-    assert 0.15 < likeness(MASK, blue, masks=masks) <= 2 / 8  # a sky
+    sky = textured.copy()
+    sky[:32] = 128 - np.uint8([20, 10, 0])
+    above = np.zeros((192, 192), bool)
+    above[:24] = True
+    result = protector.protect(sky, masks=masks)
+    assert 1 < np.abs(result.picture.pixels.astype(int) - sky)[above].max() <= 2
 
 
 @pytest.mark.parametrize("size", [(192, 192), (240, 320), (65, 500)])
 @pytest.mark.parametrize("colour", [(108, 118, 128), (90, 160, 230), (200, 37, 91)])
-def test_flat_colours_get_its_least_whatever_their_colour_and_size(size, colour):
+def test_what_is_flat_all_over_gets_the_whole_budget_and_a_flat_part_its_least(size, colour):
     flat = np.broadcast_to(np.uint8(colour), (*size, 3)).copy()
-    result = Protector.from_pretrained().protect(flat, whole_image=True)
-    assert result.report["max_noise"] == 2
+    protector = Protector.from_pretrained()
+    assert protector.protect(flat, whole_image=True).report["max_noise"] == 8
+    rough = flat.copy()
+    texture = np.random.default_rng(0).integers(-25, 25, rough[size[0] // 6 :].shape)
+    rough[size[0] // 6 :] = (rough[size[0] // 6 :] + texture).clip(0, 255)
+    result = protector.protect(rough, whole_image=True)
+    noise = np.abs(result.picture.pixels.astype(int) - rough)
+    assert noise[: size[0] // 32].max() == 2
+    assert noise.max() == 8
 
 
 def test_its_configuration_is_the_one_the_card_names():
