@@ -17,7 +17,7 @@ CLEARLY = 1.1  # times as far
 TEXTURE_CELLS = 48  # down an image and across it
 TEXTURED = 6 / 255  # deviation of grey from a plane, of its range, from which noise is hidden
 SMOOTH = 1 / 3  # of that, up to which it shows
-SPARED = 1 / 4  # of a region that may be smoother than that
+SPARED = 1 / 4  # of a region, the most that may have less texture than TEXTURED and get less noise
 
 
 def needs_tint(pixels: np.ndarray, region: np.ndarray, wave: float) -> bool:
