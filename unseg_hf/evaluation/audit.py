@@ -41,7 +41,7 @@ from unseg_hf.evaluation.published_images import (
     treat,
 )
 from unseg_hf.evaluation.report import RESULTS, write_report
-from unseg_hf.evaluation.tasks import SCORED_BY_AP, check_scorable, evaluate_victim, score_name, trivial_score
+from unseg_hf.evaluation.tasks import check_scorable, evaluate_victim, score_name, trivial_score
 from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, steps_an_epoch, train_victim
 from unseg_hf.image_files import put_in_place
@@ -262,8 +262,9 @@ class Audit:
                     "a victim needs two"
                 )
         check_scorable(config.task, self._test_data.labels, self._test_data.instances, len(train.classes))
-        for package, needs in (("matplotlib", True), ("faster_coco_eval", config.task in SCORED_BY_AP)):
-            if needs and find_spec(package) is None:
+        by_ap = score_name(config.task, len(train.classes)) == "ap"
+        for package, needed in (("matplotlib", True), ("faster_coco_eval", by_ap)):
+            if needed and find_spec(package) is None:
                 raise ImportError(f"an audit of this task needs {package}; run pip install 'unseg-hf[audit]'")
 
     def run(self) -> dict[str, Any]:
@@ -531,7 +532,7 @@ class Audit:
         settings = asdict(cell) | self._data | {key: getattr(config, key) for key in VICTIM_SETTINGS}
         settings["epochs"] = self._epochs(cell)
         name, _, checkpoint = cell.victim.partition("@")
-        if Path(checkpoint).is_dir() and checkpoint:
+        if checkpoint and Path(checkpoint).is_dir():
             # By what is in it, which may change, and not by where it lies.
             settings["victim"] = f"{name}@{_digest_of(checkpoint)}"
         settings["parts"] = [self._treated_settings(*part) for part in self._parts(cell)]

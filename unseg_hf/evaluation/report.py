@@ -64,11 +64,13 @@ def summary(results: Results) -> str:
     grid = results["grid"]
     if "clean" not in grid["noises"] or not _generators(results):
         missing = "clean" if "clean" not in grid["noises"] else "generator"
-        nothing = f"The grid has no `{missing}` among its noises, so nothing can be said of what protection leaves."
-        return "\n\n".join([nothing, "\n".join(f"- {caveat}" for caveat in _caveats(results))]).strip()
-    pairs = product(grid["victims"], _generators(results))
-    # Of a victim that learned nothing from clean images the same is said whatever the protection.
-    paragraphs = dict.fromkeys(_finding(results, *pair) for pair in pairs)
+        paragraphs = [
+            f"The grid has no `{missing}` among its noises, so nothing can be said of what protection leaves."
+        ]
+    else:
+        pairs = product(grid["victims"], _generators(results))
+        # Of a victim that learned nothing from clean images the same is said whatever the protection.
+        paragraphs = dict.fromkeys(_finding(results, *pair) for pair in pairs)
     return "\n\n".join([*paragraphs, "\n".join(f"- {caveat}" for caveat in _caveats(results))]).strip()
 
 

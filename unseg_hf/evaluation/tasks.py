@@ -14,7 +14,6 @@ from unseg_hf.evaluation.metrics import BoundaryIoU, SemanticSegmentation
 from unseg_hf.evaluation.victims.base import IGNORED, TASKS, Batch, Victim, boxes_of, segments_of
 
 SCORE_NAMES = {"instance": "ap", "detection": "ap", "panoptic": "pq", "interactive": "object_iou"}
-SCORED_BY_AP = ("instance", "detection")
 
 
 def score_name(task: str, num_classes: int) -> str:
