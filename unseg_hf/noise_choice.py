@@ -93,17 +93,18 @@ def texture(pixels: np.ndarray) -> np.ndarray:
     grey = torch.from_numpy(_thinned(pixels).mean(axis=2, dtype=np.float64) / np.iinfo(pixels.dtype).max)
     cells = [max(1, min(TEXTURE_CELLS, side // 4)) for side in grey.shape]
 
-    def covariance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        products, ones, others = F.adaptive_avg_pool2d(torch.stack([one * other, one, other]), cells)
-        return products - ones * others
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(values.expand(1, *grey.shape), cells)
 
-    variance = covariance(grey, grey)
+    level = mean(grey)
+    variance = mean(grey**2) - level**2
     # A plane fits best whose two slopes do: over a rectangle they have nothing to do with each other.
-    for places in torch.meshgrid(
-        *(torch.arange(side, dtype=grey.dtype, device=grey.device) for side in grey.shape), indexing="ij"
-    ):
-        variance -= covariance(grey, places) ** 2 / covariance(places, places).clamp(min=1e-9)
-    variance = variance.clamp(min=0)[None, None]
+    rows, columns = (torch.arange(side, dtype=grey.dtype, device=grey.device) for side in grey.shape)
+    for places in (rows[:, None], columns):
+        place = mean(places)
+        covariance = mean(grey * places) - level * place
+        variance -= covariance**2 / (mean(places**2) - place**2).clamp(min=1e-9)
+    variance = variance.clamp(min=0)[None]
     return F.avg_pool2d(variance, 3, stride=1, padding=1, count_include_pad=False).sqrt()[0, 0].numpy()
 
 

@@ -252,7 +252,8 @@ class FullSizeNoise:
     def __init__(
         self, noise: np.ndarray, steps: Sequence[tuple[Sequence[int], Sequence[int]]], sharpness: float = 1.0
     ):
-        self._noise = np.ascontiguousarray(noise) * np.float32(sharpness)
+        # A channel at a time: numpy is slow where an innermost axis is as short as three.
+        self._noise = np.ascontiguousarray(noise.transpose(2, 0, 1)) * np.float32(sharpness)
         self._clipped = sharpness > 1
         self._steps = [[_neighbours(*sides) for sides in zip(*step, strict=True)] for step in steps]
 
@@ -260,21 +261,19 @@ class FullSizeNoise:
         """Rows of the image, or rows and columns: a new `(rows, columns, channels)` float32 array."""
         rows, columns = part if isinstance(part, tuple) else (part, slice(None))
         noise = self._after(len(self._steps), rows, columns)
-        return np.clip(noise, -1, 1, out=noise) if self._clipped else noise
+        noise = np.clip(noise, -1, 1, out=noise) if self._clipped else noise
+        return noise.transpose(1, 2, 0)
 
     def _after(self, steps: int, rows: slice, columns: slice) -> np.ndarray:
         if steps == 0:
-            return self._noise[rows, columns].copy()
+            return self._noise[:, rows, columns].copy()
         (above, below, down), (left, right, across) = (
             [values[part] for values in axis]
             for axis, part in zip(self._steps[steps - 1], (rows, columns), strict=True)
         )
         few = self._after(steps - 1, slice(above[0], below[-1] + 1), slice(left[0], right[-1] + 1))
-        # Channels are columns of their own here: numpy is slow where an innermost axis is as short as three.
-        flat, depth = few.reshape(len(few), -1), few.shape[2]
-        left, right = ((depth * (places[:, None] - left[0]) + np.arange(depth)).ravel() for places in (left, right))
-        wide = _mixed(flat[:, left], flat[:, right], np.repeat(across, depth))
-        return _mixed(wide[above - above[0]], wide[below - above[0]], down[:, None]).reshape(len(down), -1, depth)
+        wide = _mixed(few.take(left - left[0], 2), few.take(right - left[0], 2), across)
+        return _mixed(wide.take(above - above[0], 1), wide.take(below - above[0], 1), down[:, None])
 
 
 def _mixed(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
