@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+import unicodedata
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published_trees import LOWER, TREES, UPPER, area, labels, photo, save, text
+from published_trees import HEIGHT, LOWER, TREES, UPPER, WIDTH, area, labels, photo, save, text
 
 from unseg_hf import Prompt, Protector, cli, image_files
 from unseg_hf.layouts.run import RECORD, SETTINGS, alone
@@ -711,6 +712,98 @@ def test_listed_images_that_are_not_there_are_counted(tmp_path, protect, capsys)
          (tmp_path / "in/annotations/NWPU_instances_val.json").read_text().replace("002.jpg", "077.jpg"))  # fmt: skip
     assert protect("nwpu", "--split", "train", "val") == 0
     assert "1 images that the lists of train, val name are not in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "listed", ["train2017/000000000009.jpg", "caf\N{LATIN SMALL LETTER E WITH ACUTE}.jpg", "B.jpg"]
+)
+def test_an_image_that_a_list_names_otherwise_is_not_published_clean(listed, tmp_path, protect, capsys):
+    TREES["coco-instance"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    name = content["images"][0]["file_name"]
+    there = {"B.jpg": "b.png"}.get(listed, unicodedata.normalize("NFD", listed).rpartition("/")[2])
+    (tmp_path / "in/train2017" / name).rename(tmp_path / "in/train2017" / there)
+    content["images"][0]["file_name"] = listed
+    text(path, content)
+    assert protect("coco-instance") == 1
+    assert not (tmp_path / "out/train2017" / there).exists()
+    assert f"a list has it as {listed[:-4]}" in capsys.readouterr().err
+
+
+def test_names_with_spaces_and_backslashes_are_read(tmp_path, protect):
+    (path,) = TREES["voc2012"][1](tmp_path / "in")
+    base = tmp_path / "in/VOCdevkit/VOC2012"
+    for folder, suffix in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png")):
+        (base / folder / f"2007_000032{suffix}").rename(base / folder / f"photo 1{suffix}")
+    text(base / "ImageSets/Segmentation/train.txt", "photo 1\n2007_000033 -1\n")
+    assert protect("voc2012") == 0
+    done = {p for p, entry in record(tmp_path / "out").items() if entry["status"] == "protected"}
+    assert {PurePath(p).name for p in done} == {"photo 1.jpg", "2007_000033.jpg"}
+    TREES["coco-instance"][1](tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_train2017.json"
+    path.write_text(path.read_text().replace("000000000009.jpg", "some\\\\000000000009.jpg"))
+    (tmp_path / "coco/train2017/some").mkdir()
+    (tmp_path / "coco/train2017/000000000009.jpg").rename(tmp_path / "coco/train2017/some/000000000009.jpg")
+    assert protect("coco-instance", root="coco", output="of coco") == 0
+    assert record(tmp_path / "of coco")["train2017/some/000000000009.jpg"]["status"] == "protected"
+
+
+def test_numbers_of_images_that_do_not_agree_stop_before_anything(tmp_path, protect, capsys):
+    TREES["coco-instance"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    text(path, content)
+    assert protect("coco-instance") == 2
+    assert "write both alike" in capsys.readouterr().err
+    for image in content["images"]:
+        image["id"] = 0
+    text(path, content)
+    assert protect("coco-instance") == 2
+    assert "000000000009.jpg and 000000000010.jpg have the same id, 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "outline", [{"bbox": [0.1, 0.2, 0.5, 0.3]}, {"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.8]]}]
+)
+def test_shares_in_place_of_pixels_are_refused(outline, tmp_path, protect, capsys):
+    TREES["coco-instance"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["segmentation"]
+    content["annotations"][0] |= outline
+    text(path, content)
+    assert protect("coco-instance") == 1
+    assert "give pixels" in capsys.readouterr().err
+    assert not (tmp_path / "out/train2017/000000000009.jpg").exists()
+
+
+def test_pixels_of_protected_images_in_arrays_and_in_other_splits_are_left_out(tmp_path, protect, capsys):
+    (path, *_) = TREES["coco-instance"][1](tmp_path / "in")
+    np.save(tmp_path / "in" / path.replace(".jpg", ".npy"), np.zeros(3))
+    np.save(tmp_path / "in/train2017/other.npy", np.zeros(3))
+    (tmp_path / "in/val2017").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "in" / path, tmp_path / "in" / path.replace("train2017", "val2017"))
+    for split in ("train", "val"):
+        text(tmp_path / f"in/annotations/instances_{split}2017.json",
+             (tmp_path / "in/annotations/instances_train2017.json").read_text())  # fmt: skip
+    assert protect("coco-instance") == 0
+    assert not (tmp_path / "out" / path.replace(".jpg", ".npy")).exists()
+    assert not (tmp_path / "out" / path.replace("train2017", "val2017")).exists()
+    printed = capsys.readouterr().out
+    assert "2 files left out" in printed
+    assert "1 files that may hold the original images were taken over, such as train2017/other.npy" in printed
+
+
+def test_a_run_that_changes_nothing_is_no_success(tmp_path, protect, capsys):
+    many(tmp_path / "in", 2)
+    for number in range(2):
+        save(tmp_path / f"in/masks/{number:03d}.jpg", np.zeros((HEIGHT, WIDTH), np.uint8))
+    assert protect("kvasir-seg", "--epsilon", 4, "--epsilon-background", 0) == 1
+    assert "0 images of all protected, 2 with nothing to protect in them" in capsys.readouterr().out
 
 
 def test_a_wrong_root_shows_the_expected_tree(tmp_path, protect, capsys):

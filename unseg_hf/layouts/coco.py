@@ -4,6 +4,7 @@ import contextlib
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,15 +54,27 @@ class CocoKind:
         """Each image's entry and annotations, by its file name without suffix, and the json's path."""
         content, path = self._load(base, split)
         try:
-            by_id = {image["id"]: (image, []) for image in content["images"]}
+            by_id: dict[Any, tuple[dict, list[dict]]] = {}
+            for image in content["images"]:
+                if image["id"] in by_id:
+                    twice = f"{by_id[image['id']][0]['file_name']} and {image['file_name']}"
+                    raise ValueError(f"{twice} have the same id, {image['id']!r}: number the images anew")
+                by_id[image["id"]] = (image, [])
+            alike = {str(number): number for number in by_id}
             for annotation in content["annotations"]:
-                if annotation["image_id"] in by_id:
-                    by_id[annotation["image_id"]][1].append(annotation)
-            names = [str(PurePosixPath(image["file_name"]).with_suffix("")) for image, _ in by_id.values()]
-        except (KeyError, TypeError, ValueError) as error:
+                number = annotation["image_id"]
+                if number in by_id:
+                    by_id[number][1].append(annotation)
+                elif (same := alike.get(str(number))) is not None:
+                    raise ValueError(f"image_id {number!r} of an annotation is {same!r} in images: write both alike")
+            # Written on Windows, it may have backslashes.
+            names = [str(PurePosixPath(i["file_name"].replace("\\", "/")).with_suffix("")) for i, _ in by_id.values()]
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no json as COCO's: an entry lacks its {error}; mend it, or download it again"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"{path} has several images called {twice[0]}, whatever their suffix: keep one")
         return dict(zip(names, by_id.values(), strict=True)), path
@@ -134,6 +147,7 @@ class InstanceMasks:
                 from unseg_hf.inputs import mask_of_box
 
                 x, y, width, height = box
+                self._refuse_shares((x, y, x + width, y + height))
                 mask = mask_of_box((x, y, x + width, y + height), self.size)
                 return [coder.encode(np.asfortranarray(mask, dtype=np.uint8))]
             if isinstance(form, dict):
@@ -155,11 +169,17 @@ class InstanceMasks:
             far = 2 * max(self.size)
             if not all(-far <= number <= far for polygon in form for number in polygon):
                 raise ValueError("a corner of a polygon lies far outside the image")
+            self._refuse_shares([number for polygon in form for number in polygon])
             # Two points cover nothing, and pycocotools would take them for a box.
             polygons = [list(polygon) for polygon in form if len(polygon) >= 6]
             return [coder.merge(coder.frPyObjects(polygons, *self.size))] if polygons else []
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.name}: an object's 'segmentation' or 'bbox' is damaged ({error})") from error
+
+    def _refuse_shares(self, numbers: Sequence[float]) -> None:
+        """ValueError where coordinates are shares of the image's sides, as YOLO has them."""
+        if numbers and all(0 <= number <= 1 for number in numbers) and min(self.size) > 2:
+            raise ValueError("all of its coordinates are from 0 to 1: give pixels, not shares of the image's sides")
 
 
 @dataclass(frozen=True)

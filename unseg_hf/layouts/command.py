@@ -126,7 +126,9 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     with alone(options.output):
         entries = run(plan, options.root, options.output, settings, single or load, options.processes, _progress)
     _print_summary(options, splits, plan, entries)
-    return 1 if any(entry["status"] == "failed" for entry in entries) else 0
+    failed = any(entry["status"] == "failed" for entry in entries)
+    protected = any(entry["status"] == "protected" and not entry["unchanged"] for entry in entries)
+    return 1 if failed or not protected else 0
 
 
 def _hint(plan) -> str:
@@ -134,7 +136,7 @@ def _hint(plan) -> str:
     if plan.unknown:
         return f": none is called {min(plan.unknown)!r}, as --names has it"
     if plan.missing:
-        return f": their lists name {plan.missing} images that are not there"
+        return f": their lists name {len(plan.missing)} images that are not there, such as {min(plan.missing)}"
     return ""
 
 
@@ -176,7 +178,10 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
             f"{plan.archives[0]}: remove them before OUT is published"
         )
     if plan.missing:
-        print(f"{plan.missing} images that the lists of {', '.join(splits)} name are not in {options.root}")
+        print(
+            f"{len(plan.missing)} images that the lists of {', '.join(splits)} name are not in {options.root}, "
+            f"such as {min(plan.missing)}"
+        )
     if plan.unknown:
         print(f"{len(plan.unknown)} names of {options.names} are of no image, such as {min(plan.unknown)}")
     others = len(entries) - len(protected) - failed

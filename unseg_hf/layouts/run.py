@@ -32,8 +32,6 @@ except ImportError:  # Windows
     fcntl = None
 
 RECORD, SETTINGS = "unseg-protected.jsonl", "unseg-protected.json"
-JPEG_NAMES = ("png-bytes", "jpeg", "rename")
-LINKS = ("hard", "symbolic")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that every further file would meet as well."""
 
@@ -54,9 +52,9 @@ class Settings:
         per_segment: prompt once for each segment, for the noise of its class.
         tint: when segments without a class get a tint, see [`Prompt`].
         epsilon, epsilon_background: the budget in grey levels of 255.
-        jpeg_names: one of [`JPEG_NAMES`].
+        jpeg_names: "png-bytes", "jpeg" or "rename".
         quality: of JPEG; None where none is written.
-        link: how files are taken over that stay as they are: one of [`LINKS`], None to copy.
+        link: how files are taken over that stay as they are: "hard" or "symbolic", None to copy.
         model: the generator's identity, see `model_identity`.
         version: of this package.
     """
@@ -151,6 +149,8 @@ class Worker:
 
     def _protect(self, task: ImageTask, source: Path, target: Path) -> dict[str, Any]:
         settings = self.settings
+        if task.listed_as:
+            raise ValueError(f"a list has it as {task.listed_as}, and no image is called so: give both the same name")
         if task.annotation is None:
             raise ValueError("it is in a split to be protected, but its annotation is missing")
         # Before anything is read: what is edited meanwhile is done again by the next run.
@@ -328,7 +328,9 @@ def _take_over(root: Path, output: Path, path: str, link: str | None) -> dict[st
 
 
 def _protected(tasks: list[ImageTask], load, place: tuple, processes: int) -> Iterator[dict[str, Any]]:
-    if processes == 1 or not tasks:
+    if not tasks:
+        return
+    if processes == 1:
         yield from map(Worker(load(), *place), tasks)
         return
     pool = ProcessPoolExecutor(

@@ -1,7 +1,9 @@
 """From the root of a data set to what becomes of each of its files."""
 
+import filecmp
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +18,12 @@ from .table import DATA_SETS, DataSet, Images, Layout
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 IMAGE_SUFFIXES = (*image_files.READ_SUFFIXES, ".jp2", ".jxl", ".pgm", ".ppm")  # also those that cannot be read
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".lmdb", ".mdb", ".h5", ".hdf5", ".npz", ".parquet")
+ARCHIVE_SUFFIXES = (
+    ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lmdb", ".mdb", ".h5", ".hdf5", ".npy",
+    ".npz", ".parquet", ".arrow", ".tfrecord", ".rec", ".pkl", ".pt", ".pth", ".cache",
+)  # fmt: skip
 UNLISTED = "not in the lists of the chosen splits"
+OTHER_SPLITS = "of other splits"
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class ImageTask:
         path: below the root.
         target: below the output; differs from `path` where a JPEG becomes a `.png`.
         annotation: None where the data set says that there is one and it was not found.
+        listed_as: the name that a list most likely has for this image, and that no image has.
     """
 
     path: str
     target: str
     annotation: Annotation | None
+    listed_as: str = ""
 
 
 @dataclass
@@ -42,10 +50,11 @@ class Plan:
     Args:
         images: to protect, sorted by path.
         copies: all other files, below the root, sorted.
-        left_out: images outside the layout that are named as one to protect: most likely the same picture.
+        left_out: images outside the layout that are named as one to protect, most likely the same picture, images of
+            other splits that are the same file, and arrays beside an image to protect that have its name.
         clean: number of images among the copies, by why they stay clean.
         archives: copies that may hold the original images.
-        missing: images that the chosen splits have in their lists and the tree has not.
+        missing: names that the chosen splits have in their lists and the tree has not.
         unknown: names of images to protect that no image has.
     """
 
@@ -54,7 +63,7 @@ class Plan:
     left_out: list[str] = field(default_factory=list)
     clean: Counter[str] = field(default_factory=Counter)
     archives: list[str] = field(default_factory=list)
-    missing: int = 0
+    missing: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
 
 
@@ -144,7 +153,7 @@ class Found:
         plan = Plan()
         unseen = set(names or ())
         indices = {split: [(i, self._index(i, split)) for i in self._images_of(split)] for split in splits}
-        known, strays = frozenset(self.splits()), {}
+        known, strays, others = frozenset(self.splits()), {}, []
         expected = {(i.file, n) for some in indices.values() for i, index in some for n in index.names or ()}
         for relative in files_in(self.root, output):
             place = self._place(relative)
@@ -172,10 +181,12 @@ class Found:
                 # Any folder can look like a split.
                 if reason == UNLISTED or (split is not None and split not in known):
                     strays[relative] = reason
+                elif reason == OTHER_SPLITS:
+                    others.append(relative)
                 else:
                     plan.clean[reason] += 1
-        self._leave_out(plan, strays)
-        plan.missing, plan.unknown = len(expected), frozenset(unseen)
+        plan.missing, plan.unknown = frozenset(name for _, name in expected), frozenset(unseen)
+        self._leave_out(plan, strays, others)
         taken = Counter([*plan.copies, *(task.path for task in plan.images)])
         taken.update(task.target for task in plan.images if task.target != task.path)
         for task in plan.images:
@@ -186,15 +197,38 @@ class Found:
                 )
         return plan
 
-    def _leave_out(self, plan: Plan, strays: dict[str, str]) -> None:
-        """Leave out those of the images outside the layout that are named as one to protect, and count the others."""
-        protected = {_stem(task.path) for task in plan.images}
+    def _leave_out(self, plan: Plan, strays: dict[str, str], others: list[str]) -> None:
+        """Take out of the copies what would publish an image to protect, and count the other images among them.
+
+        Args:
+            plan: is changed.
+            strays: images outside the layout, and why they stay clean; those that a list names otherwise are to fail.
+            others: images of other splits.
+        """
+        protected = {_key(_stem(task.path)): task.path for task in plan.images}
+        listed = {_key(name): name for name in plan.missing}
         for path, reason in strays.items():
-            if _stem(path) in protected and not self._fits(self.layout.others, path):
+            key = _key(_stem(path))
+            if self._fits(self.layout.others, path):
+                plan.clean[reason] += 1
+            elif key in protected:
                 plan.left_out.append(path)
+            elif key in listed:
+                plan.images.append(ImageTask(path, path, None, listed[key]))
             else:
                 plan.clean[reason] += 1
-        plan.copies = sorted(set(plan.copies).difference(plan.left_out))
+        for path in others:
+            same = protected.get(_key(_stem(path)))
+            if same is not None and _are_equal(self.root / path, self.root / same):
+                plan.left_out.append(path)
+            else:
+                plan.clean[OTHER_SPLITS] += 1
+        # What YOLO's loaders keep beside an image are its pixels.
+        beside = {_stem(task.path) for task in plan.images}
+        plan.left_out += [p for p in plan.copies if p.lower().endswith(".npy") and _stem(p) in beside]
+        plan.images.sort(key=lambda task: task.path)
+        plan.copies = sorted(set(plan.copies).difference(plan.left_out, (task.path for task in plan.images)))
+        plan.archives = [path for path in plan.archives if path not in plan.left_out]
 
     def _annotation(
         self, indices, images: Images, split: str | None, name: str, chosen: bool
@@ -211,7 +245,7 @@ class Found:
                     return None, "without a mask"
                 return annotation, None
         listed = split is None or split in indices
-        return None, UNLISTED if listed else "of other splits"
+        return None, UNLISTED if listed else OTHER_SPLITS
 
     def _place(self, relative: str) -> tuple[Images, str | None, str] | None:
         """The group, split (None where the path does not say it) and name of an image file; None for other files."""
@@ -228,8 +262,7 @@ class Found:
             return None
         if self._fits((*annotations, *self.layout.labels), relative):
             return None
-        folders = [folder for images in self.images if (folder := images.file.partition("{")[0])]
-        inside = self._below_base(relative).startswith(tuple(folders))
+        inside = self._fits([f"{images.file.rpartition('/')[0]}/{{name}}" for images in self.images], relative)
         return "named otherwise than this layout's images" if inside else "outside this layout's folders of images"
 
     def _fits(self, templates: Sequence[str], relative: str) -> bool:
@@ -249,8 +282,14 @@ class Found:
         if images.listed is None:
             return index
         lines = read_text(self.base / images.listed.format(split=split)).splitlines()
-        # Some lists have more columns after the name, and some, as DeepLab's for VOC, paths of files.
-        return Index(index.find, frozenset(_without_suffix(line.split()[0]) for line in lines if line.strip()))
+
+        def listed(line: str) -> str:
+            # Some lists have more columns after the name, and some, as DeepLab's for VOC, paths of files.
+            whole, first = (_without_suffix(name) for name in (line, line.split()[0]))
+            is_name = whole != first and (self.base / images.file.format(split=split, name=whole)).exists()
+            return whole if is_name else first
+
+        return Index(index.find, frozenset(listed(line.strip()) for line in lines if line.strip()))
 
 
 def find_layout(name: str, root: Path) -> Found:
@@ -346,8 +385,21 @@ def _match(template: str, path: str) -> re.Match[str] | None:
     return _expression(template).fullmatch(path)
 
 
+def _key(name: str) -> str:
+    """What two spellings of an image's name, without suffix, most likely share: its last part, whatever its case."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/").rpartition("/")[2]).casefold()
+
+
 def _stem(path: str) -> str:
-    return PurePosixPath(path).stem.casefold()
+    return str(PurePosixPath(path).with_suffix(""))
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    """Whether two files have the same content; one that cannot be read is met when its turn comes."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _shown(item: tuple[int, str]) -> str:
