@@ -218,6 +218,10 @@ def test_what_is_brushed_is_protected(open_page, tmp_path, saved_generator):
     # A stroke hides what was protected before it; a slow page says so seconds later, and would hide the new result.
     with page.expect_response("**/run/predict*"):
         page.mouse.up()
+    # A mask that is refused takes nothing away.
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(tmp_path / "small.png")
+    page.locator("div.block:has-text('or a mask file') input[type=file]").last.set_input_files(tmp_path / "small.png")
+    hint(page, "this mask has 10 x 10 pixels")
     protect(page)
     file = downloaded(page, tmp_path)
     mask = np.asarray(Image.open(downloaded(page, tmp_path, "#mask-download")))
@@ -403,6 +407,45 @@ def test_a_result_goes_when_its_settings_change(open_page):
     result.wait_for(state="visible")
     click_at(page, 0.2, 0.2)
     result.wait_for(state="hidden")
+
+
+def test_a_click_that_marks_nothing_leaves_the_result_and_clear_is_where_there_are_marks(open_page):
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    protect(page)
+    assert not page.get_by_role("button", name="Clear").first.is_visible()
+    with page.expect_response("**/queue/data*"):
+        page.locator("#view img").click()
+    page.wait_for_timeout(1_000)
+    assert page.locator("#download").is_visible()
+    choose(page, "Draw boxes")
+    page.wait_for_selector("button:has-text('Clear'):visible")
+
+
+def test_a_zip_stands_only_beside_the_settings_that_gave_it(open_page, monkeypatch):
+    from unseg_hf.demo.session import Workbench
+
+    begun, go_on, protect_photo = Event(), Event(), Workbench.protect
+
+    def slow(*arguments, **options):
+        begun.set()
+        go_on.wait(20)
+        return protect_photo(*arguments, **options)
+
+    monkeypatch.setattr(Workbench, "protect", slow)
+    page = open_page()
+    page.get_by_role("tab", name="Several photos").click()
+    page.locator("#batch-upload input[type=file]").set_input_files(COFFEE)
+    page.wait_for_selector(f"#batch-upload [aria-label='{COFFEE.name}']")
+    page.locator("#batch-start").click()
+    assert begun.wait(20)
+    page.get_by_label("Keep EXIF").last.check()
+    page.wait_for_timeout(1_000)
+    go_on.set()
+    page.wait_for_selector("text=changed meanwhile: press Protect all again")
+    assert "protected" not in page.locator("#batch-table").inner_text()
 
 
 def test_a_tall_photo_fits_the_window_and_clicks_land_where_they_are(open_page, tmp_path):

@@ -271,8 +271,10 @@ def test_a_mask_of_another_size_is_named(client, photo_file, tmp_path):
     assert "small.png: this mask has 10 x 10 pixels" in message
 
 
-def test_a_file_above_the_limit_is_not_taken(url):
-    answer = httpx.post(f"{url}/gradio_api/upload", files={"files": ("big.png", bytes(2**20 + 1))})
+def test_a_file_above_the_limit_is_refused_by_name_and_one_above_that_of_a_batch_not_taken(client, url, tmp_path):
+    (tmp_path / "big.png").write_bytes(bytes(2**20 + 1))
+    assert "big.png: 1 MB, and at most 1 MB are accepted" in refused(client, image=handle_file(tmp_path / "big.png"))
+    answer = httpx.post(f"{url}/gradio_api/upload", files={"files": ("huge.png", bytes(2**21 + 1))})
     assert answer.status_code == 413
 
 

@@ -6,6 +6,7 @@ import pickle
 import shlex
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from unseg_hf import ImageFileError, Protector, default_checkpoint
 from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import NO_CARD, read_card, results
 from unseg_hf.demo.pictures import DETAIL, detail_window, marked, web_treatments
-from unseg_hf.demo.session import VIEW_SIDE, Limits, Marks, Workbench, file_stem, report_rows
+from unseg_hf.demo.session import VIEW_SIDE, Limits, Marks, Workbench, file_stem, percent, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.demo.texts import found, typed_marks
 from unseg_hf.inputs import Prompt
@@ -107,6 +108,9 @@ def test_undo_takes_back_one_thing_and_clear_all():
     assert marks.undone().undone() == Marks("boxes")
     assert Marks("boxes").undone() == Marks("boxes")
     assert marks.cleared() == Marks("boxes")
+    # What is marked in another way stays.
+    other = replace(marks, way="objects")
+    assert other.cleared() == other.undone() == other
     assert Marks("points", points=((1, 1, 1), (2, 2, 1))).undone().points == ((1, 1, 1),)
 
 
@@ -233,11 +237,27 @@ def _corner(height, width):
     return mask
 
 
-def test_the_report_names_the_bound_and_leaves_out_what_is_not_there(bench, coffee):
+def _deep(folder):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (40, 50), dtype=np.uint16)
+    Image.fromarray(pixels).save(folder / "deep.png")
+    return folder / "deep.png"
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0, "0%"), (0.001, "under 1%"), (0.4, "40%"), (0.999, "over 99%"), (1, "100%")]
+)
+def test_a_little_is_not_nothing(share, words):
+    assert percent(share) == words
+
+
+def test_the_report_names_the_bound_and_leaves_out_what_is_not_there(bench, coffee, tmp_path):
     part = bench.protect(coffee, Prompt(boxes=[[0, 0, 100, 100]]), 12)
     rows = dict(report_rows(part, part.report))
     assert "bound: 12" in rows["Largest change where protected"]
     assert "bound: 3" in rows["Largest change elsewhere"]
+    deep = bench.open(_deep(tmp_path), "deep.png")
+    protected = bench.protect(deep, Prompt(whole_image=True), 2.5)
+    assert "(bound: 2.498)" in dict(report_rows(protected, protected.report))["Largest change where protected"]
     everything = bench.protect(coffee, Prompt(whole_image=True))
     assert "Largest change elsewhere" not in dict(report_rows(everything, everything.report))
 
@@ -253,6 +273,11 @@ def test_the_report_names_the_bound_and_leaves_out_what_is_not_there(bench, coff
         ("x" * 300 + ".png", "x" * 60),
         ("<b>.png", "b"),
         ("写真.jpg", "写真"),
+        (
+            "\N{DEVANAGARI LETTER PHA}\N{DEVANAGARI VOWEL SIGN O}.jpg",
+            "\N{DEVANAGARI LETTER PHA}\N{DEVANAGARI VOWEL SIGN O}",
+        ),
+        ("Cafe\N{COMBINING ACUTE ACCENT}.jpg", "Caf\N{LATIN SMALL LETTER E WITH ACUTE}"),
     ],
 )
 def test_file_names_are_harmless(name, stem):
@@ -301,6 +326,8 @@ def test_a_batch_above_a_limit_or_without_a_good_photo_leaves_no_zip(bench, tmp_
     with pytest.raises(ValueError, match="at most 2 MB at once"):
         protect_to_zip(bench, [(tmp_path / "large.png", "large.png")], tmp_path / "out.zip", Prompt())
     assert protect_to_zip(bench, [bad], tmp_path / "out.zip", Prompt())[0]["status"] == "failed"
+    (gone,) = protect_to_zip(bench, [(tmp_path / "gone.png", "gone.png")], tmp_path / "out.zip", Prompt())
+    assert "gone.png: it was forgotten after a while" in gone["error"]
     assert not (tmp_path / "out.zip").exists()
 
 

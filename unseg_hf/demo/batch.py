@@ -41,7 +41,7 @@ def protect_to_zip(
         ValueError: more photos, or more bytes, than the limits allow.
     """
     limits = workbench.limits
-    size = sum(path.stat().st_size for path, _ in uploads)
+    size = sum(path.stat().st_size for path, _ in uploads if path.is_file())  # of others their own errors say more
     if len(uploads) > limits.photos:
         raise ValueError(f"{len(uploads)} photos: at most {limits.photos} at once; the command line takes folders")
     if size > limits.batch_bytes:

@@ -108,6 +108,16 @@ class FileUpload(_LocalFile, gr.File):
         return [_upload(file) for file in files] if self.file_count == "multiple" else _upload(files[0])
 
 
+class Epsilon(gr.Slider):
+    """A slider whose number may be typed: what is out of its range, which the page mends later, becomes its end."""
+
+    def get_block_name(self) -> str:
+        return "slider"
+
+    def preprocess(self, payload: float | None) -> float:
+        return min(max(self.minimum if payload is None else payload, self.minimum), self.maximum)
+
+
 class BrushedMask(_NoLinks, gr.ImageEditor):
     """A picture to brush on; gives the brushed part as `(height, width)` bool, or None where nothing was brushed."""
 

@@ -24,7 +24,7 @@ from unseg_hf.demo import texts
 from unseg_hf.demo.api import add_api
 from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import read_card, results
-from unseg_hf.demo.components import BrushedMask, FileUpload, PhotoUpload, Upload
+from unseg_hf.demo.components import BrushedMask, Epsilon, FileUpload, PhotoUpload, Upload
 from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
 from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
@@ -96,7 +96,7 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
         fill_width=True,
         delete_cache=(max(1, limits.kept_seconds // 6), limits.kept_seconds),
     ) as page:
-        gr.Markdown(texts.HEAD)
+        gr.Markdown(texts.HEAD.format(minutes=max(1, limits.kept_seconds // 60)))
         with gr.Tab("One photo"):
             _one_photo(bench, examples, job)
         with gr.Tab("Several photos"):
@@ -113,7 +113,7 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
 
 def _strength(bench: Workbench) -> gr.Slider:
     presets = gr.Radio(list(PRESETS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
-    epsilon = gr.Slider(0, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
+    epsilon = Epsilon(0.5, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
     # In the browser: whoever presses Protect at once means the strength that they have just chosen.
     presets.input(None, presets, epsilon, js=f"preset => ({json.dumps(PRESETS)})[preset]", **QUIET)
     epsilon.change(_preset, epsilon, presets, **QUIET)
@@ -230,13 +230,16 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                     )
                     gr.Markdown(texts.COMMAND)
 
-    shown = [session, view, brush, hint, label, mask_file, typing, undo, result]
+    shown = [session, view, brush, hint, label, mask_file, typing, undo, clear, result]
+    as_it_is = [gr.skip()] * len(shown)
     results_of = [result, slider, download, mask_download, report, command, noise, *web]
 
     def needed(key: str | None) -> Session:
         current = sessions.find(key)
         if current is None:
-            raise ValueError("no photo here: upload one (photos are forgotten after a while)")
+            raise ValueError(
+                "no photo here, or it was forgotten after a while: remove what is there with its cross, and upload it"
+            )
         return current
 
     def refreshed(key: str, current: Session, view_only: bool = False) -> list[Any]:
@@ -257,8 +260,17 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             gr.skip() if view_only else gr.update(visible=marks.way == "brush"),
             gr.update(visible=marks.way in ("points", "boxes")),
             gr.update(visible=marks.way in ("points", "boxes")),
+            gr.update(visible=marks.way in ("points", "boxes", "brush")),
             gr.update(visible=False),
         ]
+
+    def remarked(key: str, current: Session, marks: Marks) -> list[Any]:
+        """Values for `shown`; a result stays where no mark was changed."""
+        if marks == current.marks:
+            return as_it_is
+        if max(len(marks.points), len(marks.boxes)) > limits.marks:
+            raise ValueError(f"at most {limits.marks} points or boxes on a photo")
+        return refreshed(key, replace(current, marks=marks), view_only=True)
 
     def background(key: str | None):
         """The photo to brush on; the editor takes it only once it is on the page."""
@@ -300,7 +312,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     def click(key: str | None, point_label: int, event: gr.SelectData):
         current = needed(key)
         x, y = current.photo.from_view(*event.index)
-        return refreshed(key, _with(current, current.marks.clicked(x, y, point_label), limits.marks), view_only=True)
+        return remarked(key, current, current.marks.clicked(x, y, point_label))
 
     @failures_in_one_line
     def type_in(key: str | None, text: str, point_label: int):
@@ -311,26 +323,25 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             Prompt(points=[marks.points[-1][:2]]).check_inside(*size)
         elif marks.boxes:
             Prompt(boxes=marks.boxes).check_inside(*size)
-        return ["", *refreshed(key, _with(current, marks, limits.marks), view_only=True)]
+        return ["", *remarked(key, current, marks)]
 
     @failures_in_one_line
     def use_mask_file(key: str | None, uploaded: Upload | None):
         current = needed(key)
-        drawn = problem = None
         try:
             drawn = None if uploaded is None else bench.read_mask(uploaded.path, uploaded.name, current.photo)
         except ValueError as error:
-            problem = one_line(error)
-            gr.Warning(problem)
-        values = refreshed(key, replace(current, marks=replace(current.marks, drawn=drawn)))
-        if problem is not None:
-            values[shown.index(hint)], values[shown.index(mask_file)] = _status(problem), gr.update(value=None)
-        return values
+            # What was brushed, or in a file before, stays.
+            gr.Warning(one_line(error))
+            values = list(as_it_is)
+            values[shown.index(hint)], values[shown.index(mask_file)] = _status(one_line(error)), gr.update(value=None)
+            return values
+        return refreshed(key, replace(current, marks=replace(current.marks, drawn=drawn)))
 
     @failures_in_one_line
     def take_back(key: str | None):
         current = needed(key)
-        return refreshed(key, replace(current, marks=current.marks.undone()), view_only=True)
+        return remarked(key, current, current.marks.undone())
 
     @failures_in_one_line
     def clear_marks(key: str | None):
@@ -433,7 +444,8 @@ def _web_image(title: str) -> gr.Image:
 
 def _several_photos(bench: Workbench, job: dict) -> None:
     limits = bench.limits
-    gr.Markdown(texts.BATCH.format(photos=limits.photos, mb=limits.batch_bytes // 2**20))
+    megabytes = {"mb": limits.batch_bytes // 2**20, "file_mb": limits.file_bytes // 2**20}
+    gr.Markdown(texts.BATCH.format(photos=limits.photos, **megabytes))
     with gr.Row():
         with gr.Column(min_width=320):
             uploads = FileUpload(
@@ -451,6 +463,7 @@ def _several_photos(bench: Workbench, job: dict) -> None:
         with gr.Column(min_width=320):
             archive = gr.File(label="Zip of the protected PNG files", interactive=False, elem_id="batch-zip")
             table = gr.Markdown(elem_id="batch-table")
+    made = gr.State(None, time_to_live=limits.kept_seconds)
 
     @failures_in_one_line
     def protect_all(files: list[Upload], chosen: str, level: float, exif: bool, progress=gr.Progress()):  # noqa: B008
@@ -461,25 +474,35 @@ def _several_photos(bench: Workbench, job: dict) -> None:
             target = folder / "protected.zip"
             entries = protect_to_zip(
                 bench,
-                [(file.path, file.name) for file in files],
+                [(file.path, file.original) for file in files],
                 target,
                 prompt,
                 level,
                 exif,
                 lambda done, count, name: progress((done, count), desc=name, unit="photos"),
             )
-        return str(target) if target.exists() else None, texts.batch_table(entries)
+        return target, texts.batch_table(entries), (files, chosen, level, exif)
+
+    @failures_in_one_line
+    def show_made(zipped: tuple, *settings: Any):
+        target, words, asked_for = zipped
+        if asked_for != settings:
+            shutil.rmtree(target.parent)
+            raise ValueError("photos or a setting were changed meanwhile: press Protect all again")
+        return str(target) if target.exists() else None, words, None
 
     # A zip stands only beside the photos and settings that gave it.
+    settings = [uploads, what, epsilon, keep_exif]
     changed = [uploads.change, what.input, epsilon.change, keep_exif.input]
     gr.on(changed, lambda: (None, None), None, [archive, table], **QUIET)
-    start.click(protect_all, [uploads, what, epsilon, keep_exif], [archive, table], **job)
-
-
-def _with(session: Session, marks: Marks, most: int) -> Session:
-    if max(len(marks.points), len(marks.boxes)) > most:
-        raise ValueError(f"at most {most} points or boxes on a photo")
-    return replace(session, marks=marks)
+    start.click(protect_all, settings, made, **job, show_progress_on=[archive, table]).success(
+        # In the queue: elsewhere errors reach nobody.
+        show_made,
+        [made, *settings],
+        [archive, table, made],
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def _with_strokes(photo: Photo, marks: Marks, brushed: np.ndarray | None) -> Marks:

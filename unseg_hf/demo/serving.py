@@ -22,6 +22,7 @@ CSS = """
 #view img {max-height: 80vh}
 #card table, #batch-table table {display: block; overflow-x: auto}
 #card th, #card td, #batch-table th, #batch-table td {overflow-wrap: normal; word-break: normal; padding: 6px}
+#batch-table td:first-child {overflow-wrap: anywhere; min-width: 8em}
 """
 
 
@@ -124,7 +125,8 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
     return {
         "theme": theme,
         "css": CSS,
-        "max_file_size": limits.file_bytes,
+        # Not that of one file: of several the page would then take none, and say less.
+        "max_file_size": limits.batch_bytes,
         "state_session_capacity": limits.visitors,
         "allowed_paths": [],
         "show_error": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,10 +90,12 @@ class Marks:
             return replace(self, points=self.points[:-1])
         if self.way == "boxes" and self.corner is not None:
             return replace(self, corner=None)
-        return replace(self, boxes=self.boxes[:-1]) if self.way == "boxes" else replace(self, drawn=None)
+        return replace(self, boxes=self.boxes[:-1]) if self.way == "boxes" else self
 
     def cleared(self) -> Marks:
-        return Marks(way=self.way)
+        """Without those of the way that counts."""
+        own = {"points": {"points": ()}, "boxes": {"boxes": (), "corner": None}, "brush": {"drawn": None}}
+        return replace(self, **own.get(self.way, {}))
 
     def prompt(self) -> Prompt | None:
         """What `Protector` is asked for; None while nothing is marked."""
@@ -266,6 +269,8 @@ class Workbench:
 
     def _file(self, path: str | Path, name: str) -> io.BytesIO:
         """The bytes of an upload, under the name that its user knows."""
+        if not Path(path).is_file():
+            raise ImageFileError(f"{name}: it was forgotten after a while; upload it again")
         size = Path(path).stat().st_size
         if size > self.limits.file_bytes:
             raise ImageFileError(
@@ -293,18 +298,31 @@ def _moved(embeddings: UnSegImageEmbeddings, device: torch.device) -> UnSegImage
 def file_stem(name: str) -> str:
     """A file name without folder, suffix and anything that a shell or file system could take amiss."""
     last = re.split(r"[\\/]", name)[-1]
-    return re.sub(r"[^\w.-]+", "_", Path(last).stem).strip("._-")[:60] or "photo"
+    stem = unicodedata.normalize("NFC", Path(last).stem)
+    # Letters, numbers and what is written on or between them: vowels in Hindi or Thai are no letters to `\w`.
+    kept = (c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in stem)
+    return re.sub(" +", "_", "".join(kept)).strip("._-")[:60] or "photo"
+
+
+def percent(share: float) -> str:
+    """A share in words that a little is not nothing in, and nearly all not all."""
+    if 0 < share < 0.005:
+        return "under 1%"
+    return "over 99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
 def report_rows(protected: Protected, report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report of a protected photo in words, as (what, figure)."""
-    inside, outside = whole_levels(255, protected.epsilon, protected.epsilon_background)
+    top = protected.original.max_value
+    inside, outside = (
+        level * 255 / top for level in whole_levels(top, protected.epsilon, protected.epsilon_background)
+    )
     psnr = "no difference" if report["psnr"] is None else f"{report['psnr']:.1f} dB (higher is closer to the original)"
-    elsewhere = ("Largest change elsewhere", f"{report['max_noise_background']:g} of 255 (bound: {outside})")
+    elsewhere = ("Largest change elsewhere", f"{report['max_noise_background']:.4g} of 255 (bound: {outside:.4g})")
     return [
-        ("Largest change where protected", f"{report['max_noise']:g} of 255 grey levels (bound: {inside})"),
+        ("Largest change where protected", f"{report['max_noise']:.4g} of 255 grey levels (bound: {inside:.4g})"),
         *([] if protected.region.all() else [elsewhere]),
-        ("Protected part", f"{report['protected_share']:.0%} of the photo"),
+        ("Protected part", f"{percent(report['protected_share'])} of the photo"),
         ("PSNR", psnr),
         ("SSIM", f"{report['ssim']:.4f} (1 is the original)"),
         ("Size", f"{report['width']} x {report['height']} pixels"),

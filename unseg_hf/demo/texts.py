@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from unseg_hf.demo.session import Marks
+from unseg_hf.demo.session import Marks, percent
 
 HEAD = """# Protect a photo
-Adds noise of a few grey levels that spoils segmentation models which are trained on the photo."""
+Adds noise of a few grey levels that spoils segmentation models which are trained on the photo. The photo and what is
+made of it are deleted after {minutes} minutes."""
 
 ABOUT = """## What this is
 The noise generator of UnSeg ([arXiv 2410.09909](https://arxiv.org/abs/2410.09909), NeurIPS 2024) in the package
@@ -71,10 +72,10 @@ COMMAND = (
     "keeps EXIF."
 )
 BATCH = (
-    "Up to {photos} photos and {mb} MB at once. Each is protected by itself and comes back as a PNG in a zip, with a "
-    "report; one that cannot be read does not stop the others. The report says how much of each photo was taken for "
-    "an object; where that is wrong, mark it, one photo at a time, or use `unseg protect` with masks or boxes. Noise "
-    "all over a photo hardly protects it."
+    "Up to {photos} photos and {mb} MB at once, each at most {file_mb} MB. Each is protected by itself and comes back "
+    "as a PNG in a zip, with a report; one that cannot be read does not stop the others. The report says how much of "
+    "each photo was taken for an object; where that is wrong, mark it, one photo at a time, or use `unseg protect` "
+    "with masks or boxes. Noise all over a photo hardly protects it."
 )
 
 
@@ -89,10 +90,12 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
         return f"{text[0].upper()}{text[1:]}.{advice}"
     if not masks or marks.way == "whole":
         return HINTS[marks.way]
-    share = np.logical_or.reduce(masks).mean()
+    share = float(np.logical_or.reduce(masks).mean())
+    if not share:
+        return "The mask is empty: nothing would be protected."
     count = f"{len(masks)} objects" if len(masks) > 1 else "1 object"
     advice = {"brush": " Clear it to brush anew.", "objects": " Not right? Draw boxes or brush."}
-    return f"{count}, {share:.0%} of the photo.{advice.get(marks.way, '')}"
+    return f"{count}, {percent(share)} of the photo.{advice.get(marks.way, '')}"
 
 
 def typed_marks(text: str, marks: Marks, label: int) -> Marks:
@@ -137,7 +140,9 @@ def batch_table(entries: Sequence[dict[str, Any]]) -> str:
         else:
             figures = entry["report"]
             psnr = "no difference" if figures["psnr"] is None else f"{figures['psnr']:.1f} dB"
-            figure = f"largest change {figures['max_noise']:g}; PSNR {psnr}; noise on {figures['protected_share']:.0%}"
+            figure = (
+                f"largest change {figures['max_noise']:g}; PSNR {psnr}; noise on {percent(figures['protected_share'])}"
+            )
             result = "; ".join([figure, *figures["notes"]])
         lines.append(f"| {_cell(entry['input'])} | {_cell(result)} |")
     done = sum(entry["status"] == "protected" for entry in entries)
