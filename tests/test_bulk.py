@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Array2D, Array3D, Dataset, Features, Value, load_dataset
+from datasets import Array2D, Array3D, Dataset, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -445,7 +445,7 @@ def test_other_settings_are_refused_by_name(place, saved_generator):
     with pytest.raises(ValueError, match=r"begun with output.on_error 'mark' and not 'drop', protection.epsilon 0.03"):
         run(source, saved_generator, epsilon=0.01, on_error="drop")
     (place / "in/new.png").write_bytes(encoded(photo(3)))
-    with pytest.raises(ValueError, match=r"begun with .*source.listing"):
+    with pytest.raises(ValueError, match=r"begun with other images or masks"):
         run(source, saved_generator)
     assert files("out") == before
     Path("full").mkdir()
@@ -462,7 +462,7 @@ def test_a_run_does_not_go_on_with_images_or_masks_that_were_changed(place, save
     assert line["mask_sha256"] == hashlib.sha256(Path("masks/p1.png").read_bytes()).hexdigest()
     data = Path(changed).read_bytes()
     Path(changed).write_bytes(data[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"begun with source.sizes_and_times"):
+    with pytest.raises(ValueError, match=r"begun with other images or masks"):
         run(source, saved_generator)
 
 
@@ -786,6 +786,10 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
         (["in"], {"shard_size": 0}, "shard_size=0"),
         (["images"], {"mask_column": "mask"}, "--mask_column mask is for tables and tars"),
+        (["images"], {"split": "test"}, "--split test is for data sets with splits"),
+        (["in"], {"revision": "v1"}, "--revision v1 is for the Hub"),
+        (["in"], {"split": "test"}, "--split test: no parquet file is named so"),
+        (["hub"], {}, "several splits, test, train: name one with --split"),
     ],
 )
 def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, options, message):
@@ -797,8 +801,102 @@ def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, opt
     Path("loud").mkdir()
     shutil.copy("images/a.png", "loud/A.PNG")
     shutil.copy("in/a.parquet", "loud/A.PARQUET")
+    Path("hub").mkdir()
+    for split in ("train", "test"):
+        shutil.copy("in/a.parquet", f"hub/{split}-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=message):
         open_source(inputs, Path("out"), **options)
+
+
+def test_a_split_of_parquet_files_is_the_one_that_was_asked_for(place, saved_generator):
+    write_parquet(place)
+    for split, file in (("train", "a"), ("test", "b")):
+        Path(f"in/{file}.parquet").rename(f"in/{split}-00000-of-00001.parquet")
+    run({"inputs": ["in"], "mask_column": "mask", "split": "test"}, saved_generator)
+    assert {line["source"].partition("#")[0] for line in lines()} == {"test-00000-of-00001.parquet"}
+    assert cli.main(["verify", "out", "--originals", "in"]) == 0
+
+
+def test_links_to_folders_of_tars_are_entered_and_links_in_tars_are_named(place, saved_generator):
+    source = write_tars(place)
+    Path("in").rename("elsewhere")
+    Path("in").mkdir()
+    Path("in/linked").symlink_to(place / "elsewhere")
+    with tarfile.open("in/links.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.SYMTYPE), ("b.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "elsewhere.png"
+            tar.addfile(info)
+    run(source | {"inputs": ["in"]}, saved_generator)
+    failed = [line for line in lines() if "is a link; write the tar with --dereference" in line.get("error", "")]
+    assert [line["source"] for line in failed] == ["links.tar/a", "links.tar/b"]
+    assert sum(line["status"] == "protected" for line in lines()) == GOOD
+
+
+def test_what_was_protected_is_not_protected_again(place, saved_generator):
+    run(write_images(place), saved_generator, kind="folder")
+    for inputs in ("out", "out/data"):
+        with pytest.raises(ValueError, match="is protected already"):
+            open_source([inputs], Path("again"))
+
+
+def test_an_empty_list_of_masks_is_an_image_without_objects(place, saved_generator):
+    image = {"bytes": encoded(photo(0)), "path": None}
+    Dataset.from_dict(
+        {"image": [image, image], "mask": [[], [{"bytes": encoded(mask(0)), "path": None}]]},
+        features=Features({"image": ImageFeature(), "mask": List(ImageFeature())}),
+    ).to_parquet(place / "some.parquet")
+    run({"inputs": ["some.parquet"], "mask_column": "mask"}, saved_generator, epsilon=0.01)
+    empty, full = lines()
+    assert (empty["status"], full["status"]) == ("protected", "protected")
+    assert empty["max_noise"] == 0 < full["max_noise"]
+    assert "the mask is empty" in " ".join(empty["notes"])
+
+
+def test_verify_misses_a_mask(place, saved_generator, capsys):
+    run(write_images(place), saved_generator)
+    Path("masks/p1.png").unlink()
+    Path("masks/new").touch()
+    assert cli.main(["verify", "out", "--originals", "in", "--masks", "masks"]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "its mask is missing" in line]
+    assert "out-" not in said
+
+
+def test_an_image_that_cannot_be_written_costs_its_record_alone(place, saved_generator):
+    for path in ("in/sub.jpg", "in/sub.png/q.png"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(encoded(photo(0)))
+    opened = open_source(["in"], Path("out"))
+    protect_dataset(opened, Path("out"), "folder", ProtectImages(str(saved_generator), whole_image=True))
+    (failed,) = [line for line in lines() if line["status"] == "failed"]
+    assert "a folder of another image has its name" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kind": "zip"}, ValueError, "kind='zip': must be one of parquet, folder, tars"),
+        ({"on_error": "keep"}, ValueError, "on_error='keep': must be one of mark, drop, raise"),
+        ({"output": "a file"}, FileExistsError, "a file is a file: name a folder"),
+    ],
+)
+def test_a_run_that_makes_no_sense_begins_no_output(options, error, message, place, saved_generator):
+    source = write_images(place)
+    Path("a file").touch()
+    with pytest.raises(error, match=message):
+        run(source, saved_generator, **options)
+    assert not Path("out").exists()
+    with pytest.raises(ValueError, match=r"--output y\.png: name a folder"):
+        open_source(["in/p0.png"], Path("y.png"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "a"), ("RANK", "5"), ("WORLD_SIZE", "0")])
+def test_ranks_that_make_no_sense_are_refused(name, value, place, saved_generator, script, monkeypatch, capsys):
+    write_images(place)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    assert script("in", "--output", "out", "--whole_image", "--model", saved_generator) == 2
+    assert f"{name}={value}" in capsys.readouterr().err
 
 
 def test_columns_without_a_note_of_datasets_and_of_plain_bytes_are_read(place, saved_generator):

@@ -111,10 +111,41 @@ def test_boxes_in_a_column_are_the_protectors_boxes(dataset, saved_generator):
         expected = protector.protect(rows()["image"][index]["bytes"], boxes=boxes[index]).image
         np.testing.assert_array_equal(np.asarray(mapped[index]["image"]), np.asarray(expected))
     errors = mapped["protection_error"][:]
-    assert errors[:2] == ["", ""]
-    assert all("there is no box" in error for error in errors[2:4])
+    assert errors[:3] == ["", "", ""]
+    np.testing.assert_array_equal(
+        np.asarray(mapped[2]["image"]),
+        np.asarray(protector.protect(rows()["image"][2]["bytes"], mask=np.zeros((40, 40))).image),
+    )
+    assert "the boxes are missing" in errors[3]
     assert "lies outside the image" in errors[4]
-    assert stored(mapped)[2:] == [None] * 3
+    assert stored(mapped)[3:] == [None] * 2
+
+
+def test_shares_of_an_image_are_no_boxes(dataset, saved_generator):
+    protect = ProtectImages(str(saved_generator), box_column="boxes")
+    with pytest.raises(RecordError, match=r"column 'image' \(0\.jpg\): .*multiply shares of the image's sides by 64"):
+        dataset.add_column("boxes", [[[0.1, 0.2, 0.8, 0.9]]] * 5).map(protect, batched=True)
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch"])
+def test_formatted_rows_are_refused(format, dataset, saved_generator):
+    protect = ProtectImages(str(saved_generator), mask_column="mask")
+    with pytest.raises(ValueError, match="leave with_format out"):
+        dataset.with_format(format).map(protect, batched=True, features=dataset.features)
+
+
+def test_masks_that_are_no_images_are_named_by_what_they_have(dataset, saved_generator):
+    protect = ProtectImages(str(saved_generator), mask_column="code")
+    code = [{"size": [48, 64], "counts": "abc"}] * 5
+    with pytest.raises(RecordError, match=r"the mask has '\w+', '\w+', and no bytes or path"):
+        dataset.add_column("code", code).map(protect, batched=True)
+
+
+def test_a_stream_without_known_columns_is_refused_and_features_are_those_of_images(saved_generator):
+    protect = ProtectImages(str(saved_generator))
+    with pytest.raises(ValueError, match="give it features="):
+        protect.features(None)
+    assert protect.features(Features({"image": Image(decode=False)})) == Features({"image": Image()})
 
 
 def test_a_file_that_happens_to_have_the_images_name_is_not_stored_in_its_place(dataset, saved_generator, tmp_path):

@@ -1,4 +1,4 @@
-"""The contracts of DESIGN: the bound on saved files, grey stays grey, one result whatever the way in."""
+"""The contracts: the bound on saved files, grey stays grey, one result whatever the way in."""
 
 import io
 import shutil
@@ -107,8 +107,11 @@ def test_saved_files_keep_the_bound_in_every_mode(
 def test_an_image_that_stays_as_it_was_is_said_to_be(loud_protector):
     said = "no pixel was changed"
     assert said in loud_protector.protect(photo(), whole_image=True, epsilon=0.3 / 255).notes[-1]
-    for changed in ({"epsilon": 8 / 255}, {"epsilon": 0}):
-        assert not any(said in note for note in loud_protector.protect(photo(), mask=box_mask(), **changed).notes)
+    assert said in loud_protector.protect(photo(), mask=box_mask(), epsilon=0).notes[-1]
+    assert not any(said in note for note in loud_protector.protect(photo(), mask=box_mask(), epsilon=8 / 255).notes)
+    nothing = loud_protector.protect(photo(), masks=[], epsilon=8 / 255, epsilon_background=0)
+    assert nothing.unchanged
+    assert nothing.notes == ("the mask is empty: nothing is protected",)
 
 
 @pytest.mark.parametrize(("height", "width"), [(3000, 5000), (1, 5000), (5000, 1), (1, 1)])
@@ -585,7 +588,6 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
         ({"mask": np.ones((3, 4))}, r"mask of shape \(3, 4\).*\(60, 80\)"),
         ({"mask": np.full((60, 80), np.nan)}, "finite"),
         ({"mask": box_mask(), "boxes": [[0, 0, 1, 1]]}, "one kind of prompt"),
-        ({"masks": []}, "masks is empty"),
         ({"masks": [box_mask()], "classes": [1, 2]}, r"classes=\[1, 2\] for 1 masks"),
         ({"masks": [box_mask()], "classes": [0.5]}, "a whole number for each"),
         ({"mask": box_mask(), "classes": [1]}, "for 0 masks: pass `masks`"),
@@ -593,6 +595,7 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
         ({"boxes": [5, 5, 30, 30]}, "4 finite numbers"),
         ({"boxes": [[0, 0, float("nan"), 9]]}, "finite"),
         ({"boxes": [[40, 50, 10, 20]]}, "x0 < x1"),
+        ({"boxes": [[0.1, 0.2, 0.5, 1.0]]}, "multiply shares of the image's sides by 80 and 60"),
         ({"boxes": [[90, 0, 99, 9]]}, r"outside the image of 80 x 60"),
         ({"points": [[1e6, -300]]}, "outside the image"),
         ({"points": [[1, 2]], "point_labels": [7]}, r"point_labels=\[7\]"),

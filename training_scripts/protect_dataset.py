@@ -18,6 +18,7 @@ The same command goes on where a killed run stopped. docs/datasets.md has the re
 """
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="Elsewhere, with --epsilon (default: as much smaller as the model's is).",
     )
-    add("--split", default="train", help="Of a data set on disk or on the Hub.")
+    add("--split", help="Of a data set on disk or the Hub (default: train), or of parquet files named as there.")
     add("--name", help="Configuration of a data set of the Hub.")
     add("--revision", help="Of a data set of the Hub.")
     add("--shard_size", type=int, default=500, help="Images in a shard: what a killed process loses at most.")
@@ -83,14 +84,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # RuntimeError: a GPU that fails, or the Hub. ImportError: an extra that is not installed.
-        print(f"protect_dataset.py: {' '.join(str(error).split())}", file=sys.stderr)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"; make room for {options.output}, and the same command goes on" if full else ""
+        print(f"protect_dataset.py: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 2
 
 
 def run(options: argparse.Namespace) -> int:
     job, jobs = parse_shard(options.shard)
     # As torchrun and accelerate set them; nothing is sent between the processes, so none waits for another.
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world, local = (
+        _number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment: ranks are from 0 to {world - 1}")
     if options.push_to_hub and jobs > 1:
         raise ValueError(
             f"--push_to_hub with --shard {options.shard}: run once more without --shard when all jobs are done; what "
@@ -154,13 +161,13 @@ def run(options: argparse.Namespace) -> int:
         protect,
         on_error=options.on_error,
         process=(job * world + rank, jobs * world),
-        rank=int(os.environ.get("LOCAL_RANK", 0)),
+        rank=local,
         report=say if speaks else None,
     )
     if dataset_id and speaks:
         summary = wait_for_others(options.output, len(source.shards), say)
     protected = summary.records - summary.failed - summary.unchanged
-    if summary.complete and summary.records and not protected:
+    if summary.complete and not protected:
         say(f"{options.output}: not one of {summary.records} images could be protected; manifest/ says why")
         return 1
     if summary.complete and (unprotected := unprotected_images(options.output, summary)):
@@ -183,6 +190,14 @@ def run(options: argparse.Namespace) -> int:
         )
     # Some records that failed are no error here: a launcher would stop the other processes.
     return 0
+
+
+def _number(name: str, default: int) -> int:
+    """A whole number in the environment."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(f"{name}={value} in the environment: must be a whole number")
+    return int(value)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

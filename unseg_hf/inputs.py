@@ -25,7 +25,7 @@ class Prompt:
         mask: a mask image, numeric or boolean: PIL image, array or tensor `(height, width)`, or a file. Whole numbers
             are inside where they are not 0, floats where they are at least 0.5, JPEG files where they are at least
             128.
-        masks: several of those.
+        masks: several of those; none of them where nothing is to be protected.
         classes: number of the class of each of `masks`, for "per_segment".
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
@@ -95,7 +95,13 @@ class Prompt:
             )
 
     def check_inside(self, height: int, width: int) -> None:
-        """ValueError for a box that misses an image of this size, or a point outside it."""
+        """ValueError for a box that misses an image of this size, a point outside it, or boxes that are shares of its
+        sides and not pixels."""
+        if self.boxes and min(height, width) > 2 and all(0 <= number <= 1 for box in self.boxes for number in box):
+            raise ValueError(
+                f"boxes={self.boxes}: all are within one pixel; multiply shares of the image's sides by {width} and "
+                f"{height}"
+            )
         for x0, y0, x1, y1 in self.boxes or ():
             if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
                 raise ValueError(f"box {[x0, y0, x1, y1]} lies outside the image of {width} x {height} pixels")
@@ -179,7 +185,7 @@ def given_masks(
         return [read_region(prompt.mask, size)], None, ()
     if prompt.masks is not None:
         if not len(prompt.masks):
-            raise ValueError("masks is empty: pass at least one mask, or whole_image=True")
+            return [np.zeros(size, dtype=bool)], None, ()
         return [read_region(mask, size) for mask in prompt.masks], prompt.classes, ()
     if prompt.label_map is not None:
         labels = _labels(prompt.label_map, size)

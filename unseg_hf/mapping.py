@@ -48,7 +48,8 @@ class ProtectImages:
         image_column: column of images, of the feature `datasets.Image()`; they come back as PNG, without a path
             (`datasets` would prefer a file of that name, if there is one, to the bytes).
         mask_column: column of mask images, or of lists of them; without one, the generator looks for objects.
-        box_column: column of lists of boxes `[x0, y0, x1, y1]` around objects, in pixels, in place of masks.
+        box_column: column of lists of boxes `[x0, y0, x1, y1]` around objects, in pixels, in place of masks. An empty
+            list, of boxes or of masks, is an image without objects: nothing in it is protected.
         revision: of a Hub id.
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
         ignore_labels: labels that are no objects.
@@ -144,9 +145,11 @@ class ProtectImages:
         outcomes = self.outcomes(zip(images, masks, strict=True), rank)
         for index, (image, outcome) in enumerate(zip(images, outcomes, strict=True)):
             if outcome.error and self.on_error == "raise":
+                file = image.get("path") if isinstance(image, Mapping) else None
+                called = f" ({os.path.basename(file)})" if file else ""
                 raise RecordError(
-                    f"row {index} of the batch, column {self.image_column!r}: {outcome.error}; mend it, or pass "
-                    "on_error='mark', 'drop' or 'keep'"
+                    f"row {index} of the batch, column {self.image_column!r}{called}: {outcome.error}; mend it, or "
+                    "pass on_error='mark', 'drop' or 'keep'"
                 )
             errors.append(outcome.error)
             if outcome.png is not None:
@@ -165,15 +168,21 @@ class ProtectImages:
         return {name: [values[index] for index in kept] for name, values in (others | columns).items()}
 
     def features(self, features: Mapping[str, Any]) -> Any:
-        """`datasets.Features` of the result, of those before: an `IterableDataset` does not find them by itself."""
-        from datasets import Features, Value
+        """`datasets.Features` of the result, of those before: an `IterableDataset` does not find them by itself.
 
+        Raises:
+            ValueError: there are none, as of a stream whose columns nobody has named.
+        """
+        from datasets import Features, Image, Value
+
+        if features is None:
+            raise ValueError("this stream does not know its columns: give it features= where it is made")
         added = {
             f"protection_{name}": Value("string" if name == "notes" else "float64") for name in self.report_columns
         }
         if self.on_error in ("mark", "keep"):
             added[self.error_column] = Value("string")
-        return Features({**features, **added})
+        return Features({**features, self.image_column: Image(), **added})
 
     def outcomes(self, pairs: Iterable[tuple[Any, Any]], rank: int | None = None) -> Iterator[Outcome]:
         """Protect images with their masks, in order; what is wrong with one is its `error`.
@@ -218,9 +227,10 @@ class ProtectImages:
         """
         fields: dict[str, Any] = {"mode": self.mode, "tint": self.tint, "ignore_labels": self.ignore_labels}
         if self.box_column is not None:
-            if mask is None or not len(mask):
-                raise RecordError("there is no box; give one, or choose what happens to such records")
-            return Prompt(boxes=mask, **fields)
+            if mask is None:
+                raise RecordError("the boxes are missing; give them, or choose what happens to such records")
+            # As of a list of masks: an image without objects.
+            return Prompt(**{"boxes" if len(mask) else "masks": mask}, **fields)
         if self.mask_column is None:
             return Prompt(whole_image=self.whole_image, **fields)
         return stored_prompt(mask, self.label_maps, **fields)
@@ -283,6 +293,10 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
     if isinstance(batch, LazyBatch) and column in batch.keys_to_format:
         return batch.pa_table[column].to_pylist()
     values = None if isinstance(batch, LazyRow) else batch[column]
+    first = values[0] if isinstance(values, list) and values else None
+    if isinstance(values, np.ndarray | torch.Tensor) or isinstance(first, torch.Tensor):
+        # Its JPEG masks have been decoded, and what lies near 0 around their objects passes for object.
+        raise ValueError("ProtectImages takes rows as they are stored: leave with_format out")
     if isinstance(values, Mapping | str | bytes) or not hasattr(values, "__len__"):
         raise ValueError("ProtectImages takes batches of rows: pass batched=True to map")
     return list(values)
@@ -335,6 +349,11 @@ def stored_image(value: Any, what: str) -> Any:
         raise RecordError(f"{what} is missing")
     if not isinstance(value, Mapping):
         return value
+    if not value.keys() & {"bytes", "path"}:
+        raise RecordError(
+            f"{what} has {', '.join(map(repr, value))}, and no bytes or path; give images, or arrays of them "
+            "(pycocotools.mask.decode makes one of a run-length code)"
+        )
     data, path = value.get("bytes"), value.get("path")
     if data is not None:
         return data

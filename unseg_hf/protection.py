@@ -205,7 +205,8 @@ class Protector:
             kwargs: passed on to `UnSegModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
 
         Raises:
-            ValueError: a checkpoint without a trained noise head, a plain SAM for example, or neither folder nor id.
+            ValueError: a checkpoint without a trained noise head, a plain SAM for example, or without a processor, or
+                neither folder nor id.
         """
         checkpoint = default_checkpoint() if checkpoint is None else checkpoint
         check_model_name(checkpoint)
@@ -223,7 +224,14 @@ class Protector:
             model.encode_in_bf16()
         model = model if device is None else model.to(device)
         shared = {k: v for k, v in kwargs.items() if k in SHARED}
-        return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))
+        try:
+            processor = UnSegProcessor.from_pretrained(checkpoint, **shared)
+        except OSError as error:
+            raise ValueError(
+                f"{checkpoint} has no processor beside its model: save one there (processor.save_pretrained), or both "
+                "by pipeline(...).save_pretrained"
+            ) from error
+        return cls(model, processor)
 
     def record_encoder(self) -> None:
         """From now on images are encoded by a recording ([`RecordedEncoder`]): faster where many follow each other.
@@ -352,7 +360,7 @@ class Protector:
         protected = apply_noise(job.picture.pixels, decoded.noise, decoded.region, *budget, ceiling)
         largest = _check_bound(job.picture.pixels, protected, decoded.region, *budget)
         notes = decoded.notes
-        if budget[0] and decoded.region.any() and not largest:
+        if decoded.region.any() and not largest:
             notes = (*notes, "no pixel was changed: the image is too small, or its budget below one level")
         return Protected(
             original=job.picture,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..image_files import READ_SUFFIXES
 from ..image_tasks import is_json, plan
 from .records import Record, ShardPlan, listing_digest
 
@@ -29,6 +30,8 @@ class ImageFolder:
     def __init__(self, inputs: Sequence[Path], shard_size: int, masks: Path | None, output: Path):
         if is_json(masks):
             raise ValueError(f"--masks {masks}: this takes mask files; `unseg protect --masks` takes COCO's json")
+        if output.suffix.lower() in READ_SUFFIXES and not output.is_dir():
+            raise ValueError(f"--output {output}: name a folder")
         unreadable: list[str] = []
         self._tasks = plan(inputs, output, "png", masks, unreadable)
         if unreadable:

@@ -13,6 +13,7 @@ from typing import Any
 SETTINGS = "settings.json"
 FOLDER = "manifest"
 PARTIAL = ".partial"
+_OF_FILES = ("source.listing", "source.sizes_and_times", "output.shards")  # what the source's files decide
 SETTINGS_KEYS = {
     "source": ("kind", "image_column", "listing"),
     "output": ("kind", "shards", "on_error"),
@@ -74,6 +75,11 @@ def keep_settings(output: Path, settings: Mapping[str, Any], partial: Path) -> N
         write_in_place(json.dumps(settings, indent=2).encode() + b"\n", file, partial)
     there, wanted = (dict(_flat(values)) for values in (read_settings(output), json.loads(json.dumps(settings))))
     different = [key for key in sorted(there.keys() | wanted.keys()) if there.get(key) != wanted.get(key)]
+    if different and all(key in _OF_FILES for key in different):
+        raise SettingsError(
+            f"{output} was begun with other images or masks: files were added, removed, renamed or changed since; "
+            "choose another folder, or give the files back the times that they had"
+        )
     if different:
         said = ", ".join(f"{key} {there.get(key)!r} and not {wanted.get(key)!r}" for key in different)
         raise SettingsError(f"{output} was begun with {said}: go on with the same, or choose another folder")

@@ -1,16 +1,20 @@
 """Which kind of source a location is."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
-from glob import glob
+from glob import glob, iglob
 from pathlib import Path
 from typing import Any
 
 from ..image_files import READ_SUFFIXES
+from . import manifest
 from .records import Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet", re.IGNORECASE)
+_TREE_SETTINGS = "unseg-protected.json"  # of `unseg protect-dataset`, which needs packages that this does without
 
 
 def open_source(
@@ -21,7 +25,7 @@ def open_source(
     image_column: str | None = None,
     mask_column: str | None = None,
     drop_columns: Sequence[str] = (),
-    split: str = "train",
+    split: str | None = None,
     name: str | None = None,
     revision: str | None = None,
     shard_size: int = 500,
@@ -37,7 +41,8 @@ def open_source(
             of a sample.
         mask_column: the same of masks; in tars `json` reads SA-1B's annotations.
         drop_columns: columns, in tars suffixes, that the output does not get.
-        split: of a data set on disk or on the Hub.
+        split: of a data set on disk or on the Hub, `train` by default, or of parquet files that are named as those of
+            the Hub (`test-00000-of-00001.parquet`).
         name: configuration of a data set of the Hub.
         revision: of a data set of the Hub.
         shard_size: images in a shard; tars and files of streamed data sets are shards of their own.
@@ -52,11 +57,13 @@ def open_source(
 
     columns = (image_column or "image", mask_column, drop_columns)  # of tables
     found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
+    for path in found:
+        _refuse_protected(path)
     if len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         from .tables import SavedDataset
 
-        _refuse(masks=masks)
-        return SavedDataset(found[0], split, shard_size, *columns)
+        _refuse(masks=masks, name=name, revision=revision)
+        return SavedDataset(found[0], split or "train", shard_size, *columns)
     if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
@@ -69,21 +76,24 @@ def open_source(
     if parquet:
         from .tables import ParquetFiles
 
-        _refuse(masks=masks)
-        return ParquetFiles(parquet, shard_size, *columns)
+        _refuse(masks=masks, name=name, revision=revision)
+        source = ParquetFiles(_of_split(parquet, split), shard_size, *columns)
+        source.description |= {} if split is None else {"split": split}
+        return source
     if tars:
         from .tars import TarFiles
 
-        _refuse(masks=masks)
+        _refuse(masks=masks, split=split, name=name, revision=revision)
         return TarFiles(tars, image_column, mask_column, drop_columns)
     if all(path.exists() for path in found):
         _refuse(image_column=image_column, mask_column=mask_column, drop_columns=" ".join(drop_columns) or None)
+        _refuse(split=split, name=name, revision=revision)
         return ImageFolder(found, shard_size, masks, output)
     from .tables import StreamedDataset
 
     _refuse(masks=masks)
     options = {} if name is None else {"name": name}
-    return StreamedDataset(inputs[0], split, revision, *columns, **options)
+    return StreamedDataset(inputs[0], split or "train", revision, *columns, **options)
 
 
 def _matches(pattern: str) -> list[str]:
@@ -95,17 +105,37 @@ def _matches(pattern: str) -> list[str]:
 
 def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> list[Path]:
     """The files with one of these suffixes, those in folders included, sorted; none that the output holds."""
-    files = []
+    files: list[Path] = []
     for path in found:
-        inside = path.rglob("*") if path.is_dir() else [path]
+        # Unlike pathlib's, it enters folders that are links.
+        inside = [path / below for below in iglob("**", root_dir=path, recursive=True)] if path.is_dir() else [path]
         files += sorted(p for p in inside if p.name.lower().endswith(suffixes) and p.is_file() and p.name[0] != ".")
     if twice := [path for path, count in Counter(map(os.path.abspath, files)).items() if count > 1]:
         raise ValueError(f"{os.path.relpath(twice[0])}: this file is named twice; name it once")
     return [path for path in files if output.resolve() not in path.resolve().parents]
 
 
+def _of_split(files: Sequence[Path], split: str | None) -> Sequence[Path]:
+    """Those of a split, where file names say it as the Hub's do."""
+    splits = {path: match[1] for path in files if (match := _SPLIT.fullmatch(path.name))}
+    there = sorted(set(splits.values()))
+    if split is None and len(there) > 1:
+        raise ValueError(f"the parquet files are those of several splits, {', '.join(there)}: name one with --split")
+    if split is not None and split not in there:
+        raise ValueError(f"--split {split}: no parquet file is named so ({split}-00000-of-00001.parquet)")
+    return files if split is None else [path for path, own in splits.items() if own == split]
+
+
+def _refuse_protected(path: Path) -> None:
+    """ValueError for what was protected before: its noise would come on top of what is there, beyond any budget."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        ours = (folder / manifest.SETTINGS).is_file() and (folder / manifest.FOLDER).is_dir()
+        if ours or (folder / _TREE_SETTINGS).is_file():
+            raise ValueError(f"{path} is protected already, as {folder} says: name the originals")
+
+
 def _refuse(**options: Any) -> None:
+    kinds = {"masks": "folders of images", "split": "data sets with splits", "name": "the Hub", "revision": "the Hub"}
     for name, value in options.items():
         if value is not None:
-            kind = "folders of images" if name == "masks" else "tables and tars"
-            raise ValueError(f"--{name} {value} is for {kind}: this source is none")
+            raise ValueError(f"--{name} {value} is for {kinds.get(name, 'tables and tars')}: this source is none")

@@ -95,7 +95,8 @@ class ParquetShard(ShardWriter):
         columns: dict[str, Any] = {name: row[name] for name in row.column_names}
         columns[self.source.image_column] = pa.array([image], IMAGE_TYPE)
         if self.mark:
-            columns["protection_error"] = pa.array([error])
+            # Names of files need not be UTF-8.
+            columns["protection_error"] = pa.array([error.encode(errors="backslashreplace").decode()])
         columns = [columns.get(f.name, pa.nulls(1, f.type)) for f in self._writer.schema]
         self._rows.append(pa.table(columns, schema=self._writer.schema))
         self._bytes += self._rows[-1].nbytes
@@ -168,7 +169,10 @@ class FolderShard(ShardWriter):
             if len(os.fsencode(part)) > LONGEST_NAME:
                 raise ValueError(f"{part} is longer than the {LONGEST_NAME} bytes of a file's name; shorten it")
         for name, data in files.items():
-            self._open(name).write_bytes(data)
+            try:
+                self._open(name).write_bytes(data)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                raise ValueError(f"{name}: a folder of another image has its name, or a file; rename one") from error
         return image, None
 
 

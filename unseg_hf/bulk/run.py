@@ -18,7 +18,7 @@ from ..mapping import Outcome, ProtectImages, RecordError
 from ..protection import Protected
 from . import manifest
 from .card import data_card
-from .outputs import WRITERS, ShardWriter, put_shard_in_place
+from .outputs import KINDS, WRITERS, ShardWriter, put_shard_in_place
 from .progress import Progress
 from .records import Record, Source, SourceError
 
@@ -91,10 +91,15 @@ def protect_dataset(
     Raises:
         RecordError: a record failed and `on_error` is "raise".
         SettingsError: the output was begun with other settings.
-        FileExistsError: the folder holds something else.
-        ValueError: the generator does not load.
+        FileExistsError: the folder holds something else, or is a file.
+        ValueError: the generator does not load, or a name that is none of those above.
     """
     number, processes = process
+    for name, value, known in (("kind", kind, KINDS), ("on_error", on_error, ON_ERROR)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file: name a folder")
     if not source.shards:
         raise ValueError(f"{source.description['kind']} without images: there is nothing to protect")
     protect.protector(rank)  # before anything is written: one that does not load must not begin an output

@@ -64,11 +64,11 @@ class TarFiles:
 
     def read(self, shard: int) -> Iterator[Record]:
         label = self.shards[shard].name
-        for key, members, twice in _samples(self._files[shard]):
-            image, mask, error = None, None, ""
+        for key, members, error in _samples(self._files[shard]):
+            image, mask = None, None
             suffix = self._image or self._only_image(members)
-            if twice:
-                error = f"{twice} is there twice, side by side; rename one"
+            if error:
+                pass
             elif suffix is None or suffix not in members:
                 wanted = self._image or "one image"
                 error = f"the sample {key} has {', '.join(members)}: {wanted} was wanted; keep its files side by side"
@@ -151,26 +151,30 @@ def folder_of(label: str) -> str:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
-    """Key, members by suffix, and the name of a member that is there more than once, of each sample."""
-    key, members, twice, last = "", {}, "", "its beginning"
+    """Key, members by suffix, and what is wrong with one of them, of each sample."""
+    key, members, problem, last = "", {}, "", "its beginning"
     try:
         with tarfile.open(path, "r:*", tarinfo=WholeTarInfo) as tar:
             for info in tar:
                 last = info.name
                 tar.members = []  # else it grows with the tar
                 name = PurePosixPath(info.name)
-                if not info.isfile() or name.name.startswith("."):
+                is_link = info.issym() or info.islnk()
+                if not (info.isfile() or is_link) or name.name.startswith("."):
                     continue
                 stem, _, suffix = name.name.partition(".")
                 own = (name.parent / stem).as_posix()
                 if own != key and members:
-                    yield key, members, twice
-                    members, twice = {}, ""
+                    yield key, members, problem
+                    members, problem = {}, ""
                 key = own
-                twice = info.name if suffix in members else twice
-                members[suffix] = tar.extractfile(info).read()
+                if suffix in members:
+                    problem = f"{info.name} is there twice, side by side; rename one"
+                if is_link:
+                    problem = f"{info.name} is a link; write the tar with --dereference --hard-dereference"
+                members[suffix] = b"" if is_link else tar.extractfile(info).read()
         if members:
-            yield key, members, twice
+            yield key, members, problem
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         # The last sample may lack its mask or its annotations: it is not given out.
         raise SourceError(f"{path.name}: it is damaged, or no tar, at {last} ({error})") from error

@@ -71,7 +71,8 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
         lines = manifest.read_lines(output, shard)
         result.images += sum(line["status"] == "protected" for line in lines)
         if source is not None:
-            result.wrong += _broken_bounds(source, shard, lines, output, settings)
+            masks_given = masks is not None or settings["source"]["kind"] != "images"
+            result.wrong += _broken_bounds(source, shard, lines, output, settings, masks_given)
     result.unprotected = manifest.unprotected_images(output, manifest.summarize(output, shards))
     result.wrong += [f"{name}: it is not in the manifest" for name in manifest.strange_files(output, shards)]
     return result
@@ -107,9 +108,10 @@ def _originals(settings: dict[str, Any], originals: list[str], masks: Path | Non
 
 
 def _broken_bounds(
-    source: Source, shard: int, lines: list[dict[str, Any]], output: Path, settings: dict[str, Any]
+    source: Source, shard: int, lines: list[dict[str, Any]], output: Path, settings: dict[str, Any], masks_given: bool
 ) -> Iterator[str]:
-    """One line for each image of a shard that is further from its original than the budget allows, or has another."""
+    """One line for each image of a shard that is further from its original than the budget allows, or has another;
+    where masks were given, also for one whose mask is not there."""
     places = [(line["output"], line["at"]) for line in lines if line["status"] == "protected"]
     images = published_images(output, places, settings["source"]["image_column"])
     records = source.read(shard)
@@ -135,6 +137,8 @@ def _broken_bounds(
             yield f"{where}: its image is not the one in the manifest"
         if record.image is None or hashlib.sha256(record.image).hexdigest() != line["input_sha256"]:
             yield f"{where}: its original {record.key} was changed since, or cannot be read"
+        elif record.mask is None and masks_given and "mask_sha256" in line:
+            yield f"{where}: its mask is missing, so that the bound cannot be checked"
         elif _is_another(record.mask, line.get("mask_sha256")):
             yield f"{where}: its mask was changed since, so that the bound cannot be checked"
         elif problem := _beyond(record.image, image, record.mask, settings["protection"]):
