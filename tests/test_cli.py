@@ -95,7 +95,7 @@ def test_files_and_messages_do_not_depend_on_how_many_images_are_worked_on_at_a_
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_leaves_whole_files_and_a_report_of_them(
     folder, saved_generator, capsys, threads, monkeypatch, request_to_stop
 ):
@@ -357,7 +357,9 @@ def test_boxes_points_and_labels_reach_the_generator(folder, saved_generator):
     assert run(*request, folder / "2.png", "--point", "30,20", "--point", "2,2,0") == 0
     labels = mask() // 255 * 3 + 1
     Image.fromarray(labels).save(folder / "labels.png")
-    assert run(*request, folder / "3.png", "--masks", folder / "labels.png", "--labels", "--ignore-labels", "1") == 0
+    assert (
+        run(*request, folder / "3.png", "--masks", folder / "labels.png", "--labels", "--ignore-labels", "1", "0") == 0
+    )
     entries = json.loads((folder / "r.json").read_text())["images"]
     assert [Path(entry["output"]).name for entry in entries] == ["1.png", "2.png", "3.png"]
     report = entries[2]["report"]
@@ -458,6 +460,7 @@ def test_jpeg_says_what_it_costs(folder, saved_generator, capsys):
         (("in/a.png", "-o", "out", "--device", "abacus"), "does not load on 'abacus'"),
         (("in/a.png", "-o", "masks", "--masks", "masks/a.png"), "would replace a file that is needed"),
         (("in/a.png", "-o", "out", "--json", "in/a.png"), "--json in/a.png would replace"),
+        (("in/a.png", "-o", "out", "--json", "out"), "--json out would replace a file that is needed"),
         (("in/a.png", "-o", "out", "--whole-image", "--per-segment"), "needs several masks"),
         (("in/a.png", "-o", "a.jpg"), "--format jpeg"),
         (("in/a.png", "-o", "a.png", "--format", "webp"), "name it a.webp"),
@@ -481,6 +484,37 @@ def test_a_box_that_is_no_box_is_refused_by_the_parser(folder, capsys):
         run("protect", folder / "in/a.png", "-o", folder / "out", "--box", "1,2,three")
     assert error.value.code == 2
     assert "'1,2,three' is not 4 numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["input", "-o", "--masks", "--json"])
+def test_an_empty_path_is_not_the_folder_here(option, folder, capsys):
+    rest = () if option == "input" else (folder / "in/a.png", option)
+    with pytest.raises(SystemExit):
+        run("protect", *rest, "", *(() if option == "-o" else ("-o", folder / "out")))
+    assert "it is empty" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_the_report_of_a_run_that_is_killed_has_what_was_done(folder, saved_generator, monkeypatch):
+    monkeypatch.setattr("unseg_hf.protect_command.WRITE_EVERY", 0)
+    seen, write = [], image_files.put_in_place
+
+    def look(data, target, name):
+        write(data, target, name)
+        if target.name == "r.json":
+            seen.append(len(json.loads(target.read_text())["images"]))
+
+    monkeypatch.setattr(image_files, "put_in_place", look)
+    run("protect", folder / "in", "-o", folder / "out", "--whole-image", "--model", saved_generator,
+        "--json", folder / "r.json")  # fmt: skip
+    assert seen == [0, 1, 2, 3, 4, 5, 5]
+
+
+def test_a_path_that_cannot_be_read_is_said_with_what_to_check(folder, capsys):
+    assert run("verify", folder / "in/a.png") == 2
+    assert capsys.readouterr().err.endswith(
+        "in/a.png/settings.json: Not a directory; check the path and your permissions\n"
+    )
 
 
 def test_inspect_measures_and_draws(folder, saved_generator, capsys):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageFile, features
+from PIL.PngImagePlugin import PngInfo
 
 from unseg_hf import image_files
 from unseg_hf.image_files import ImageFileError, Picture, encode, from_array, from_pil, read, read_mask, write
@@ -336,6 +337,23 @@ def test_tiff_orientation_is_applied_once_and_dpi_turned(compression):
     np.testing.assert_array_equal(read(encode(picture, "tiff")).pixels, upright)
 
 
+def test_a_tiff_that_says_nothing_of_resolution_has_none():
+    assert read(saved(Image.fromarray(noise(6, 4, 3)), "TIFF")).dpi is None
+
+
+def test_sixteen_bit_grey_whose_white_is_0_is_read_as_it_looks():
+    values = noise(6, 4, dtype=np.uint16)
+    data = saved(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+    np.testing.assert_array_equal(read(data).pixels[:, :, 0], 65535 - values)
+
+
+def test_a_gamma_that_is_not_carried_over_is_said():
+    info = PngInfo()
+    info.add(b"gAMA", (100_000).to_bytes(4, "big"))
+    (note,) = read(saved(Image.fromarray(noise(6, 4, 3)), "PNG", pnginfo=info)).notes
+    assert "gamma" in note
+
+
 @pytest.mark.parametrize("format", [*LOSSLESS, "jpeg"])
 def test_exif_of_a_picture_made_by_hand_cannot_turn_it(format):
     again = read(encode(Picture(noise(4, 6, 3), exif=camera_exif(6)), format))
@@ -396,7 +414,8 @@ def test_jpeg_is_close_and_refuses_what_it_cannot_hold():
     one_line_error(lambda: encode(Picture(ramp), "jpeg", quality=0), "quality", "1 to 100")
 
 
-def test_webp_refuses_sides_it_cannot_hold():
+def test_webp_and_jpeg_refuse_sides_they_cannot_hold():
+    one_line_error(lambda: encode(Picture(np.zeros((1, 65501, 3), np.uint8)), "jpeg"), "65500", ".png")
     one_line_error(lambda: encode(Picture(np.zeros((1, 16384, 3), np.uint8)), "webp"), "16383", ".png")
 
 

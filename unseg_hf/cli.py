@@ -30,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
         return options.run(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # RuntimeError: pathlib's word for a loop of links. ImportError: an extra that is not installed.
-        print(f"unseg: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None and said.startswith("[Errno"):
+            said = f"{error.filename}: {error.strerror}; check the path and your permissions"
+        print(f"unseg: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unseg: stopped; run it again to go on, what is finished is kept", file=sys.stderr)

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 # Twice pillow's own default limit: where pillow turns its warning into an error.
 MAX_PIXELS = 178_956_970
-WEBP_MAX_SIDE = 16_383
+WEBP_MAX_SIDE, JPEG_MAX_SIDE = 16_383, 65_500
 
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {".png": "png", ".webp": "webp", ".tif": "tiff", ".tiff": "tiff", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -50,7 +50,8 @@ _READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _EXIF_PREFIX = b"Exif\x00\x00"
-_ORIENTATION = int(ExifTags.Base.Orientation)
+_ORIENTATION, _PHOTOMETRIC = int(ExifTags.Base.Orientation), int(ExifTags.Base.PhotometricInterpretation)
+_RESOLUTIONS = (int(ExifTags.Base.XResolution), int(ExifTags.Base.YResolution))
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
 _WHOLE_NUMBERS = {3: "H", 4: "L"}  # of these types of values
 _COPIES = {700, 33723, 34377, 37724}  # XMP, IPTC and Photoshop's two: previews, layers, and what is not carried over
@@ -149,8 +150,8 @@ def read(source: str | Path | bytes | BinaryIO, *, upright: bool = True, max_pix
     """The picture in a file, in bytes, or in an open binary file (read from where it stands).
 
     upright: turned as its EXIF says; else as stored, for masks that were drawn so (not TIFF, which pillow turns).
-    Raises ImageFileError for anything that is not one whole, undamaged picture of at most max_pixels pixels; a bigger
-    one is refused by its header, before its pixels are decoded.
+    Raises ImageFileError for anything that is not one whole, undamaged picture of at most max_pixels pixels (and never
+    more than MAX_PIXELS); a bigger one is refused by its header, before its pixels are decoded.
     """
     image, name = _open(source)
     _check_size(*image.size, name, max_pixels)
@@ -184,6 +185,8 @@ def from_pil(image: Image.Image, name: str = "the image") -> Picture:
         notes.append(f"turned upright (EXIF orientation {orientation})")
     exif = _exif_of(image, notes)
     dpi = _dpi_of(image, sideways=orientation >= 5)
+    if "gamma" in image.info and "icc_profile" not in image.info:
+        notes.append("its gamma is not carried over: programs that heed it show other brightness")
     profile = upright.info.get("icc_profile") or None
     key = upright.info.get("transparency")
     mode = upright.mode
@@ -201,6 +204,8 @@ def from_pil(image: Image.Image, name: str = "the image") -> Picture:
                 name, "16-bit grey with a transparent value", "remove the transparency or save it with 8 bits"
             )
         pixels = _grey16(upright, name)
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            pixels = 65535 - pixels  # what is white is 0, which pillow heeds in 8 bits alone
         return Picture(pixels, None, exif, _matching_profile(profile, 1, notes), dpi, tuple(notes))
 
     if mode in ("P", "PA"):
@@ -289,11 +294,15 @@ def read_mask(source: str | Path | bytes | BinaryIO | Image.Image, max_pixels: i
     """
     image, name = (source, "the mask") if isinstance(source, Image.Image) else _open(source, "the mask")
     _check_size(*image.size, name, max_pixels)
-    labels = _labels_of(*_decode(image, name)[:2], name)
+    labels = labels_of(*_decode(image, name)[:2], name)
     return labels >= 128 if image.format in ("JPEG", "MPO") else labels
 
 
-def _labels_of(upright: Image.Image, raw_mode: str, name: str) -> np.ndarray:
+def labels_of(upright: Image.Image, raw_mode: str, name: str) -> np.ndarray:
+    """The (height, width) labels of a decoded mask, by the rules of `read_mask` but for JPEG; raw_mode is the file's.
+
+    Raises ImageFileError for colours and floats.
+    """
     values = np.array(upright)
     if upright.mode in ("1", "L", "P", "I"):
         return values
@@ -531,6 +540,8 @@ def _descriptive(exif: Image.Exif) -> Image.Exif:
 
 
 def _dpi_of(image: Image.Image, sideways: bool) -> tuple[float, float] | None:
+    if image.format == "TIFF" and not all(tag in image.tag_v2 for tag in _RESOLUTIONS):
+        return None  # pillow says 1
     try:
         across, down = (float(value) for value in image.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -595,6 +606,8 @@ def _encode(picture: Picture, format: str, quality: int, name: str) -> bytes:
     if format == "webp" and (deep or max(picture.height, picture.width) > WEBP_MAX_SIDE):
         what = "16-bit grey" if deep else f"a side above {WEBP_MAX_SIDE} pixels"
         raise _error(name, f"WebP cannot hold {what}", "use .png or .tiff")
+    if format == "jpeg" and max(picture.height, picture.width) > JPEG_MAX_SIDE:
+        raise _error(name, f"JPEG cannot hold a side above {JPEG_MAX_SIDE} pixels", "use .png or .tiff")
     if format == "jpeg" and (deep or picture.alpha is not None):
         what = "16-bit grey" if deep else "transparency"
         raise _error(name, f"JPEG cannot hold {what}", "use .png" if deep else "use .png or .webp")

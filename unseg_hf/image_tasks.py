@@ -48,6 +48,8 @@ def plan(
                 found.setdefault(path, path.relative_to(item))
         else:
             found.setdefault(item, Path(item.name))
+    if not found and unreadable:
+        raise ValueError(unreadable[0])
     if not found:
         raise ValueError(
             f"no images in {', '.join(map(str, inputs))}: looked for {' '.join(image_files.READ_SUFFIXES)}"
@@ -75,7 +77,10 @@ def plan(
         name = relative.with_suffix("") if sharing[relative.with_suffix("")] == 1 else relative
         target = output if to_file else output / name.with_name(name.name + suffix)
         if target in tasks:
-            raise ValueError(f"{tasks[target].source} and {source} would both become {target}: rename one of them")
+            raise ValueError(
+                f"{tasks[target].source} and {source} would both become {target}: rename one, or protect "
+                "their folders one by one"
+            )
         tasks[target] = Task(source, target, mask_of.get(source), annotation_of.get(source))
     refuse_overwriting("the output", tasks, (p for t in tasks.values() for p in (t.source, t.mask)))
     return list(tasks.values())

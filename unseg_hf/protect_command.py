@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import Any
 from .image_tasks import Task, is_json, plan, refuse_overwriting
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
+WRITE_EVERY = 5.0  # seconds between two states of the report
 MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
 
 
@@ -25,16 +27,16 @@ def add_protect(commands: Any) -> argparse.ArgumentParser:
     """Add the command to argparse's sub-parsers; its parser still lacks --model, --device and --bf16."""
     protect = commands.add_parser("protect", help="protect images", description="Protect images, folders of them too.")
     protect.set_defaults(run=run_protect)
-    protect.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image files, or folders to search")
+    protect.add_argument("inputs", nargs="+", type=_path, metavar="INPUT", help="image files, or folders to search")
     protect.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or file for one image"
+        "-o", "--output", type=_path, required=True, metavar="OUT", help="folder, or file for one image"
     )
     prompts = protect.add_argument_group(
         "what to protect (default: the objects that the generator finds; look at them with unseg inspect --picture)"
     )
     prompts.add_argument(
         "--masks",
-        type=Path,
+        type=_path,
         metavar="PATH",
         help="mask file, folder of masks with the images' names, or COCO's json of the upright images: its objects, "
         "or all of their boxes (needs unseg-hf[layouts])",
@@ -42,17 +44,19 @@ def add_protect(commands: Any) -> argparse.ArgumentParser:
     prompts.add_argument(
         "--labels", action="store_true", help="the masks are label maps: every label but --ignore-labels is an object"
     )
-    prompts.add_argument("--ignore-labels", type=_numbers(int), metavar="N,N", help="with --labels (default: 0,255)")
+    prompts.add_argument(
+        "--ignore-labels", type=numbers(int), nargs="+", metavar="N", help="with --labels (default: 0 255)"
+    )
     prompts.add_argument(
         "--box",
-        type=_numbers(float, 4),
+        type=numbers(float, 4),
         action="append",
         metavar="X0,Y0,X1,Y1",
         help="box around an object, in pixels; may be repeated",
     )
     prompts.add_argument(
         "--point",
-        type=_numbers(float, 2, 3),
+        type=numbers(float, 2, 3),
         action="append",
         metavar="X,Y[,0]",
         help="pixel on the object; 0: not on it; may be repeated",
@@ -72,7 +76,7 @@ def add_protect(commands: Any) -> argparse.ArgumentParser:
     )
     files.add_argument("--quality", type=int, metavar="N", help="of jpeg, 1 to 100 (default: 95)")
     files.add_argument("--overwrite", action="store_true", help="do images again whose output is there")
-    files.add_argument("--json", type=Path, metavar="FILE", help="write a report of every image")
+    files.add_argument("--json", type=_path, metavar="FILE", help="write a report of every image")
     return protect
 
 
@@ -100,7 +104,13 @@ def add_strength_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _numbers(kind: type, *counts: int):
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: a variable that is not set, maybe; . is the folder here")
+    return Path(text)
+
+
+def numbers(kind: type, *counts: int):
     def parse(text: str) -> tuple:
         try:
             values = tuple(kind(part) for part in text.split(","))
@@ -139,7 +149,8 @@ def run_protect(options: argparse.Namespace) -> int:
     if options.quality is not None and not any(_is_lossy(task.target) for task in tasks):
         raise ValueError(f"--quality {options.quality} is for --format jpeg")
     if options.json:
-        refuse_overwriting("--json", [options.json], (p for t in tasks for p in (t.source, t.mask, t.target)))
+        kept = (p for t in tasks for p in (t.source, t.mask, t.target, *t.target.parents))
+        refuse_overwriting("--json", [options.json], kept)
 
     from tqdm import tqdm
 
@@ -152,7 +163,7 @@ def run_protect(options: argparse.Namespace) -> int:
         protector = load_protector(options.model, options.device, options.bf16)
     try:
         with (
-            _interrupted_by_sigterm(),
+            _interrupted_by_signals(),
             _shared_processor(protector, len(tasks)) as (threads, model_turn),
             tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
         ):
@@ -160,6 +171,7 @@ def run_protect(options: argparse.Namespace) -> int:
 
             def record(task: Task, outcome: dict[str, Any]) -> None:
                 report.add(task, **outcome)
+                report.write_now_and_then()
                 if "error" in outcome:
                     tqdm.write(f"unseg: {outcome['error']}", file=sys.stderr)
                 progress.update()
@@ -184,21 +196,27 @@ def _prompt_of(options: argparse.Namespace):
         whole_image=options.whole_image,
         mode="per_segment" if options.per_segment else "union",
         tint=options.tint,
-        **({} if options.ignore_labels is None else {"ignore_labels": options.ignore_labels}),
+        **({} if options.ignore_labels is None else {"ignore_labels": sum(options.ignore_labels, ())}),
     )
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Meanwhile a request to end is what Control-C is: what is finished is kept and reported."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Meanwhile a request to end, or a terminal that is closed, is what Control-C is: what is finished is kept and
+    reported."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    # `nohup` has closed terminals ignored.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -348,7 +366,7 @@ class Report:
     """What happened to each image: for the screen, and for `--json`, where entries of earlier runs are kept."""
 
     def __init__(self, path: Path | None):
-        self.path, self.entries = path, []
+        self.path, self.entries, self._written = path, [], 0.0
         self.earlier: dict[str, dict] = {}
         if path is not None and path.is_dir():
             raise ValueError(f"--json {path} is a folder: name a file")
@@ -370,7 +388,13 @@ class Report:
     def count(self, status: str) -> int:
         return sum(entry["status"] == status for entry in self.entries)
 
+    def write_now_and_then(self) -> None:
+        """Write it if the last time is a while ago: a process that is killed says nothing any more."""
+        if time.monotonic() - self._written > WRITE_EVERY:
+            self.write()
+
     def write(self) -> None:
+        self._written = time.monotonic()
         if self.path is not None:
             from .image_files import put_in_place
 
