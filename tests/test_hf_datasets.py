@@ -94,10 +94,14 @@ class TestMasks:
 
     def test_colours_are_refused_with_the_column_and_the_fix(self, tmp_path):
         colours = np.stack([LABELS, LABELS // 2, LABELS], -1)
-        with pytest.raises(
-            ValueError, match=r"row 0 of column 'mask' is coded in colours \(mode RGB\); save masks as"
-        ):
+        with pytest.raises(ValueError, match=r"row 0 of column 'mask': a mask of kind RGB with colours or fractions"):
             one(tmp_path, png(colours))
+
+    def test_a_mask_that_is_its_alpha_is_read_as_in_files(self, tmp_path):
+        alpha = (LABELS == 7).astype(np.uint8) * 255
+        buffer = io.BytesIO()
+        Image.merge("LA", [Image.new("L", alpha.shape[::-1], 9), Image.fromarray(alpha)]).save(buffer, "PNG")
+        np.testing.assert_array_equal(one(tmp_path, buffer.getvalue()).masks[0], LABELS == 7)
 
     def test_lists_hold_a_mask_each(self, tmp_path):
         features = Features({"image": ImageFeature(), "mask": List(ImageFeature())})

@@ -319,6 +319,13 @@ class TestUselessRecords:
         assert len(samples) == 6
         assert not any("row 0" in sample["name"] for sample in samples)
 
+    def test_an_image_of_fractions_is_named_and_replaced(self, source):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(buffer, "TIFF")
+        with pytest.warns(UserWarning, match=r"six\.parquet: left out, the image: .*"):
+            samples = self.one_batch(source(images=[buffer.getvalue()]))
+        assert len(samples) == 6
+
     def test_sixteen_bit_grey_is_scaled_and_not_clipped(self, source):
         deep = png(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16))
         samples = self.one_batch(source(images=[deep] * 6))

@@ -37,7 +37,7 @@ def main() -> None:
     from unseg_hf.data.records import Record
     from unseg_hf.data.sa1b_writer import write_sa1b
     from unseg_hf.data.sources import parse_source
-    from unseg_hf.image_files import as_rgb8
+    from unseg_hf.image_files import ImageFileError, as_rgb8
 
     teacher = sam_model_registry["vit_t"]()
     teacher.load_state_dict(torch.load(options.checkpoint, map_location="cpu", weights_only=True))
@@ -50,7 +50,7 @@ def main() -> None:
                 try:
                     record = source.load(handle)
                     image = as_rgb8(record.image)
-                except OSError as error:
+                except (OSError, ImageFileError) as error:
                     warnings.warn(f"{source.name}: left out, {error}", stacklevel=2)
                     continue
                 masks = [*record.masks, *masks_of(teacher, np.asarray(image))]

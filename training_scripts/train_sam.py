@@ -256,8 +256,9 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
     ious = {"box": [], "point": []}
     sam.eval()
     with torch.no_grad():
-        for draws in held_out.data.batches(0, min(batch_size, len(held_out.data))):
-            samples = held_out.__getitems__(draws)
+        draws = [draw for (draw,) in held_out.data.batches(0, batch_size=1)]
+        for start in range(0, len(draws), batch_size):
+            samples = held_out.__getitems__(draws[start : start + batch_size])
             batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             embeddings = sam.get_image_embeddings(normalise(batch["image"]))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..image_files import labels_of
 from ..inputs import LabelMasks
 from .records import Record, decoding
 
@@ -109,18 +110,12 @@ class DatasetSource:
 
     def _labels(self, image: Image.Image, name: str) -> np.ndarray:
         """The values `(height, width)` of a mask image."""
-        labels = np.asarray(image)
-        # Grey masks are often saved as RGB, and their alpha says nothing.
-        grey_as_rgb = image.mode in ("RGB", "RGBA") and (labels[..., :3] == labels[..., :1]).all()
-        if grey_as_rgb or image.mode in ("LA", "PA"):
-            labels = labels[..., 0]
-        problem = None
-        if labels.ndim != 2 or labels.dtype.kind not in "biu":
-            problem = f"is coded in colours (mode {image.mode}); save masks as one channel of label numbers"
-        elif image.format == "JPEG" and self.masks != "binary":
-            problem = f"is a JPEG, which changes label numbers; save label images as PNG (masks={self.masks})"
-        if problem:
-            raise ValueError(f"{self.name}: {name} of column {self.mask_column!r} {problem}")
+        where = f"{self.name}: {name} of column {self.mask_column!r}"
+        if image.format == "JPEG" and self.masks != "binary":
+            raise ValueError(
+                f"{where} is a JPEG, which changes label numbers; save label images as PNG (masks={self.masks})"
+            )
+        labels = labels_of(image, "", where)
         return labels.astype(np.uint8) if labels.dtype == bool else labels
 
     def _decoded(self, value: dict | None, column: str, name: str) -> Image.Image:

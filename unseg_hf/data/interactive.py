@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_files import as_rgb8
+from ..image_files import ImageFileError, as_rgb8
 from .records import Record, Source
 
 OTHERS = 16
@@ -203,7 +203,7 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
             record = source.load(draw.handle)
             image = as_rgb8(record.image)
             mask = self._choose_mask(record, random)
-        except OSError as error:  # Pillow's word for damaged images, too
+        except (OSError, ImageFileError) as error:  # the first is Pillow's word for damaged images, too
             warnings.warn(f"{source.name}: left out, {error}", stacklevel=2)
             return None
         if mask is None:

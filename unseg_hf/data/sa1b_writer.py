@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image_files import as_rgb8
+from ..image_files import ImageFileError, as_rgb8
 from .records import Record
 from .sa1b import run_length_coder
 
@@ -90,7 +90,7 @@ def _samples(records: Iterable[Record], quality: int, longest_side: int | None) 
             if longest_side and longest > longest_side:
                 image = image.resize([max(1, round(side * longest_side / longest)) for side in size], _SMOOTH)
             image.save(encoded, "JPEG", quality=quality)
-        except OSError as error:
+        except (OSError, ImageFileError) as error:
             warnings.warn(f"left out {record.name}: {error}", stacklevel=2)
             continue
         stem, annotations = f"sa_{image_id}", []

@@ -1,4 +1,4 @@
-"""Random prompts for training: boxes, points and noisy masks (METHOD: UnSeg, section 3; HQ-SAM's training)."""
+"""Random prompts for training: boxes, points and noisy masks (UnSeg, section 3; HQ-SAM's training)."""
 
 import torch
 import torch.nn.functional as F
