@@ -1,3 +1,6 @@
+import colorsys
+
+import kornia
 import torch
 from torch import nn
 
@@ -59,6 +62,24 @@ def test_strong_augmentation_differs_from_image_to_image_and_repeats_with_the_se
     centres = torch.stack([(labels == 1).nonzero().float().mean(0) for labels in after.labels])
     assert centres.std(0).min() > 2
     assert 0 < (after.images.std(1).flatten(1).amax(1) < 1e-6).sum() < 64
+
+
+def test_strong_augmentation_turns_hues_and_blurs_half_of_the_images(monkeypatch):
+    torch.manual_seed(0)
+    sigmas, blur = [], kornia.filters.gaussian_blur2d
+    monkeypatch.setattr(kornia.filters, "gaussian_blur2d", lambda x, size, s: sigmas.append(s) or blur(x, size, s))
+    colour = torch.tensor([0.4, 0.2, 0.25]).view(3, 1, 1)  # which nothing clips
+    labels = torch.zeros(64, 16, 16, dtype=torch.long)
+    after = strong_augmentation(Batch(colour.expand(64, 3, 16, 16).clone(), labels)).images[:, :, 8, 8]
+    hues = torch.tensor([colorsys.rgb_to_hsv(*pixel)[0] for pixel in after[after.std(1) > 1e-3].tolist()])
+    turns = (hues - colorsys.rgb_to_hsv(*colour.flatten().tolist())[0] + 0.5) % 1 - 0.5
+    assert turns.abs().max() < 0.101
+    assert turns.min() < -0.07
+    assert turns.max() > 0.07
+    (sigma,) = sigmas
+    assert 20 < len(sigma) < 44
+    assert 0.1 <= sigma.min() < 0.4
+    assert 1.7 < sigma.max() <= 2
 
 
 class Linear(Victim):

@@ -377,6 +377,15 @@ def test_a_gpu_protects_in_batches_within_the_bound(dataset, saved_generator):
         assert np.abs(a - b)[~inside].max() <= 2
 
 
+def test_each_process_takes_a_gpu_of_its_own(saved_generator, monkeypatch):
+    devices = []
+    monkeypatch.setattr("unseg_hf.mapping._load", lambda model, revision, identity, device: devices.append(device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for device, rank in (("cuda", 5), ("cuda", None), ("cpu", 5)):
+        ProtectImages(str(saved_generator), device=device).protector(rank)
+    assert devices == ["cuda:1", "cuda", "cpu"]
+
+
 def test_one_label_to_ignore_needs_no_list(saved_generator):
     assert ProtectImages(str(saved_generator), mask_column="mask", ignore_labels=0).ignore_labels == (0,)
 

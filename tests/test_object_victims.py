@@ -7,7 +7,7 @@ import torch
 
 from unseg_hf.evaluation.tasks import evaluate_victim
 from unseg_hf.evaluation.victims.base import Batch
-from unseg_hf.evaluation.victims.interactive import SamHQVictim, SamVictim
+from unseg_hf.evaluation.victims.interactive import SamHQVictim, SamVictim, _jittered
 from unseg_hf.evaluation.victims.objects import DFineVictim, Mask2FormerVictim, MaskFormerVictim, RTDetrVictim
 
 SIZE = 64
@@ -270,3 +270,14 @@ def test_from_a_checkpoint_only_the_decoder_is_trained(victim_class, tmp_path):
 def test_an_unfit_input_size_is_refused():
     with pytest.raises(ValueError, match="image_size is 100; give a multiple of 8"):
         build(SamVictim, image_size=100)
+
+
+def test_boxes_that_a_sam_is_trained_with_are_off_by_a_tenth_at_most():
+    torch.manual_seed(0)
+    box = torch.tensor([20.0, 30.0, 60.0, 50.0])
+    shifts = torch.stack([_jittered(box, 96) for _ in range(200)]) - box
+    largest = torch.tensor([4.0, 2.0, 4.0, 2.0])
+    assert (shifts.abs() <= largest).all()
+    assert (shifts.abs().amax(0) > 0.9 * largest).all()
+    whole = torch.stack([_jittered(torch.tensor([0.0, 0.0, 96.0, 96.0]), 96) for _ in range(50)])
+    assert (whole.min(), whole.max()) == (0, 96)

@@ -40,6 +40,19 @@ def test_the_better_of_two_equal_masks_is_kept_and_the_best_comes_first(decoded)
     assert torch.equal(kept, torch.stack([other, almost]))
 
 
+def test_the_points_that_are_asked_about_lie_all_over_the_image(monkeypatch):
+    asked = []
+
+    def decode(model, embeddings, prompts):
+        asked.append(prompts["input_points"])
+        return torch.full((256, 1, 16, 16), -1.0), torch.zeros(256, 1)
+
+    monkeypatch.setattr(proposals, "_decode", decode)
+    proposals.propose(model(), None, (32, 64))
+    x, y = asked[0].unbind(-1)
+    assert (x.min(), x.max(), y.min(), y.max()) == (2, 62, 1, 31)
+
+
 def test_masks_that_overlap_little_are_all_kept(decoded):
     left, right = segment(slice(0, 8), slice(0, 8)), segment(slice(0, 8), slice(6, 16))
     decoded([left, right], [0.9, 0.9])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files
+from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files, protection
 from unseg_hf.fidelity import compare
 from unseg_hf.noise_choice import texture
 from unseg_hf.protection import ALL_OVER, apply_noise
@@ -546,6 +546,18 @@ def test_boxes_bound_the_region_and_points_find_one(tiny_protector):
     assert boxed.region.any()
     assert not boxed.region[outside].any()
     assert tiny_protector.protect(photo(), points=[[40, 30], [5, 5]], point_labels=[1, 0]).region.any()
+
+
+def test_sam_is_asked_for_the_boxes_and_points_that_were_given(tiny_protector, monkeypatch):
+    asked, answer = [], protection.segment
+    monkeypatch.setattr(protection, "segment", lambda *a, **prompts: asked.append(prompts) or answer(*a, **prompts))
+    scale = tiny_protector.processor.target_size / 80  # of an image of 80 x 60 pixels
+    boxes = [[10, 20, 40, 50], [0, 0, 9, 8]]
+    tiny_protector.protect(photo(), boxes=boxes)
+    np.testing.assert_allclose(asked[0]["input_boxes"][0], np.array(boxes) * scale, rtol=0.01)
+    tiny_protector.protect(photo(), points=[[40, 30], [5, 8]], point_labels=[1, 0])
+    np.testing.assert_allclose(asked[1]["input_points"][0, 0], np.array([[40, 30], [5, 8]]) * scale, rtol=0.01)
+    assert asked[1]["input_labels"].tolist() == [[[1, 0]]]
 
 
 def test_noise_that_says_nothing_of_where_objects_are_is_said_to_hardly_protect(tiny_protector):

@@ -78,10 +78,35 @@ def test_the_learning_rate_is_the_victims_own_unless_given():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_bfloat16():
-    victim = train_victim(Pixelwise, data(), bf16=True, **SETTINGS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_recipe_is_adamw_with_cosine_decay_clipped_gradients_and_autocast_on_request(monkeypatch, bf16):
+    class Recorded(torch.optim.AdamW):
+        def step(self):
+            (group,) = self.param_groups
+            gradients = [parameter.grad.flatten() for parameter in group["params"]]
+            steps.append((group["lr"], group["weight_decay"], torch.cat(gradients).norm().item()))
+            super().step()
+
+    class Loud(Pixelwise):
+        weight_decay, max_grad_norm = 0.125, 0.01
+
+        def loss(self, batch: Batch) -> torch.Tensor:
+            autocasts.append(torch.is_autocast_enabled("cpu"))
+            return 100 * super().loss(batch)
+
+    steps, autocasts = [], []
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    victim = train_victim(Loud, data(), bf16=bf16, **SETTINGS)
+    rates, decays, norms = zip(*steps, strict=True)
+    assert rates == pytest.approx([0.25 * (1 + np.cos(np.pi * step / 12)) for step in range(12)])
+    assert set(decays) == {0.125}
+    assert norms == pytest.approx([0.01] * 12, rel=1e-3)
+    assert autocasts == [bf16] * 12
     assert victim.layer.weight.dtype == torch.float32
-    assert victim.layer.weight.isfinite().all()
+
+
+def test_strong_training_takes_more_epochs():
+    assert STRONG_EPOCHS == 1.6  # what is said of it in the documents
 
 
 def test_what_does_not_fit_is_refused():

@@ -10,6 +10,9 @@ from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 
 TRUSTED_IOU = 0.5  # a mask that SAM itself expects to be worse is no help in finding the object of a prompt
 PROMPT_CHUNK = 64  # prompts decoded at once; the decoder repeats the image embedding for each
+POINTS_PER_SIDE = 16  # of the grid
+OVERLAP = 0.7  # of two masks whose IoU is above this, the worse one goes
+SMALLEST, LARGEST = 0.002, 0.9  # area of a mask, as a share of the image
 BLOT = 16  # a point is drawn with a standard deviation of a sixteenth of the input's side
 
 
@@ -34,15 +37,7 @@ def segment(
 
 
 @torch.no_grad()
-def propose(
-    model: UnSegModel,
-    embeddings: UnSegImageEmbeddings,
-    size: tuple[int, int],
-    points_per_side: int = 16,
-    overlap: float = 0.7,
-    smallest: float = 0.002,
-    largest: float = 0.9,
-) -> torch.Tensor:
+def propose(model: UnSegModel, embeddings: UnSegImageEmbeddings, size: tuple[int, int]) -> torch.Tensor:
     """Segments of an image without any prompt.
 
     A grid of points is decoded; what remains is predicted to be good (`proposal_iou` of the configuration), does not
@@ -53,15 +48,12 @@ def propose(
         model: the generator.
         embeddings: of one image.
         size: (height, width) of the image in the padded square, in pixels of the model's input.
-        points_per_side: of the grid.
-        overlap: of two masks whose IoU is above this, the worse one goes.
-        smallest, largest: area of a mask, as a share of the image.
 
     Returns:
         Mask logits `(segments, 4 * grid, 4 * grid)`, best first; there may be none.
     """
     height, width = size
-    steps = (torch.arange(points_per_side, device=model.device) + 0.5) / points_per_side
+    steps = (torch.arange(POINTS_PER_SIDE, device=model.device) + 0.5) / POINTS_PER_SIDE
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
     points = torch.stack([x, y], dim=-1).view(1, -1, 1, 2)
     labels = torch.ones_like(points[..., 0], dtype=torch.int64)
@@ -72,21 +64,11 @@ def propose(
     rows, columns = (max(1, round(v * logits.shape[-1] / side)) for v in size)
     inside = torch.zeros_like(logits[0], dtype=torch.bool)
     inside[:rows, :columns] = True
-    kept = good_masks(
-        logits, ious, inside, model.config.proposal_iou, model.config.proposal_stability, overlap, smallest, largest
-    )
-    return logits[kept]
+    return logits[good_masks(logits, ious, inside, model.config.proposal_iou, model.config.proposal_stability)]
 
 
 def good_masks(
-    logits: torch.Tensor,
-    ious: torch.Tensor,
-    inside: torch.Tensor,
-    least_iou: float,
-    least_stability: float,
-    overlap: float = 0.7,
-    smallest: float = 0.002,
-    largest: float = 0.9,
+    logits: torch.Tensor, ious: torch.Tensor, inside: torch.Tensor, least_iou: float, least_stability: float
 ) -> list[int]:
     """Which masks of a grid of points are worth keeping, best first.
 
@@ -96,19 +78,18 @@ def good_masks(
         inside: `(h, w)` bool, where the image is.
         least_iou: a mask that is predicted to have less goes.
         least_stability: and one whose IoU at the thresholds +1 and -1 is less.
-        overlap, smallest, largest: as in [`propose`].
     """
     masks = (logits > 0) & inside
     strict, loose = (((logits > t) & inside).flatten(1).sum(1) for t in (1.0, -1.0))
     share = masks.flatten(1).sum(1) / inside.sum()
     keep = (ious > least_iou) & (strict / loose.clamp(min=1) > least_stability)
-    keep &= (share > smallest) & (share < largest)
+    keep &= (share > SMALLEST) & (share < LARGEST)
     best_first = keep.nonzero()[:, 0]
     best_first = best_first[ious[best_first].argsort(descending=True, stable=True)]
     masks = masks[best_first].flatten(1).float()
     areas, common = masks.sum(1), masks @ masks.T
     # Compared all at once: a graphics card waits longer for a question than it takes for all answers.
-    repeats = (common / (areas[:, None] + areas - common) > overlap).tolist()
+    repeats = (common / (areas[:, None] + areas - common) > OVERLAP).tolist()
     kept: list[int] = []
     for number, repeated in enumerate(repeats):
         if not any(repeated[better] for better in kept):
