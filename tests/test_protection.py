@@ -548,6 +548,12 @@ def test_boxes_bound_the_region_and_points_find_one(tiny_protector):
     assert tiny_protector.protect(photo(), points=[[40, 30], [5, 5]], point_labels=[1, 0]).region.any()
 
 
+def test_a_model_without_its_processor_is_refused_with_the_fix(tiny_protector, tmp_path):
+    tiny_protector.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no processor beside its model: save one there"):
+        Protector.from_pretrained(tmp_path)
+
+
 def test_sam_is_asked_for_the_boxes_and_points_that_were_given(tiny_protector, monkeypatch):
     asked, answer = [], protection.segment
     monkeypatch.setattr(protection, "segment", lambda *a, **prompts: asked.append(prompts) or answer(*a, **prompts))

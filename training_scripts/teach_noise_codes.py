@@ -139,7 +139,7 @@ def with_codes(model, count: int, image_size: int):
     config.sam_config = sam_config_at(config.sam_config, image_size)
     head = model.noise_head
     with torch.no_grad():
-        # Far apart: what is as small as SAM's own tokens the decoder's layer norms leave nothing of.
+        # Far apart: tokens as small as SAM's own would vanish in the decoder's layer norms.
         tokens = torch.randn(3 * count, head.noise_tokens.embedding_dim)
         head.noise_tokens = torch.nn.Embedding.from_pretrained(tokens, freeze=False)
         # A trained generator's tanh is saturated: it would pass no gradient on.

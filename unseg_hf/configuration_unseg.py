@@ -29,10 +29,10 @@ class UnSegConfig(PreTrainedConfig):
             masks; the others, of which the paper's generator has none, are for classes.
         tint_codes (`list[int]`, *optional*):
             Which of those sets are flat tints. They replace the first set where waves would be lost, unless a prompt's
-            `tint` says otherwise: in masks whose parts are typically lower than 0.8 waves, than 2 in images of three
-            channels without colour, or than 2.5 in eight parts or more, less their holes. Of several the one is taken
-            that is least like the image's own colours, and the first if none clearly is. They may be classes' noises
-            as well. `None`: such masks get the first set, too.
+            `tint` says otherwise: in masks whose parts are typically less tall than 0.8 waves, than 2 in images of
+            three channels without colour, or than 2.5 in eight parts or more, less their holes. Of several the one is
+            taken that is least like the image's own colours, and the first if none clearly is. They may be classes'
+            noises as well. `None`: such masks get the first set, too.
         faint_code (`int`, *optional*):
             Which of those sets replaces the first where `epsilon` is below 6/255: waves in colour alone, say, which
             victims still pick up at small amplitudes. `None`: none does.

@@ -29,11 +29,11 @@ class Prompt:
         classes: number of the class of each of `masks`, for "per_segment".
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
-        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image. Of each what SAM takes for the object in it is
-            protected, and all of it where SAM finds none, as that of the embedded generator: from photographs a model
-            learns hardly more then than from those with masks.
-        points: `[x, y]` each, in pixels of the upright image: on the object that SAM finds there, or on those that the
-            object finder, where there is one, has found in the image.
+        boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image. In each the object that SAM finds is protected;
+            where it finds none, the whole box is. The SAM of the embedded generator finds none, so its boxes are
+            protected completely: from photographs models learn hardly more then than with masks.
+        points: `[x, y]` each, in pixels of the upright image, on an object: of those that the object finder has found,
+            or, in a generator without one, the object that SAM finds there.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
         whole_image: everything gets the full budget. It does not say where objects are: models learn them as before.
         mode: "union" prompts the generator once with all masks together (the paper's way), "per_segment" once with

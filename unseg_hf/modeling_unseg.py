@@ -192,7 +192,7 @@ class UnSegModel(UnSegPreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A configuration that names a pipeline whose code is not there, with what the pipeline saves, loads as none.
+        # Where config.json names a pipeline whose .py file is not beside it, loading fails.
         pipelines = self.config.__dict__.pop("custom_pipelines", {})
         files = [Path(save_directory, f"{one['impl'].partition('.')[0]}.py") for one in pipelines.values()]
         named = {"custom_pipelines": pipelines} if pipelines else {}

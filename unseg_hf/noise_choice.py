@@ -109,7 +109,8 @@ def texture(pixels: np.ndarray) -> np.ndarray:
 
 
 def typical_height(region: np.ndarray) -> float:
-    """Half of a `(height, width)` bool region lies in columns' runs of at most so many pixels; infinite if empty."""
+    """Median length of the vertical runs of a `(height, width)` bool region, weighted by their pixels; infinite if
+    empty."""
     # Runs begin and end where a column, with nothing before and after it, changes.
     changes = np.flatnonzero(np.diff(np.pad(region.T, ((0, 0), (1, 1))), axis=1))
     runs = np.sort(changes[1::2] - changes[::2])

@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 
+from unseg_hf.evaluation.victims.base import IGNORED
 from unseg_hf.noise_codes import CLASSES, MASK, code_noise
 
 STRIPE_PERIOD = 16
@@ -21,9 +22,6 @@ PATCH_CELL = 8
 
 BANDS = 12
 """Waves of the `bands` control from one side of the image to the other."""
-
-IGNORED_CLASS = 255
-"""Class id of pixels that have no class."""
 
 UNWEIGHTED = ("whole",)
 """Controls that are applied with `epsilon_background` = `epsilon`, so with a larger budget than all others."""
@@ -51,7 +49,7 @@ def _by_class(
     """Each class's own pattern, whatever the seed; 0 where there is no class, as nothing is learned there."""
     noise = np.zeros((*labels.shape, 3), np.float32)
     for label in map(int, np.unique(labels)):
-        if label != IGNORED_CLASS:
+        if label != IGNORED:
             rows, columns = np.nonzero(labels == label)
             noise[rows, columns] = pattern(label, rows, columns)
     return noise
@@ -199,6 +197,6 @@ def control_noise(name: str, labels: np.ndarray, seed: int, code: str = MASK) ->
     if labels.dtype.kind not in "bui":
         raise ValueError(f"labels are {labels.dtype}; pass a mask as bool, a label map as integers")
     if labels.min(initial=0) < 0:
-        raise ValueError(f"labels go down to {labels.min()}; number classes from 0, with {IGNORED_CLASS} = ignored")
+        raise ValueError(f"labels go down to {labels.min()}; number classes from 0, with {IGNORED} = ignored")
     options = {"code": code} if name == "bands" else {}
     return CONTROLS[name](labels, seed, **options).astype(np.float32, copy=False)

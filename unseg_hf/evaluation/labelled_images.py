@@ -12,11 +12,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from unseg_hf.evaluation.victims.base import IGNORED
 from unseg_hf.image_files import as_rgb8, one_line, read, read_mask
 from unseg_hf.inputs import LabelMasks
-
-IGNORED = 255
-"""Label of pixels without a class."""
 
 MASK_KINDS = ("auto", "binary", "classes")
 

@@ -40,10 +40,15 @@ def scores(
     results: Results, noise: str, treatment: str, victim: str, training: str = "plain", clean_share: float = 0.0
 ) -> list[float]:
     """The score of each seed that is done, in the order of the seeds; empty if none is."""
-    cell = (noise, treatment, victim, training, clean_share)
+    found = _trained(results, noise, treatment, victim, training, clean_share)
+    return [one[results["score"]] or 0.0 for one in found]
+
+
+def _trained(results: Results, *cell: str | float) -> list[dict[str, Any]]:
+    """All scores of the seeds that are done of a noise, treatment, victim, training and share, in order of seeds."""
     keys = ("noise", "treatment", "victim", "training", "clean_share")
     found = [one for one in results["cells"] if tuple(one[key] for key in keys) == cell]
-    return [one["scores"][results["score"]] or 0.0 for one in sorted(found, key=lambda one: one["seed"])]
+    return [one["scores"] for one in sorted(found, key=lambda one: one["seed"])]
 
 
 def retained_utility(
@@ -310,10 +315,8 @@ def _class_table(results: Results) -> str:
     grid = results["grid"]
     rows = []
     for victim, noise in product(grid["victims"], ("clean", *_generators(results))):
-        wanted = (noise, grid["treatments"][0], victim, grid["trainings"][0], 0.0)
-        keys = ("noise", "treatment", "victim", "training", "clean_share")
-        found = [c["scores"]["per_class_iou"] for c in results["cells"] if tuple(c[key] for key in keys) == wanted]
-        if found:
+        trained = _trained(results, noise, grid["treatments"][0], victim, grid["trainings"][0], 0.0)
+        if found := [scores["per_class_iou"] for scores in trained]:
             columns = [[value for value in column if value is not None] for column in zip(*found, strict=True)]
             rows.append([victim, noise, *(f"{mean(column):.3f}" if column else "-" for column in columns)])
     return _table(["victim", "noise", *(f"class {value}" for value in results["settings"]["classes"])], rows)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, SamConfig, SamModel, ViTMAEModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..evaluation.victims import build_victim
 from ..evaluation.victims.unet import SIZE_MULTIPLE, UNet
@@ -14,12 +15,10 @@ from ..evaluation.victims.unet import SIZE_MULTIPLE, UNet
 VICTIM_SURROGATES = ("unet", "unetpp", "segformer", "upernet", "deeplabv3plus")
 """Victims of the audit with logits for every pixel; the others find segments."""
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """`(batch, 3, h, w)` in [0, 1] to what SAM's encoder and the surrogates see."""
-    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (images - mean) / std
 
 
@@ -120,7 +119,7 @@ class VictimSurrogate(nn.Module):
 
     def forward(self, images: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
         """`(batch, 3, h, w)` normalised images to logits `(batch, h', w')`; the prompts are not looked at."""
-        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         logits = self.victim(_resized(images, self.image_size) * std + mean)
         # The logit of a foreground of two classes is the difference of theirs.
         return logits[:, 1] - logits[:, 0]
