@@ -124,9 +124,9 @@ def test_clicked_protected_and_downloaded_pixels_are_those_of_the_command_line(o
     assert page.complaints == []
 
 
-def test_a_setting_that_is_changed_while_it_works_gives_no_result_and_leaves_no_file(open_page, monkeypatch):
-    from gradio.utils import get_upload_folder
-
+@pytest.fixture
+def waiting(monkeypatch):
+    """Events: the protection of a photo has begun, and may go on."""
     from unseg_hf.demo.session import Workbench
 
     begun, go_on, protect_photo = Event(), Event(), Workbench.protect
@@ -137,6 +137,13 @@ def test_a_setting_that_is_changed_while_it_works_gives_no_result_and_leaves_no_
         return protect_photo(*arguments, **options)
 
     monkeypatch.setattr(Workbench, "protect", slow)
+    return begun, go_on
+
+
+def test_a_setting_that_is_changed_while_it_works_gives_no_result_and_leaves_no_file(open_page, waiting):
+    from gradio.utils import get_upload_folder
+
+    begun, go_on = waiting
     page = open_page()
     upload(page, COFFEE)
     choose(page, "Everything")
@@ -424,17 +431,8 @@ def test_a_click_that_marks_nothing_leaves_the_result_and_clear_is_where_there_a
     page.wait_for_selector("button:has-text('Clear'):visible")
 
 
-def test_a_zip_stands_only_beside_the_settings_that_gave_it(open_page, monkeypatch):
-    from unseg_hf.demo.session import Workbench
-
-    begun, go_on, protect_photo = Event(), Event(), Workbench.protect
-
-    def slow(*arguments, **options):
-        begun.set()
-        go_on.wait(20)
-        return protect_photo(*arguments, **options)
-
-    monkeypatch.setattr(Workbench, "protect", slow)
+def test_a_zip_stands_only_beside_the_settings_that_gave_it(open_page, waiting):
+    begun, go_on = waiting
     page = open_page()
     page.get_by_role("tab", name="Several photos").click()
     page.locator("#batch-upload input[type=file]").set_input_files(COFFEE)
