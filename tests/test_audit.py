@@ -138,14 +138,27 @@ def test_a_checkpoint_is_known_by_what_is_in_it(make_audit, tmp_path: Path, monk
         (folder / "model.safetensors").write_bytes(b"weights")
 
     def keys(folder: Path) -> list[Path]:
-        audit_module._digest_of.cache_clear()
+        audit_module._identity_of.cache_clear()
         audit = make_audit(victims=[f"segformer@{folder}"])
         return [audit._file(cell) for cell in plan(audit.config)]
 
     before = keys(folders[0])
     assert keys(folders[1]) == before
-    (folders[0] / "model.safetensors").write_bytes(b"other")
-    assert not set(keys(folders[0])) & set(before)
+    for file, content in (
+        ("model.safetensors", b"other"),
+        ("pytorch_model.bin", b"one"),
+        ("pytorch_model.bin", b"two"),
+    ):
+        (folders[0] / file).write_bytes(content)
+        now = keys(folders[0])
+        assert not set(now) & set(before)
+        before += now
+    file = tmp_path / "mobilenet.pth"
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        now = keys(file)
+        assert not set(now) & set(before)
+        before += now
 
 
 def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatch):

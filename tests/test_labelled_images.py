@@ -104,6 +104,20 @@ def test_things_are_the_classes_with_objects_and_segments_are_objects_then_stuff
     assert [class_id for _, class_id in segments] == [images.classes.index(first), 1, 0, 2]
 
 
+def test_a_stray_pixel_of_an_object_makes_no_class_one_of_objects():
+    labels = np.zeros((2, 30, 40), np.uint8)
+    labels[:, 20:] = 1
+    labels[:, 2:9, 3:9] = 2
+    numbers = (labels == 2).astype(np.int32)
+    numbers[1, 9, 3:9] = 1  # an outline that is drawn otherwise in both maps
+    both = LabelledImages(InMemory(list(labels), list(numbers)), background=(0,))
+    assert both.things == (2,)
+    numbers[1, 20:] = 2
+    more = LabelledImages(InMemory(list(labels), list(numbers)), background=(0,))
+    assert more.things == (1, 2)
+    assert more.first(1).fingerprint() != both.first(1).fingerprint()
+
+
 def test_boxes_are_around_objects_or_else_around_connected_parts_of_the_region():
     labels = np.zeros((1, 30, 40), np.uint8)
     labels[0, 2:6, 3:9] = labels[0, 10:15, 1:4] = labels[0, 12:18, 20:30] = 1
@@ -292,9 +306,10 @@ def test_image_files_with_cocos_json(tmp_path: Path):
     labels, instances = np.zeros((2, 30, 40), int)
     labels[2:22, 2:22] = instances[2:22, 2:22] = 1
     labels[6:9, 5:9] = instances[6:9, 5:9] = 2
+    labels[0:5, 30:35] = 2  # a crowd: of a class, of no object, and without noise
+    np.testing.assert_array_equal(labelled[0].region, instances > 0)
     np.testing.assert_array_equal(labelled[0].labels, labels)
     np.testing.assert_array_equal(labelled[0].instances, instances)
-    np.testing.assert_array_equal(labelled[0].region, labels > 0)
     assert not labelled[1].region.any()
 
 

@@ -11,14 +11,14 @@ from .protection import check_model_name, default_checkpoint
 def checkpoint_digest(folder: str | os.PathLike) -> str:
     """sha256, in hex, over the names and contents of a checkpoint's configuration, processor and weights files.
 
-    What decides the noise counts, and not the card or the code beside it.
+    What decides the noise, or a victim's figures, counts, and not the card or the code beside it.
 
     Raises:
         FileNotFoundError: no such folder, or none of these files in it.
     """
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors"))
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no .json or .safetensors files: it is no checkpoint")
+        raise FileNotFoundError(f"{folder} holds no .json, .safetensors or .bin files: it is no checkpoint")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

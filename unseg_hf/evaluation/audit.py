@@ -24,6 +24,7 @@ from PIL import Image
 
 import unseg_hf
 from unseg_hf.configuration_unseg import UnSegConfig
+from unseg_hf.evaluation.augmentation import STRONG_VERSION
 from unseg_hf.evaluation.controls import CONTROLS
 from unseg_hf.evaluation.labelled_images import LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
@@ -46,7 +47,7 @@ from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, steps_an_epoch, train_victim
 from unseg_hf.image_files import put_in_place
 from unseg_hf.inputs import TINTS
-from unseg_hf.model_identity import checkpoint_digest
+from unseg_hf.model_identity import model_identity
 from unseg_hf.protection import default_checkpoint
 
 GRID = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds")
@@ -532,9 +533,15 @@ class Audit:
         settings = asdict(cell) | self._data | {key: getattr(config, key) for key in VICTIM_SETTINGS}
         settings["epochs"] = self._epochs(cell)
         name, _, checkpoint = cell.victim.partition("@")
-        if checkpoint and Path(checkpoint).is_dir():
+        if checkpoint and checkpoint != "imagenet":
             # By what is in it, which may change, and not by where it lies.
-            settings["victim"] = f"{name}@{_digest_of(checkpoint)}"
+            settings["victim"] = f"{name}@{_identity_of(checkpoint)}"
+        if cell.training == "strong":
+            settings["strong"] = STRONG_VERSION
+        extras = (("monai",) if name == "unetpp" else ()) + (() if config.task == "semantic" else ("scipy",))
+        extras += ("faster-coco-eval",) if config.task in ("instance", "detection") else ()
+        if extras:
+            settings["extras"] = {package: version(package) for package in extras}
         settings["parts"] = [self._treated_settings(*part) for part in self._parts(cell)]
         return self._place(_key(settings))
 
@@ -579,9 +586,12 @@ def _key(settings: dict[str, Any]) -> str:
 
 
 @cache
-def _digest_of(checkpoint: str) -> str:
-    """Read once, and not for every cell."""
-    return checkpoint_digest(checkpoint)
+def _identity_of(checkpoint: str) -> str:
+    """Of a victim's checkpoint, a folder, file or Hub id; read once, and not for every cell."""
+    if not Path(checkpoint).is_file():
+        return model_identity(checkpoint)[0]
+    with open(checkpoint, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:

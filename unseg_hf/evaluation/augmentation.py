@@ -22,6 +22,9 @@ JITTER = 0.4
 HUE = 0.1
 """Largest change of the hue, in turns."""
 
+STRONG_VERSION = 2
+"""Of strong augmentation, in the keys of an audit's cells: figures of another one do not stand beside its own."""
+
 BLUR_SIGMAS = (0.1, 2.0)
 BLUR_PROBABILITY = 0.5
 GREY_PROBABILITY = 0.2
@@ -46,7 +49,7 @@ def strong_augmentation(batch: Batch) -> Batch:
     hue by a tenth of a turn; half of the images are blurred (sigma 0.1 to 2 pixels), a fifth made grey.
 
     Returns:
-        Images in [0, 1], black where nothing was; labels are 255 and instances 0 there.
+        Images in [0, 1], black before they are recoloured where nothing was; labels are 255 and instances 0 there.
     """
     return _recoloured(_warped(plain_augmentation(batch)))
 
@@ -73,7 +76,8 @@ def _warped(batch: Batch) -> Batch:
 
 
 def _recoloured(batch: Batch) -> Batch:
-    from kornia.enhance import adjust_contrast, adjust_hue, adjust_saturation
+    # Kornia's plain contrast is its brightness; this one is torchvision's, about the mean of the grey image.
+    from kornia.enhance import adjust_contrast_with_mean_subtraction, adjust_hue, adjust_saturation
     from kornia.filters import gaussian_blur2d
 
     count, device = len(batch.images), batch.images.device
@@ -82,7 +86,8 @@ def _recoloured(batch: Batch) -> Batch:
     sigma = torch.empty(count, 1).uniform_(*BLUR_SIGMAS).expand(count, 2).to(device)
     blurred, grey = (torch.rand(count) < p for p in (BLUR_PROBABILITY, GREY_PROBABILITY))
     images = (batch.images * factors[0].view(-1, 1, 1, 1)).clamp(0, 1)
-    images = adjust_hue(adjust_saturation(adjust_contrast(images, factors[1]), factors[2]), hue)
+    images = adjust_contrast_with_mean_subtraction(images, factors[1])
+    images = adjust_hue(adjust_saturation(images, factors[2]), hue)
     if blurred.any():
         images[blurred] = gaussian_blur2d(images[blurred], 9, sigma[blurred])
     weights = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)

@@ -43,9 +43,8 @@ class LabelledImage:
         objects = [instances == number for number in np.unique(instances) if number]
         rest = np.where(instances == 0, self.labels, IGNORED)
         classes = [rest == label for label in np.unique(rest) if label != IGNORED]
-        # An object's class is that of most of its pixels that have one.
-        pairs = ((mask, self.labels[mask & (self.labels != IGNORED)]) for mask in objects + classes)
-        return [(mask, int(np.bincount(labels).argmax())) for mask, labels in pairs if labels.size]
+        pairs = [(mask, _commonest(self.labels[mask], (IGNORED,))) for mask in objects + classes]
+        return [(mask, label) for mask, label in pairs if label is not None]
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """`(x0, y0, x1, y1)` in pixels around each object, where there are none around each connected part of each
@@ -64,12 +63,14 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Raw:
-    """An image as its source holds it: labels with the source's own numbers."""
+    """An image as its source holds it: labels with the source's own numbers, and where there are crowds, bool, which
+    get no noise, as in the paper."""
 
     name: str
     image: Image.Image
     labels: np.ndarray
     instances: np.ndarray | None = None
+    crowds: np.ndarray | None = None
 
 
 class RawSource(Protocol):
@@ -207,7 +208,12 @@ class CocoImages:
             if category not in self._numbers:
                 raise ValueError(f"{image}: {self._json} has an object of category {category}, which it does not list")
             labels[mask], instances[mask] = self._numbers[category], number
-        return Raw(name, Image.fromarray(pixels), labels, instances)
+        crowds = np.zeros(labels.shape, bool)
+        for mask, category in annotation.crowds(labels.shape):
+            # Pixels of no object, whose class has objects: nothing that is found there counts against a victim.
+            alone = mask & (instances == 0)
+            labels[alone], crowds[alone] = self._numbers.get(category, IGNORED), True
+        return Raw(name, Image.fromarray(pixels), labels, instances, crowds)
 
 
 class ProposedSegments:
@@ -292,6 +298,7 @@ class LabelledImages(Sequence):
         self._annotations: list[bytes] = []
         values: set[int] = set()
         objects: set[int] = set()
+        unclassed = [IGNORED, *(ignore if like is None else like._ignored)]
         for index in range(len(source)):
             try:
                 raw = source.load(index)
@@ -305,7 +312,7 @@ class LabelledImages(Sequence):
             self._annotations.append(b"".join(hashlib.sha256(part).digest() for part in parts))
             values |= set(np.unique(raw.labels).tolist())
             if raw.instances is not None:
-                objects |= set(np.unique(raw.labels[raw.instances != 0]).tolist())
+                objects |= set(_classes_of_objects(raw.labels, raw.instances, unclassed))
             if len(self._indices) == limit:
                 break
         if not self._indices:
@@ -351,6 +358,8 @@ class LabelledImages(Sequence):
         instances = None if raw.instances is None else raw.instances.astype(np.int32)
         background = [number for number, value in enumerate(self.classes) if value in self._background]
         region = ~np.isin(labels, [*background, IGNORED])
+        if raw.crowds is not None:
+            region &= ~raw.crowds
         return LabelledImage(raw.name, raw.image, labels, region, instances)
 
     def fingerprint(self) -> str:
@@ -358,6 +367,7 @@ class LabelledImages(Sequence):
         annotations = hashlib.sha256(b"".join(self._annotations)).digest()
         whole = hashlib.sha256("".join(self.digests).encode() + annotations)
         whole.update(repr((self.classes, self.binary, sorted(self._ignored), self._background)).encode())
+        whole.update(repr(self.things).encode() if self.things else b"")
         return whole.hexdigest()
 
     def split(self, test_share: float) -> tuple[LabelledImages, LabelledImages]:
@@ -395,6 +405,18 @@ class LabelledImages(Sequence):
 
     def __iter__(self) -> Iterator[LabelledImage]:
         return (self[index] for index in range(len(self)))
+
+
+def _classes_of_objects(labels: np.ndarray, instances: np.ndarray, unclassed: Sequence[int]) -> list[int]:
+    """Classes that objects have: stray pixels of another class, at an outline say, make none of their own."""
+    found = (_commonest(labels[instances == number], unclassed) for number in np.unique(instances) if number)
+    return [label for label in found if label is not None]
+
+
+def _commonest(labels: np.ndarray, unclassed: Sequence[int]) -> int | None:
+    """The label of most pixels that have one, the smallest of several; None if none has."""
+    values, counts = np.unique(labels[~np.isin(labels, unclassed)], return_counts=True)
+    return int(values[counts.argmax()]) if len(values) else None
 
 
 def _check_limit(images: int | None) -> None:

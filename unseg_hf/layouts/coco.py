@@ -115,6 +115,24 @@ class InstanceMasks:
         return f"{self.json}, {self.image}"
 
     def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
+        coder = run_length_coder()
+        wanted = [one for one in self.objects if not one.get("iscrowd")]
+        codes = self._coded(
+            coder, size, [one for one in wanted if classes is None or one.get("category_id") in classes]
+        )
+        if not separate and codes:
+            codes = [(coder.merge([code for code, _ in codes]), None)]
+        segments = [Segment(coder.decode(code).astype(bool), class_id) for code, class_id in codes]
+        return [segment for segment in segments if segment.mask.any()] or [Segment(np.zeros(size, dtype=bool))]
+
+    def crowds(self, size: tuple[int, int]) -> list[Segment]:
+        """The pixels of many objects of a class that nobody has told apart; argument and errors as for `segments`."""
+        coder = run_length_coder()
+        codes = self._coded(coder, size, [one for one in self.objects if one.get("iscrowd")])
+        return [Segment(coder.decode(code).astype(bool), class_id) for code, class_id in codes]
+
+    def _coded(self, coder, size: tuple[int, int], objects: list[dict[str, Any]]) -> list[tuple[dict, Any]]:
+        """The run-length codes of objects of an image of this size, and their classes."""
         if None in self.size:
             raise ValueError(f"{self.name}: its entry in the json lacks its height or width")
         if tuple(size) != tuple(self.size):
@@ -122,17 +140,11 @@ class InstanceMasks:
             raise ValueError(
                 f"{self.name}: annotated as {self.size} (height, width), but the image has {tuple(size)}{turned}"
             )
-        coder = run_length_coder()
-        codes = [
+        return [
             (code, one.get("category_id"))
-            for one in self.objects
-            if not one.get("iscrowd") and (classes is None or one.get("category_id") in classes)
+            for one in objects
             for code in self._codes(coder, one.get("segmentation"), one.get("bbox"))
         ]
-        if not separate and codes:
-            codes = [(coder.merge([code for code, _ in codes]), None)]
-        segments = [Segment(coder.decode(code).astype(bool), class_id) for code, class_id in codes]
-        return [segment for segment in segments if segment.mask.any()] or [Segment(np.zeros(size, dtype=bool))]
 
     def _codes(self, coder, form: Any, box: Any) -> list[dict[str, Any]]:
         """The compressed run-length code of an object; none where its polygons cover nothing.

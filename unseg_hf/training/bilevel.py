@@ -314,10 +314,11 @@ def _augmented(images, masks, probability, random):
         # The augmentation draws from the CPU's global generator; seeding all devices would seed dropout, too.
         torch.default_generator.manual_seed(seed)
         batch = strong_augmentation(Batch(images, drawn.long()))
-    kept = batch.labels == 1
+    # At the masks' own size: prompts are in its pixels, also where the images have become smaller.
+    kept = F.interpolate((batch.labels == 1)[:, None].to(masks.dtype), masks.shape[-2:], mode="nearest-exact")[:, 0]
     if not kept.flatten(1).any(1).all():
         return images, masks
-    return batch.images, kept.to(masks.dtype)
+    return batch.images, kept
 
 
 def budget_of(batch: dict, epsilon: float, background: float) -> torch.Tensor:

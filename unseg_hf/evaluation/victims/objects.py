@@ -133,7 +133,11 @@ class _MaskClassifier(_ObjectVictim):
         height, width = outputs.masks_queries_logits.shape[-2:]
         void_cells = F.adaptive_max_pool2d(torch.stack(void)[:, None].float(), (height, width))
         void = F.interpolate(void_cells, batch.labels.shape[-2:])
-        masks = [mask * (1 - empty) for mask, empty in zip(masks, void, strict=True)]
+        for index, empty in enumerate(void):
+            masks[index] = masks[index] * (1 - empty)
+            # Of a small object beside pixels without a class nothing may be left to learn from.
+            left = masks[index].flatten(1).any(1)
+            masks[index], classes[index] = masks[index][left], classes[index][left]
 
         def counted(logits: torch.Tensor) -> torch.Tensor:
             return logits.float().masked_fill(void_cells.bool(), VOID_LOGIT)
