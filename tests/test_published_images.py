@@ -18,9 +18,11 @@ from unseg_hf.evaluation.published_images import (
     annotation_squares,
     clean_squares,
     noise_settings,
+    protection_of,
     publish,
     published_files,
     treat,
+    without_public_noise,
 )
 
 BUDGET = {"epsilon": 8 / 255, "epsilon_background": 2 / 255}
@@ -253,6 +255,18 @@ def test_removal_is_fitted_to_the_published_files(images: LabelledImages, tmp_pa
         assert np.load(tmp_path / f"{name}.npy").shape == (4, 3, 32, 32)
     with pytest.raises(ValueError, match="denoiser"):
         treat(tmp_path / "stripes", images, "removal:denoiser", 32, tmp_path / "without.npy")
+
+
+def test_who_has_the_public_generator_can_subtract_what_it_adds(images: LabelledImages, tmp_path: Path):
+    budget = {"epsilon": 8 / 255, "epsilon_background": 0.0}
+    publish(images, "generator", tmp_path / "generator", **budget)
+    protect = protection_of(images, "generator", *budget.values(), None, "auto", "cpu")
+    for labelled, published in zip(images, pixels_of(tmp_path / "generator", images), strict=True):
+        found = np.asarray(without_public_noise(Image.fromarray(published), labelled, protect)).astype(int)
+        before, after = (np.abs(one - np.asarray(labelled.image)).mean() for one in (published.astype(int), found))
+        assert after < before / 3
+    treat(tmp_path / "generator", images, "removal:generator", 32, tmp_path / "seen.npy", protect=protect)
+    assert np.load(tmp_path / "seen.npy").shape == (4, 3, 32, 32)
 
 
 def test_annotations_are_resized_from_their_own_size_by_nearest_neighbour(tmp_path: Path):

@@ -26,17 +26,20 @@ import unseg_hf
 from unseg_hf.configuration_unseg import UnSegConfig
 from unseg_hf.evaluation.augmentation import STRONG_VERSION
 from unseg_hf.evaluation.controls import CONTROLS
-from unseg_hf.evaluation.labelled_images import LabelledImages
+from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.published_images import (
     ATTACKER_IMAGES,
     DENOISER,
+    GENERATORS,
     NOISES,
+    PUBLIC,
     TREATMENTS,
     Measured,
     annotation_squares,
     clean_squares,
     noise_settings,
+    protection_of,
     publish,
     published_files,
     treat,
@@ -305,7 +308,8 @@ class Audit:
             self.say(f"treating {noise}: {treatment}")
             attacker = (self._published(noise, self.attacker), self.attacker) if treatment == DENOISER else None
             file = self._treated(noise, treatment)
-            treat(self._published(noise, self.train), self.train, treatment, config.size, file, attacker)
+            public = self._public_protection(noise) if treatment == PUBLIC else None
+            treat(self._published(noise, self.train), self.train, treatment, config.size, file, attacker, public)
         state.wait_for_everyone()
         self._run_cells(cells, pending, rank, world)
         state.wait_for_everyone()
@@ -514,6 +518,12 @@ class Audit:
             return known["measured"]
         return asdict(self._publish(noise, self.train))
 
+    def _public_protection(self, noise: str) -> Callable[[LabelledImage], Image.Image]:
+        """What the generator does to images, asked as for this noise, or for masks where it is a control."""
+        config, way = self.config, noise if noise in GENERATORS else "generator"
+        bounds = config.epsilon / 255, config.epsilon_background / 255
+        return protection_of(self.train, way, *bounds, config.model, config.tint, self._device)
+
     def _published(self, noise: str, images: LabelledImages) -> Path:
         return self.config.output / "published" / f"{noise}-{_key(self._noise_settings(noise, images))}"
 
@@ -521,6 +531,8 @@ class Audit:
         settings = {"published": self._noise_settings(noise, self.train), "treatment": treatment}
         if treatment == DENOISER:
             settings["attacker"] = self.attacker.fingerprint()
+        if treatment == PUBLIC:
+            settings["public"] = self._noise_settings(noise if noise in GENERATORS else "generator", self.train)
         return settings | {"size": self.config.size, "versions": _versions()}
 
     def _treated(self, noise: str, treatment: str) -> Path:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,16 @@ NOISES = ("clean", *GENERATORS, *CONTROLS)
 
 REMOVAL_PREFIX = "removal:"
 DENOISER = f"{REMOVAL_PREFIX}denoiser"
-TREATMENTS = (*POST_PROCESSINGS, *(REMOVAL_PREFIX + name for name in REMOVALS))
+PUBLIC = f"{REMOVAL_PREFIX}generator"
+TREATMENTS = (*POST_PROCESSINGS, *(REMOVAL_PREFIX + name for name in REMOVALS), PUBLIC)
 """What may happen to published images before a victim is trained on them."""
 
 MANIFEST = "manifest.json"
 SSIM_IMAGES = 50
 """SSIM, which takes longer than protecting, is measured on so many images."""
+
+PUBLIC_ROUNDS = 3
+"""Times that the public generator is asked what it adds to an image, each time with less noise in it."""
 
 ATTACKER_IMAGES = 200
 """Images that somebody who trains a denoiser protects for it, at most."""
@@ -164,7 +168,7 @@ def publish(
         return Measured(**manifest["measured"])
 
     bounds = noise_budget(noise, epsilon, epsilon_background)
-    protect = _protection(images, noise, *bounds, model, tint, device)
+    protect = protection_of(images, noise, *bounds, model, tint, device)
     if noise in ROUGH:
         bounds = epsilon, epsilon
     partial = folder.with_name(f"{folder.name}.partial")
@@ -194,7 +198,7 @@ def published_files(folder: Path, images: LabelledImages) -> list[Path]:
     return [folder / f"{index:06d}.png" for index in range(len(images))]
 
 
-def _protection(
+def protection_of(
     images: LabelledImages,
     noise: str,
     epsilon: float,
@@ -203,6 +207,7 @@ def _protection(
     tint: str,
     device: str,
 ) -> Callable[[LabelledImage], Image.Image]:
+    """What puts a noise on one of the images; arguments as for [`publish`]."""
     if noise == "clean":
         return lambda labelled: labelled.image
     if noise.startswith("generator"):
@@ -262,6 +267,7 @@ def treat(
     size: int,
     file: Path,
     attacker: tuple[Path, LabelledImages] | None = None,
+    protect: Callable[[LabelledImage], Image.Image] | None = None,
 ) -> None:
     """Write published images as a victim sees them: treated, then resized to a square; nothing if the file is there.
 
@@ -274,14 +280,17 @@ def treat(
             antialiased bilinear interpolation.
         attacker: what somebody who trains a denoiser has: a folder of images published with the same noise, and their
             originals.
+        protect: what somebody has who knows the public generator, for `removal:generator`: see [`protection_of`].
     """
     if file.is_file():
         return
-    apply = treatment_function(published, images, treatment, attacker)
+    apply = None if treatment == PUBLIC else treatment_function(published, images, treatment, attacker)
     pixels = np.empty((len(images), 3, size, size), np.uint8)
     for index, path in enumerate(published_files(published, images)):
         with Image.open(path) as image:
-            pixels[index] = _square(apply(image.convert("RGB")), size)
+            seen = image.convert("RGB")
+        seen = without_public_noise(seen, images[index], protect) if apply is None else apply(seen)
+        pixels[index] = _square(seen, size)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     with partial.open("wb") as stream:
@@ -289,10 +298,24 @@ def treat(
     os.replace(partial, file)
 
 
+def without_public_noise(
+    published: Image.Image, labelled: LabelledImage, protect: Callable[[LabelledImage], Image.Image]
+) -> Image.Image:
+    """A published image less what the public generator adds to it: it makes nearly the same noise for an image that
+    has noise already, and whoever trains on the image has its labels."""
+    pixels = np.asarray(published).astype(np.int16)
+    found = pixels
+    for _ in range(PUBLIC_ROUNDS):
+        image = Image.fromarray(found.astype(np.uint8))
+        added = np.asarray(protect(replace(labelled, image=image))).astype(np.int16) - found
+        found = (pixels - added).clip(0, 255)
+    return Image.fromarray(found.astype(np.uint8))
+
+
 def treatment_function(
     published: Path, images: LabelledImages, treatment: str, attacker: tuple[Path, LabelledImages] | None = None
 ) -> Callable[[Image.Image], Image.Image]:
-    """What a treatment does to one RGB image; arguments as for [`treat`]."""
+    """What a treatment, but for `removal:generator`, does to one RGB image; arguments as for [`treat`]."""
     if not treatment.startswith(REMOVAL_PREFIX):
         return POST_PROCESSINGS[treatment]
     pairs = None
