@@ -411,6 +411,43 @@ def test_forward_wants_the_same_number_of_each_kind_of_prompt(generator, pixels,
         generator(pixels, **prompts)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"input_masks": torch.zeros(3, 1, 16, 16)},
+            r"input_masks has shape \(3, 1, 16, 16\): needs \(2, 1, 16, 16\)",
+        ),
+        ({"input_masks": torch.zeros(2, 16, 16)}, r"input_masks has shape \(2, 16, 16\)"),
+        ({"input_masks": torch.zeros(2, 1, 64, 64)}, r"needs \(2, 1, 16, 16\)"),
+        ({"input_boxes": torch.zeros(2, 4)}, r"input_boxes has shape \(2, 4\): needs \(2, 4, 4\), images first"),
+        ({"input_points": torch.zeros(2, 0, 1, 2)}, r"input_points has shape \(2, 0, 1, 2\)"),
+        ({"noise_boxes": [(0, 1, 0, 1)]}, "1 noise_boxes: needs one for each of 2 x 1 prompts"),
+        ({"codes": torch.zeros(2, 1)}, r"codes are torch.float32: needs whole numbers"),
+    ],
+)
+def test_prompts_of_another_shape_are_refused(generator, pixels, given, message):
+    with pytest.raises(ValueError, match=message):
+        generator(pixels, **given)
+
+
+def test_codes_may_be_of_any_whole_number_type(build_generator, pixels):
+    generator = build_generator(noise_codes=3).eval()
+    expected = generator(pixels, codes=torch.tensor([[2], [1]])).noise
+    for codes in (
+        [[2], [1]],
+        torch.tensor([[2], [1]], dtype=torch.uint8),
+        torch.tensor([[2], [1]], dtype=torch.int16),
+    ):
+        assert torch.equal(generator(pixels, codes=codes).noise, expected)
+
+
+def test_the_attention_is_chosen_when_loading(generator):
+    generator.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"from_pretrained\(..., attn_implementation='eager'\)"):
+        generator.set_attn_implementation("eager")
+
+
 def test_noise_in_boxes_is_that_of_the_whole_image_and_zero_elsewhere(generator, pixels, masks):
     boxes = [(0, 4, 0, 4), (1, 2, 1, 3), (3, 4, 0, 1), (0, 1, 3, 4), (2, 2, 2, 2), (1, 4, 0, 3)]
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import pipeline
 
-from unseg_hf import Protector, UnSegModel
+from unseg_hf import ImageFileError, Protector, UnSegModel, default_checkpoint
 
 
 def photo(seed, height=40, width=56):
@@ -87,14 +87,34 @@ def test_an_unknown_keyword_is_named(protect):
         protect({"mask": box_mask()})
 
 
-def test_a_photo_may_be_an_address(protect, tmp_path):
-    photo(0).save(tmp_path / "photo.png")
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
+def test_a_photo_may_be_an_address(protect, tmp_path, mode):
+    pixels = np.asarray(photo(0).convert("L"), np.uint16) * 200
+    given = Image.fromarray(pixels) if mode == "I;16" else photo(0).convert(mode)
+    given.save(tmp_path / "photo.png")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetched = protect(f"http://127.0.0.1:{server.server_port}/photo.png", mask=box_mask())
+        fetched = protect(f"HTTP://127.0.0.1:{server.server_port}/photo.png", mask=box_mask())
+        with pytest.raises(ImageFileError, match=r"none\.png: it cannot be fetched \(.*404"):
+            protect(f"http://127.0.0.1:{server.server_port}/none.png", mask=box_mask())
         server.shutdown()
-    np.testing.assert_array_equal(fetched["image"], protect(photo(0), mask=box_mask())["image"])
+    assert fetched["image"].mode == mode
+    np.testing.assert_array_equal(fetched["image"], protect(given, mask=box_mask())["image"])
+
+
+def test_a_pipeline_works_with_the_model_that_it_has_now(protect, saved_generator):
+    fresh = pipeline("image-protection", model=str(saved_generator))
+    before = fresh(photo(0), mask=box_mask())["image"]
+    other = UnSegModel.from_pretrained(saved_generator)
+    other.noise_head.noise_tokens.weight.data *= -1
+    fresh.model = other
+    assert (np.asarray(fresh(photo(0), mask=box_mask())["image"]) != np.asarray(before)).any()
+
+
+def test_without_a_model_it_is_the_one_that_comes_with_the_package():
+    model = pipeline("image-protection").model
+    assert model.config.to_dict() == UnSegModel.from_pretrained(default_checkpoint()).config.to_dict()
 
 
 def test_a_model_saved_without_its_pipeline_names_none_that_is_not_there(saved_generator, tmp_path):

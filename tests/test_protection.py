@@ -2,7 +2,9 @@
 
 import io
 import shutil
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -552,6 +554,58 @@ def test_a_model_without_its_processor_is_refused_with_the_fix(tiny_protector, t
     tiny_protector.model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no processor beside its model: save one there"):
         Protector.from_pretrained(tmp_path)
+
+
+def test_threads_that_protect_at_the_same_time_leave_torchs_threads_as_they_were(tiny_protector):
+    def of_a_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inside, go_on = threading.Event(), threading.Event()
+
+        def first():
+            with protection.one_thread():
+                inside.set()
+                go_on.wait(10)
+
+        def second():
+            inside.wait(10)
+            with protection.one_thread():
+                go_on.set()
+                one.join()
+
+        one, two = (threading.Thread(target=target) for target in (first, second))
+        one.start()
+        two.start()
+        two.join()
+        assert of_a_new_thread() == 3
+        with protection.one_thread():
+            assert of_a_new_thread() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_do_not_fit_are_no_generator(saved_generator):
+    with pytest.raises(ValueError, match="is no trained generator: 1 weights are missing"):
+        Protector.from_pretrained(saved_generator, noise_codes=3, ignore_mismatched_sizes=True)
+
+
+def test_a_processor_of_another_kind_is_refused(tiny_protector):
+    with pytest.raises(ValueError, match="SamImageProcessorPil is no UnSegProcessor"):
+        Protector(tiny_protector.model, tiny_protector.processor.image_processor)
+
+
+def test_figures_do_not_hang_on_torchs_default_type(tiny_protector):
+    expected = tiny_protector.protect(photo(), mask=box_mask()).report["ssim"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert tiny_protector.protect(photo(), mask=box_mask()).report["ssim"] == pytest.approx(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_sam_is_asked_for_the_boxes_and_points_that_were_given(tiny_protector, monkeypatch):

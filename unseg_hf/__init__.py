@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def _register() -> None:
@@ -69,6 +69,7 @@ def _register() -> None:
     from .modeling_unseg import UnSegModel
     from .pipeline_unseg import ImageProtectionPipeline
     from .processing_unseg import UnSegProcessor
+    from .protection import default_checkpoint
 
     AutoConfig.register(UnSegConfig.model_type, UnSegConfig, exist_ok=True)
     AutoModel.register(UnSegConfig, UnSegModel, exist_ok=True)
@@ -78,7 +79,11 @@ def _register() -> None:
     UnSegProcessor.register_for_auto_class()
     if "image-protection" not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
-            "image-protection", pipeline_class=ImageProtectionPipeline, pt_model=AutoModel, type="image"
+            "image-protection",
+            pipeline_class=ImageProtectionPipeline,
+            pt_model=AutoModel,
+            default={"model": (str(default_checkpoint()), "main")},
+            type="image",
         )
 
 

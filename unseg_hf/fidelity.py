@@ -53,7 +53,7 @@ def _ssim(original: np.ndarray, protected: np.ndarray, scale: float) -> float:
     ]
     height, width, channels = pictures[0].shape
     # torchmetrics has the same figure, but not the window as a column and a row, which is six times faster.
-    window = torch.exp(-0.5 * ((torch.arange(11, device="cpu") - 5) / 1.5) ** 2)
+    window = torch.exp(-0.5 * ((torch.arange(11, dtype=torch.float32, device="cpu") - 5) / 1.5) ** 2)
     window = (window / window.sum()).expand(4 * channels, 1, 1, 11)
     total, step = 0.0, max(1, STRIP // width)
     for start in range(0, height, step):

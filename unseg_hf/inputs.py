@@ -91,7 +91,8 @@ class Prompt:
         """ValueError for names that are none of a prompt's fields."""
         if unknown := set(names) - cls.__dataclass_fields__.keys():
             raise ValueError(
-                f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(cls.__dataclass_fields__)}"
+                f"unknown {', '.join(sorted(unknown))}: the prompt has {', '.join(cls.__dataclass_fields__)}; epsilon "
+                "and epsilon_background stand beside it, for all images of a call"
             )
 
     def check_inside(self, height: int, width: int) -> None:

@@ -111,6 +111,8 @@ class ProtectImages:
             raise ValueError("label_maps needs mask_column")
         if self.on_error not in ON_ERROR:
             raise ValueError(f"on_error={self.on_error!r}: must be one of {', '.join(ON_ERROR)}")
+        if isinstance(self.report_columns, str):
+            object.__setattr__(self, "report_columns", (self.report_columns,))
         if unknown := sorted(set(self.report_columns) - set(REPORT_COLUMNS)):
             raise ValueError(f"report_columns has {', '.join(unknown)}: there is {', '.join(REPORT_COLUMNS)}")
         if self.epsilon is not None:
@@ -217,7 +219,12 @@ class ProtectImages:
             raise
         # Whatever reading a damaged file raises is that record's trouble alone.
         except Exception as error:
-            return Outcome(error=one_line(error))
+            said = one_line(error)
+            for value in (image, mask):
+                # What is published says nothing of the folders of this machine.
+                if isinstance(value, Mapping) and (path := value.get("path")):
+                    said = said.replace(path, os.path.basename(path))
+            return Outcome(error=said)
 
     def prompt(self, mask: Any) -> Prompt:
         """What to protect in an image with this mask, or these masks or boxes.

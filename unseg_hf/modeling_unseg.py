@@ -67,12 +67,20 @@ def _in_planes(features: torch.Tensor) -> torch.Tensor:
     return features.contiguous() if trained and features.shape[-2:].numel() >= 64 * 64 else features
 
 
-def _to_bf16(_: nn.Module, features: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (features[0].to(torch.bfloat16),)
+def _to_its_dtype(module: nn.Module, features: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (features[0].to(module.weight.dtype),)
 
 
 def _to_float32(_: nn.Module, __: tuple[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
     return features.float()
+
+
+def _check_shape(name: str, prompt: torch.Tensor, wanted: tuple[int | str, ...]) -> None:
+    """ValueError unless a prompt has this shape; a word in it stands for any number, and no number is 0."""
+    fits = prompt.ndim == len(wanted) and 0 not in prompt.shape
+    if not fits or any(isinstance(w, int) and w != has for w, has in zip(wanted, prompt.shape, strict=True)):
+        shape = ", ".join(map(str, wanted))
+        raise ValueError(f"{name} has shape {tuple(prompt.shape)}: needs ({shape}), images first, then prompts")
 
 
 def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
@@ -203,6 +211,19 @@ class UnSegModel(UnSegPreTrainedModel):
         finally:
             self.config.__dict__ |= named
 
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        """The attention is chosen when a model is loaded: its layers are made for it.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        present = self.sam.config.vision_config._attn_implementation
+        if attn_implementation != present:
+            raise ValueError(
+                f"this model has attention {present!r}: choose when loading, "
+                f"from_pretrained(..., attn_implementation={attn_implementation!r})"
+            )
+
     def train(self, mode: bool = True) -> "UnSegModel":
         super().train(mode)
         if self.object_finder is not None:
@@ -238,7 +259,7 @@ class UnSegModel(UnSegPreTrainedModel):
             for module in part.modules():
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                     module.to(torch.bfloat16)
-                    module.register_forward_pre_hook(_to_bf16)
+                    module.register_forward_pre_hook(_to_its_dtype)
                     module.register_forward_hook(_to_float32)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -293,8 +314,9 @@ class UnSegModel(UnSegPreTrainedModel):
             image_embeddings (`UnSegImageEmbeddings`, *optional*):
                 What `get_image_embeddings` returned; this or `pixel_values`.
             noise_boxes (*optional*):
-                Where each prompt's noise is wanted, as (top, bottom, left, right) in cells of the embedding grid;
-                elsewhere it is not valid, and mostly 0. Half of a prompt's cost is in the noise of its last layers.
+                Where each prompt's noise is wanted, image by image in one list, as (top, bottom, left, right) in
+                cells of the embedding grid; elsewhere it is not valid, and mostly 0. Half of a prompt's cost is in the
+                noise of its last layers.
             codes (`torch.Tensor` of shape `(batch, prompts)`, *optional*):
                 Whole numbers from 0 to `config.noise_codes - 1`: which of its noises each prompt gets; 0 by default.
             return_dict (`bool`, *optional*):
@@ -307,22 +329,29 @@ class UnSegModel(UnSegPreTrainedModel):
             many prompts in chunks.
 
         Raises:
-            ValueError: both or none of pixels and embeddings, prompts whose counts differ, or codes of another shape
-                or beyond those of the generator.
+            ValueError: both or none of pixels and embeddings, prompts of another shape or whose counts differ, or
+                codes of another shape or beyond those of the generator.
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Pass either pixel_values or image_embeddings, and not both.")
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(pixel_values)
         prompt_counts = {
-            name: prompt.shape[1]
+            name: prompt.shape[1] if prompt.ndim > 1 else 0
             for name, prompt in {"points": input_points, "boxes": input_boxes, "masks": input_masks}.items()
             if prompt is not None
         }
         if len(set(prompt_counts.values())) > 1:
             raise ValueError(f"Every kind of prompt needs the same number of prompts an image; got {prompt_counts}.")
-        batch = image_embeddings.image_embeddings.shape[0]
+        batch, _, *grid = image_embeddings.image_embeddings.shape
         prompts = next(iter(prompt_counts.values()), 1)
+        shapes = {"input_points": ("points", 2), "input_boxes": (4,), "input_masks": (4 * grid[0], 4 * grid[1])}
+        given = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
+        for name, prompt in given.items():
+            if prompt is not None:
+                _check_shape(name, prompt, (batch, prompts, *shapes[name]))
+        if noise_boxes is not None and len(noise_boxes) != batch * prompts:
+            raise ValueError(f"{len(noise_boxes)} noise_boxes: needs one for each of {batch} x {prompts} prompts")
 
         noise = self._decode(
             image_embeddings,
@@ -347,12 +376,15 @@ class UnSegModel(UnSegPreTrainedModel):
         tokens = self.noise_head.noise_tokens.weight.unflatten(0, (-1, 3))
         if codes is None:
             return tokens[0].expand(batch, prompts, -1, -1)
+        codes = torch.as_tensor(codes, device=tokens.device)
+        if codes.dtype == torch.bool or codes.is_floating_point():
+            raise ValueError(f"codes are {codes.dtype}: needs whole numbers")
         if codes.shape != (batch, prompts) or not 0 <= codes.min() <= codes.max() < len(tokens):
             raise ValueError(
                 f"codes of shape {tuple(codes.shape)} from {codes.min()} to {codes.max()}: needs shape "
                 f"{(batch, prompts)}, and this generator has codes 0 to {len(tokens) - 1}"
             )
-        return tokens[codes]
+        return tokens[codes.long()]
 
     def _decode(
         self, embeddings: UnSegImageEmbeddings, sparse, dense, noise_tokens: torch.Tensor, boxes
@@ -365,7 +397,7 @@ class UnSegModel(UnSegPreTrainedModel):
         tokens = torch.cat([own.expand(batch, prompts, -1, -1), noise_tokens], dim=2)
         if sparse is not None:
             tokens = torch.cat([tokens, sparse.to(tokens.dtype)], dim=2)
-        if dense.shape[0] not in (1, batch * prompts):  # SAM's "no mask" embedding is one an image
+        if dense.shape[0] != batch * prompts:  # SAM's "no mask" embedding is one an image
             dense = dense[:1]
 
         image = embeddings.image_embeddings.repeat_interleave(prompts, 0) + dense

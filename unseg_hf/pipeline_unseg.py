@@ -6,8 +6,8 @@ from typing import Any
 from PIL import Image
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.image_utils import load_image
 
+from .image_files import ImageFileError, one_line
 from .inputs import Prompt
 from .protection import Job, Protector
 
@@ -43,8 +43,17 @@ class ImageProtectionPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError("the pipeline needs the generator's processor: pass processor=UnSegProcessor...")
         self.image_processor = self.processor.image_processor  # the base class batches only with one of its own
-        self.protector = Protector(self.model, self.processor)
+        self._protector = Protector(self.model, self.processor)
+
+    @property
+    def protector(self) -> Protector:
+        """Of the model that the pipeline has now: it may be given another, a compiled one, say."""
+        if self._protector.model is not self.model:
+            self._protector = Protector(self.model, self.processor)
+        return self._protector
 
     def save_pretrained(self, save_directory, **kwargs):
         """Model, processor and code; `pipeline(..., trust_remote_code=True)` loads them without this package."""
@@ -77,8 +86,8 @@ class ImageProtectionPipeline(Pipeline):
             inputs = inputs["image"]
             Prompt.check_names(fields)
             prompt |= fields
-        if isinstance(inputs, str) and inputs.startswith(("http://", "https://")):
-            inputs = load_image(inputs)  # as transformers' own pipelines do
+        if isinstance(inputs, str) and inputs.lower().startswith(("http://", "https://")):
+            inputs = _fetched(inputs)
         return {"job": self.protector.prepare(inputs, Prompt(**prompt), epsilon, epsilon_background)}
 
     def _forward(self, model_inputs: dict) -> dict[str, Any]:
@@ -95,6 +104,18 @@ class ImageProtectionPipeline(Pipeline):
             "mask": Image.fromarray(protected.region).convert("L"),
             "report": protected.report,
         }
+
+
+def _fetched(url: str) -> bytes:
+    """The bytes behind a URL; transformers' own function would make RGB of grey, 16 bits and alpha."""
+    from huggingface_hub import get_session
+
+    try:
+        answer = get_session().get(url, follow_redirects=True, timeout=30)
+        answer.raise_for_status()
+    except Exception as error:  # of whatever client the Hub's package uses
+        raise ImageFileError(f"{url}: it cannot be fetched ({one_line(error)}); check the address") from error
+    return answer.content
 
 
 __all__ = ["ImageProtectionPipeline"]

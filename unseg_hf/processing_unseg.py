@@ -117,6 +117,11 @@ class UnSegProcessor(SamProcessor):
                 for coordinates, (height, width) in zip(features[name], features["original_sizes"], strict=True):
                     coordinates.unflatten(-1, (-1, 2)).mul_(self.target_size / torch.stack([width, height]))
         if masks is not None:
+            if isinstance(masks, np.ndarray) and len(masks) != len(pictures):
+                raise ValueError(
+                    f"masks of shape {masks.shape} for {len(pictures)} images: pass a list with an array "
+                    "(prompts, height, width) for each"
+                )
             shapes, wanted = [np.shape(mask) for mask in masks], [picture.shape[:2] for picture in pictures]
             if [shape[1:] for shape in shapes] != wanted or len({shape[:1] for shape in shapes}) > 1:
                 raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ def check_model_name(name: str | os.PathLike) -> None:
         raise ValueError(f"{name}: no such folder, and no id of the Hub, which is like 'owner/name'") from error
 
 
+_lock, _inside, _before = threading.Lock(), 0, 1
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Meanwhile torch has one thread.
@@ -60,12 +64,19 @@ def one_thread() -> Iterator[None]:
     Threads inside a small model wait for each other as long as they work, and many times as long on a machine that has
     other things to do; so do those beside a device. (A thread that begins to use torch meanwhile has one, too.)
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _inside, _before
+    with _lock:
+        own = torch.get_num_threads()
+        _before = _before if _inside else own
+        _inside += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _lock:
+            _inside -= 1
+            # Of several threads that were here at the same time only the first knows how many there were.
+            torch.set_num_threads(own if _inside else _before)
 
 
 def _in_one_thread(method: Callable) -> Callable:
@@ -179,6 +190,10 @@ class Protector:
             raise ValueError(
                 f"{type(model).__name__} is no generator: pass a UnSegModel, and its UnSegProcessor after it"
             )
+        if not hasattr(processor, "stretch"):
+            raise ValueError(
+                f"{type(processor).__name__} is no UnSegProcessor: take the one that was saved with the model"
+            )
         if model.object_finder is not None and not processor.stretch:
             raise ValueError(
                 "the object finder looks at stretched images, and the processor pads them: take the one that was "
@@ -211,7 +226,7 @@ class Protector:
         checkpoint = default_checkpoint() if checkpoint is None else checkpoint
         check_model_name(checkpoint)
         model, loading = UnSegModel.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
-        if missing := loading["missing_keys"]:
+        if missing := {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}:
             of_finder = all(name.startswith("object_finder.") for name in missing)
             remedy = (
                 "in Python, object_finder_width=None does without its object finder" if of_finder else "train it first"
