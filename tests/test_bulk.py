@@ -833,6 +833,32 @@ def test_links_to_folders_of_tars_are_entered_and_links_in_tars_are_named(place,
     assert sum(line["status"] == "protected" for line in lines()) == GOOD
 
 
+def test_annotations_without_end_cost_their_sample_alone(place, saved_generator):
+    Path("in").mkdir()
+    with tarfile.open("in/a.tar", "w") as tar:
+        for name, data in (("a.jpg", encoded(photo(0))), ("a.json", b'{"annotations": ' + b"[" * 200_000)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    run({"inputs": ["in"], "mask_column": "json"}, saved_generator, kind="folder")
+    (line,) = lines()
+    assert line["status"] == "failed"
+    assert "the masks in a.json cannot be read" in line["error"]
+
+
+def test_no_folder_of_this_machine_is_in_what_is_published(place, saved_generator):
+    home = place / "home/somebody"
+    home.mkdir(parents=True)
+    (home / "cut.png").write_bytes(BROKEN["cut"])
+    columns = {"image": [{"bytes": None, "path": str(home / name)} for name in ("cut.png", "gone.png")]}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(columns["image"], kind)}), place / "some.parquet")
+    opened = open_source(["some.parquet"], Path("out"))
+    protect_dataset(opened, Path("out"), "parquet", ProtectImages(str(saved_generator), whole_image=True))
+    assert all(line["status"] == "failed" for line in lines())
+    assert not any(b"somebody" in data for data in files("out").values())
+
+
 def test_what_was_protected_is_not_protected_again(place, saved_generator):
     run(write_images(place), saved_generator, kind="folder")
     for inputs in ("out", "out/data"):

@@ -84,12 +84,14 @@ def test_the_card_says_that_the_images_are_protected_and_how(place, saved_genera
 def test_a_push_that_the_hub_refuses_says_how_to_push_later(place, saved_generator, monkeypatch):
     assert mask(0).any()
     run(write_parquet(place), saved_generator)
+    Path("out/mine.png").touch()
     with HubServer() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub.failures["POST /api/datasets/.*/commit/"] = (403, "storage is full")
         with pytest.raises(
-            HubError, match=r"tester/mine at .*403 storage is full.* hf upload tester/mine out --repo-type"
+            HubError,
+            match=r"tester/mine at .*403 storage is full.* hf upload tester/mine out .* --exclude mine.png",
         ):
             push_dataset(Path("out"), "tester/mine")

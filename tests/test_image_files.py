@@ -514,6 +514,18 @@ def test_the_first_picture_of_a_phone_mpo_is_used():
     assert (picture.pixels == 200).all()
 
 
+def test_a_jpeg_of_endless_exif_is_refused_before_it_is_joined():
+    data = saved(Image.fromarray(noise(6, 4, 3)), "JPEG")
+    segment = b"\xff\xe1" + (2 + 8).to_bytes(2, "big") + b"Exif\0\0.."
+    one_line_error(lambda: read(data[:2] + segment * 100 + data[2:]), "more than 64 pieces of EXIF", "export it again")
+
+
+def test_a_name_as_long_as_a_picture_is_cut_in_messages():
+    with pytest.raises(ImageFileError) as error:
+        read("data:image/png;base64," + "A" * 10**6)
+    assert len(str(error.value)) < 500
+
+
 def test_a_decompression_bomb_is_refused_before_decoding():
     bomb = png(20_000, 20_000, 8, 2, [])
     with warnings.catch_warnings():
@@ -695,6 +707,15 @@ def test_thumbnail_of_the_unprotected_photo_is_not_published():
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(buffer, "JPEG", exif=b"Exif\0\0" + body)
     assert thumbnail in buffer.getvalue()
+    # A length that is not there, or one that is too short, as some programs leave them.
+    without = body.replace(struct.pack("<HHLL", 0x202, 4, 1, len(thumbnail)), struct.pack("<HHLL", 0x203, 4, 1, 9))
+    cut = body.replace(struct.pack("<HHLL", 0x202, 4, 1, len(thumbnail)), struct.pack("<HHLL", 0x202, 4, 1, 0))
+    for odd in (without, cut):
+        other = io.BytesIO()
+        Image.new("RGB", (40, 30), "red").save(other, "JPEG", exif=b"Exif\0\0" + odd)
+        picture = image_files.read(other.getvalue())
+        assert picture.exif is None
+        assert "unreadable EXIF dropped" in picture.notes
 
     picture = image_files.read(buffer.getvalue())
     assert any("thumbnail" in note for note in picture.notes)

@@ -19,8 +19,9 @@ from PIL import Image
 from published_trees import HEIGHT, LOWER, TREES, UPPER, WIDTH, area, labels, photo, save, text
 
 from unseg_hf import Prompt, Protector, cli, image_files
-from unseg_hf.layouts.run import RECORD, SETTINGS, alone
+from unseg_hf.layouts.run import RECORD, SETTINGS
 from unseg_hf.layouts.table import DATA_SETS
+from unseg_hf.worker_processes import alone
 
 
 @pytest.fixture(scope="module")
@@ -498,7 +499,7 @@ def test_one_run_at_a_time_writes_an_output(tmp_path, protect, capsys):
     TREES["voc2012"][1](tmp_path / "in")
     assert protect("voc2012") == 0
     before = files(tmp_path / "out")
-    with alone(tmp_path / "out"):
+    with alone(tmp_path / "out", SETTINGS):
         assert protect("voc2012") == 2
     assert "another run is writing there" in capsys.readouterr().err
     assert files(tmp_path / "out") == before
@@ -647,6 +648,8 @@ def test_one_damaged_object_costs_its_image_alone_and_a_damaged_json_stops_befor
             ({"size": [40, 56], "counts": [100, 100]}, "does not fill the image"),
             ({"size": [40, 56], "counts": "04"}, "does not fill the image"),
             ({"size": [4, 5], "counts": [20]}, "a code of size [4, 5]"),
+            ({"size": [40, 56], "counts": [0.5] * 4480}, "does not fill the image"),
+            ([[0, 0, 56, 40] * 10_000], "an outline"),
         )
     ):
         content["annotations"][0]["segmentation"] = damaged
@@ -796,6 +799,29 @@ def test_pixels_of_protected_images_in_arrays_and_in_other_splits_are_left_out(t
     printed = capsys.readouterr().out
     assert "2 files left out" in printed
     assert "1 files that may hold the original images were taken over, such as train2017/other.npy" in printed
+
+
+def test_what_systems_and_programs_put_beside_images_is_left_out(tmp_path, protect, capsys):
+    many(tmp_path / "in", 1)
+    for name in (".git/config", "images/.000.jpg.swp", "images/Thumbs.db", "images/000.jpg.bak", "images/000.jpg~",
+                 "images/000.psd", "images/000.NEF", "__MACOSX/000.jpg"):  # fmt: skip
+        text(tmp_path / "in" / name, "the original")
+    text(tmp_path / "in/notes.txt", "kept")
+    assert protect("kvasir-seg") == 0
+    assert set(data_files(tmp_path / "out")) == {"images/000.jpg", "masks/000.jpg", "notes.txt"}
+    assert "4 files left out" in capsys.readouterr().out
+
+
+def test_a_record_that_leads_out_of_the_output_removes_nothing(tmp_path, protect, capsys):
+    many(tmp_path / "in", 1)
+    assert protect("kvasir-seg") == 0
+    text(tmp_path / "mine.txt", "mine")
+    with open(tmp_path / "out" / RECORD, "a") as file:
+        for path in ("../mine.txt", str(tmp_path / "mine.txt")):
+            print(json.dumps({"path": path, "status": "copied"}), file=file)
+    assert protect("kvasir-seg") == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").exists()
 
 
 def test_a_run_that_changes_nothing_is_no_success(tmp_path, protect, capsys):

@@ -2,6 +2,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from unseg_hf.worker_processes import alone
+
 PARENT = """
 import multiprocessing, signal, time
 from unseg_hf.worker_processes import end_with_parent
@@ -26,3 +30,10 @@ def test_a_worker_ends_when_the_command_that_started_it_is_killed(tmp_path: Path
         parent.kill()
         # The worker has the pipe, too: it is at its end when the worker is gone.
         assert parent.communicate(timeout=30) == ("", None)
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path: Path):
+    with alone(tmp_path), pytest.raises(ValueError, match="another run is writing there"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass

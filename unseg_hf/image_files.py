@@ -43,14 +43,17 @@ PNG_COMPRESS_LEVEL = 4
 WEBP_METHOD, WEBP_EFFORT = 4, 50
 TIFF_STRIP_BYTES = 1 << 20
 ARRAY_STRIP = 1 << 20  # pixels
+MOST_EXIF = 64  # pieces of 64 kB
+LONGEST_NAME = 300  # characters of it in messages
 
 # A closed list: pillow also registers readers that start other programs (EPS) or hold no photos. HEIF is there
 # only when the caller has registered pillow-heif.
 _READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
-_EXIF_PREFIX = b"Exif\x00\x00"
+_EXIF_PREFIX, _JPEG_START = b"Exif\x00\x00", b"\xff\xd8\xff"
 _ORIENTATION, _PHOTOMETRIC = int(ExifTags.Base.Orientation), int(ExifTags.Base.PhotometricInterpretation)
+_EXIF_DIRECTORY, _MAKER_NOTE = int(ExifTags.Base.ExifOffset), int(ExifTags.Base.MakerNote)
 _RESOLUTIONS = (int(ExifTags.Base.XResolution), int(ExifTags.Base.YResolution))
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
 _WHOLE_NUMBERS = {3: "H", 4: "L"}  # of these types of values
@@ -75,6 +78,8 @@ def one_line(error: BaseException) -> str:
 
 
 def _error(name: str, problem: str, fix: str) -> ImageFileError:
+    # A string may be a whole picture, in base64.
+    name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
     return ImageFileError(" ".join(f"{name}: {problem}; {fix}".splitlines()))
 
 
@@ -382,6 +387,9 @@ def _identify(data: bytes, name: str) -> Image.Image:
     # Not Image.open, which warns above 89 megapixels: silencing a warning changes the whole process and is not
     # thread-safe. Calling the same registered readers leaves the size to be judged by _check_size alone.
     Image.init()
+    if data.startswith(_JPEG_START) and data.count(_EXIF_PREFIX) > MOST_EXIF:
+        # Pillow joins them, in a time that grows with the square of their number.
+        raise _error(name, f"it has more than {MOST_EXIF} pieces of EXIF", "export it again")
     damage: Exception | None = None
     for factory, accept in (Image.OPEN[kind] for kind in _READABLE if kind in Image.OPEN):
         accepted = accept is None or accept(data[:16])
@@ -518,6 +526,12 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
                 for offset, size in zip(numbers(thumbnail[start]), numbers(thumbnail[length]), strict=True):
                     blank(offset, size)
         notes.append("the thumbnail in the EXIF removed: it shows the photo without noise")
+    maker_notes = slice(0, 0)
+    if _EXIF_DIRECTORY in first and _MAKER_NOTE in (inner := directory(numbers(first[_EXIF_DIRECTORY])[0])[0]):
+        at, size = extent(inner[_MAKER_NOTE])
+        maker_notes = slice(at, at + size)
+    if _JPEG_START in body[: maker_notes.start] or _JPEG_START in body[maker_notes.stop :]:
+        raise ValueError("a picture somewhere in it that is not where thumbnails are")
     return _EXIF_PREFIX + bytes(body)
 
 

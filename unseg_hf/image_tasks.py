@@ -186,8 +186,11 @@ def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -
 
 def refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path | None]) -> None:
     needed = {_real(path) for path in kept if path is not None}
+    # Where capitals do not count, another spelling is the same file.
+    alike = {str(path).casefold(): path for path in needed}
     for target in targets:
-        if _real(target) in needed:
+        other = alike.get(str(real := _real(target)).casefold())
+        if real in needed or (other is not None and real.exists() and other.exists() and real.samefile(other)):
             raise ValueError(f"{what} {target} would replace a file that is needed: choose another name")
 
 

@@ -123,7 +123,8 @@ def push_dataset(output: Path, dataset_id: str, private: bool = False) -> str:
             commit_message="Upload protected images",
         )
     except Exception as error:  # of any of the client's layers
-        later = shlex.join(["hf", "upload", dataset_id, str(output), "--repo-type", "dataset"])
+        left_out = [part for name in (f"{PARTIAL}/**", *map(glob.escape, strange)) for part in ("--exclude", name)]
+        later = shlex.join(["hf", "upload", dataset_id, str(output), "--repo-type", "dataset", *left_out])
         raise HubError(
             f"could not push to {dataset_id} at {api.endpoint}: {reason(error)}. The images are safe in "
             f"{json.dumps(str(output))}; push them later with: {later}"

@@ -1,6 +1,7 @@
 """What a data set is made of on its way through a run: shards of records, whatever kind of files they come from."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,9 @@ def image_bytes(value: Any) -> tuple[bytes | None, str]:
     except MemoryError:
         raise
     except Exception as error:  # of any of the file systems that a path may lead to
-        return None, one_line(error)
+        path = value.get("path") if isinstance(value, Mapping) else None
+        # What is published says nothing of the folders of this machine.
+        return None, one_line(error).replace(path or "", os.path.basename(path or ""))
 
 
 # Their suffixes, and how their files begin.

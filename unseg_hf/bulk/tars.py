@@ -26,6 +26,7 @@ from .records import (
     short_names,
 )
 
+LARGEST_MEMBER = 2**30  # bytes: it is held in memory
 _TEXT = ("json", "txt", "cls", "caption")
 
 
@@ -76,7 +77,7 @@ class TarFiles:
                 image = members.pop(suffix)
             try:
                 mask = self._read_mask(key, members)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
                 error = error or f"the masks in {key}.json cannot be read ({problem!r})"
             # Where it is not known which image is the one, none of them may pass as what lies beside it.
             rest = {} if image is None else {name: members[name] for name in members if name not in self._dropped}
@@ -168,11 +169,14 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
                     yield key, members, problem
                     members, problem = {}, ""
                 key = own
+                large = info.issparse() or info.size > LARGEST_MEMBER
+                if large:
+                    problem = f"{info.name} is sparse, or above {LARGEST_MEMBER // 2**20} MB; leave it out of the tar"
                 if suffix in members:
                     problem = f"{info.name} is there twice, side by side; rename one"
                 if is_link:
                     problem = f"{info.name} is a link; write the tar with --dereference --hard-dereference"
-                members[suffix] = b"" if is_link else tar.extractfile(info).read()
+                members[suffix] = b"" if is_link or large else tar.extractfile(info).read()
         if members:
             yield key, members, problem
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:

@@ -69,16 +69,20 @@ def _folder_that_goes() -> Iterator[None]:
     """Makes Gradio keep its files in a folder that is deleted at the end, however it is asked to stop."""
     place = os.environ.get("GRADIO_TEMP_DIR")
     # What stops services, and otherwise ends Python without any clean-up.
-    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, earlier)
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if place is not None:
-                os.environ["GRADIO_TEMP_DIR"] = place
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    earlier = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
+    try:
+        with tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            try:
+                yield
+            finally:
+                os.environ.pop("GRADIO_TEMP_DIR")
+                if place is not None:
+                    os.environ["GRADIO_TEMP_DIR"] = place
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def checkout_examples() -> Path | None:
@@ -133,6 +137,7 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
         "enable_monitoring": False,
         "run_history": False,
         "ssr_mode": False,
+        "share": False,  # in some notebooks Gradio would open a tunnel by itself
         "footer_links": ["api", "settings"],
     }
 

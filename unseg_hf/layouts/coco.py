@@ -16,6 +16,8 @@ from unseg_hf.data.sa1b import run_length_coder
 
 from .annotations import Annotation, Index, Segment, fitting, select_segments
 
+MOST_OUTLINE = 10_000
+"""Times the image's longer side that the outlines of an object are long, at most."""
 _NEEDED = {"images", "annotations", "categories", "id", "name", "file_name", "height", "width", "image_id", "iscrowd"}
 _NEEDED |= {"category_id", "segmentation", "bbox", "segments_info", "size", "counts"}
 
@@ -168,7 +170,9 @@ class InstanceMasks:
                 counts = form["counts"]
                 # What a code that is too short does not reach, the decoder leaves as it finds it in memory.
                 if isinstance(counts, list):
-                    whole = sum(counts) == self.size[0] * self.size[1]
+                    # pycocotools would round fractions, and leave pixels as it finds them in memory.
+                    numbers = all(isinstance(count, int) and count >= 0 for count in counts)
+                    whole = numbers and sum(counts) == self.size[0] * self.size[1]
                 else:
                     packed = counts.encode() if isinstance(counts, str) else counts
                     whole = coder.encode(coder.decode(form))["counts"] == packed
@@ -181,6 +185,10 @@ class InstanceMasks:
             far = 2 * max(self.size)
             if not all(-far <= number <= far for polygon in form for number in polygon):
                 raise ValueError("a corner of a polygon lies far outside the image")
+            # It keeps every pixel of an outline.
+            length = sum(sum(map(abs, np.diff(polygon[axis::2]).tolist())) for polygon in form for axis in (0, 1))
+            if length > MOST_OUTLINE * max(self.size):
+                raise ValueError(f"an outline {length:.0f} pixels long")
             self._refuse_shares([number for polygon in form for number in polygon])
             # Two points cover nothing, and pycocotools would take them for a box.
             polygons = [list(polygon) for polygon in form if len(polygon) >= 6]

@@ -91,8 +91,9 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     classes = found.class_ids(options.classes, splits)
 
     from unseg_hf.model_identity import model_identity
+    from unseg_hf.worker_processes import alone
 
-    from .run import RECORD, SETTINGS, Settings, alone, folder_identity, prepare_output, run
+    from .run import RECORD, SETTINGS, Settings, folder_identity, prepare_output, run
 
     for folder in (options.root.resolve(), *options.root.resolve().parents):
         for file in (RECORD, SETTINGS):
@@ -123,7 +124,7 @@ def run_protect_dataset(options: argparse.Namespace) -> int:
     )
     prepare_output(options.output, settings)
     single = (lambda: protector) if options.processes == 1 else None
-    with alone(options.output):
+    with alone(options.output, SETTINGS):
         entries = run(plan, options.root, options.output, settings, single or load, options.processes, _progress)
     _print_summary(options, splits, plan, entries)
     failed = any(entry["status"] == "failed" for entry in entries)

@@ -8,9 +8,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,6 @@ from unseg_hf.worker_processes import end_with_parent
 from .annotations import Annotation, prompt_of
 from .bounded_jpeg import encode_within_bound
 from .tree import JPEG_SUFFIXES, ImageTask, Plan
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 RECORD, SETTINGS = "unseg-protected.jsonl", "unseg-protected.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -92,6 +86,9 @@ class Journal:
         for line in lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]:
             try:
                 entry = json.loads(line)
+                path = PurePosixPath(entry["path"])
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"{path} leads out of it")  # and would be removed
                 self.entries[entry["path"]] = entry
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} is damaged: remove the output and start anew") from error
@@ -230,27 +227,6 @@ def prepare_output(output: Path, settings: Settings) -> None:
     image_files.put_in_place((json.dumps(wanted, indent=2) + "\n").encode(), path, str(path))
 
 
-@contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Keep an output, prepared by [`prepare_output`], to one run at a time; what a killed run left half-written goes.
-
-    Raises:
-        ValueError: another run is writing there.
-    """
-    # NFS gives such a lock only to those who may write.
-    with open(output / SETTINGS, "r+") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{output}: another run is writing there; wait until it ends") from error
-            except OSError:
-                pass  # a file system without locks
-        for half_written in image_files.leftovers(output):
-            half_written.unlink()
-        yield
-
-
 def run(
     plan: Plan,
     root: Path,
@@ -265,7 +241,7 @@ def run(
     Args:
         plan: for the data set.
         root: of the data set.
-        output: prepared by [`prepare_output`].
+        output: prepared by [`prepare_output`], and this run's alone; what a killed one left half-written goes.
         settings: see there.
         load: makes a protector; called in each process, so it must be picklable for several.
         processes: that protect images at the same time.
@@ -278,6 +254,8 @@ def run(
         OSError: the output cannot be written.
         RuntimeError: a process died.
     """
+    for half_written in image_files.leftovers(output):
+        half_written.unlink()
     with Journal(output) as journal:
         # What earlier runs wrote and this one does not: other images were in the lists, or other files in the input.
         for path in set(journal.entries).difference(plan.copies, (task.target for task in plan.images)):

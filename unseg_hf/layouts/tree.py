@@ -17,13 +17,22 @@ from .annotations import Annotation, Index, read_text
 from .table import DATA_SETS, DataSet, Images, Layout
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
-IMAGE_SUFFIXES = (*image_files.READ_SUFFIXES, ".jp2", ".jxl", ".pgm", ".ppm")  # also those that cannot be read
+IMAGE_SUFFIXES = (
+    *image_files.READ_SUFFIXES, ".jp2", ".jxl", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".tga", ".ico", ".dng", ".nef",
+    ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf",
+)  # fmt: skip
+"""Also those that cannot be read."""
+OF_SYSTEMS = frozenset({"thumbs.db", "ehthumbs.db", "@eadir", "desktop.ini", "__macosx"})
+"""Names, in small letters, of what systems put beside images: small copies, mostly."""
 ARCHIVE_SUFFIXES = (
     ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lmdb", ".mdb", ".h5", ".hdf5", ".npy",
     ".npz", ".parquet", ".arrow", ".tfrecord", ".rec", ".pkl", ".pt", ".pth", ".cache",
 )  # fmt: skip
 UNLISTED = "not in the lists of the chosen splits"
 OTHER_SPLITS = "of other splits"
+
+
+_BACKUP = re.compile(r"(.+\.(?:jpe?g|png|tiff?|bmp|webp|gif))[^/]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -223,9 +232,13 @@ class Found:
                 plan.left_out.append(path)
             else:
                 plan.clean[OTHER_SPLITS] += 1
-        # What YOLO's loaders keep beside an image are its pixels.
-        beside = {_stem(task.path) for task in plan.images}
-        plan.left_out += [p for p in plan.copies if p.lower().endswith(".npy") and _stem(p) in beside]
+        # What YOLO's loaders keep beside an image are its pixels, and what has its whole name, and more, is a backup.
+        paths = {task.path for task in plan.images}
+        beside = {_stem(path) for path in paths}
+        for path in plan.copies:
+            whole = _BACKUP.fullmatch(path)
+            if (path.lower().endswith(".npy") and _stem(path) in beside) or (whole and whole[1] in paths):
+                plan.left_out.append(path)
         plan.images.sort(key=lambda task: task.path)
         plan.copies = sorted(set(plan.copies).difference(plan.left_out, (task.path for task in plan.images)))
         plan.archives = [path for path in plan.archives if path not in plan.left_out]
@@ -325,7 +338,8 @@ def expected_tree(name: str) -> str:
 
 
 def files_in(folder: Path, output: Path) -> Iterator[str]:
-    """Paths of all files below a folder, with `/`, in a fixed order; folders that are links are entered.
+    """Paths of all files below a folder, with `/`, in a fixed order; folders that are links are entered, and what
+    begins with a dot or is a system's own is left out.
 
     Raises:
         OSError: a folder that cannot be read, or a link to a folder that holds it.
@@ -340,7 +354,8 @@ def files_in(folder: Path, output: Path) -> Iterator[str]:
         if output.is_relative_to(here):
             raise ValueError(f"the output {output} lies in the input {here}: choose a folder elsewhere")
         with os.scandir(here) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+            wanted = (e for e in entries if e.name[0] != "." and e.name.lower() not in OF_SYSTEMS)
+            found = sorted((entry.name, entry.is_dir()) for entry in wanted)
         for name, is_folder in found:
             path = f"{relative}/{name}" if relative else name
             if is_folder:
