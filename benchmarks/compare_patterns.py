@@ -2,7 +2,8 @@
 
     python benchmarks/compare_patterns.py --data ecssd/train.parquet --output runs/ecssd.json --patterns ddD ddD/+--
     python benchmarks/compare_patterns.py --data camvid/train.parquet --test_data camvid/val.parquet \\
-        --ignore_labels 11 --epochs 10 --output runs/camvid.json --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
+        --train 0 367 --test 0 101 --ignore_labels 11 --epochs 10 --output runs/camvid.json \\
+        --patterns ddD,aaA,dDd,aAa,dDD,aAA,ddd,aaa,++-,+-+,+--
 
 A pattern is a code of `unseg_hf/noise_codes.py`, or one for each class with commas between, or several with slashes:
 those behind the first are for images without colour and thin masks, which get the one that stands out most. Waves are
@@ -106,9 +107,15 @@ def main() -> None:
     others = images
     if options.test_data:
         others = LabelledImages(DatasetRows(options.test_data), ignore=options.ignore_labels, like=images)
-    train = [images[index] for index in range(*options.train)[: len(images)]]
+    for name, (first, last), some in (("train", options.train, images), ("test", options.test, others)):
+        if not 0 <= first < last <= len(some):
+            parser.error(f"--{name} {first} {last}: {some.name} has {len(some)} images")
+    train = [images[index] for index in range(*options.train)]
     test = [others[index] for index in range(*options.test)]
-    found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    data = f"{images.name} {options.train}, {others.name} {options.test}, ignored {options.ignore_labels}"
+    found = json.loads(options.output.read_text()) if options.output.is_file() else {"data": data}
+    if found.get("data") != data:
+        parser.error(f"{options.output} is of {found.get('data')}, and not of {data}: choose another --output")
     budget = (options.epsilon / 255, options.background / 255)
     named: dict[str, Callable | None] = {"clean": None}
     settings = [f"{options.cells} cells, gain {options.gain:g}"] if options.cells else []

@@ -319,6 +319,24 @@ class TestUselessRecords:
         assert len(samples) == 6
         assert not any("row 0" in sample["name"] for sample in samples)
 
+    def test_a_record_whose_masks_differ_in_size_is_named_and_replaced(self, tmp_path):
+        masks = [[disc(20, 20, 64), disc(9, 9, 30)]] + [[disc(20, 20, 64)] * 2] * 5
+        features = Features({"image": ImageFeature(), "mask": List(ImageFeature())})
+        rows = {
+            "image": [Image.new("RGB", (64, 64), "red")] * 6,
+            "mask": [[Image.fromarray(m) for m in r] for r in masks],
+        }
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "six.parquet")
+        data = InteractiveSegmentation([DatasetSource(str(tmp_path / "six.parquet"))], 16, max_masks=9)
+        (batch,) = data.batches(0, 6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert len(data.__getitems__(batch)) == 6
+        for one in caught:
+            assert "row 0 has masks of shapes (64, 64), (30, 30)" in str(one.message) or "(30, 30), (64, 64)" in str(
+                one.message
+            )
+
     def test_an_image_of_fractions_is_named_and_replaced(self, source):
         buffer = io.BytesIO()
         Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(buffer, "TIFF")

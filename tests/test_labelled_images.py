@@ -184,7 +184,9 @@ def test_split_depends_on_the_pixels_alone_and_keeps_copies_together(tmp_path: P
         if order[0] == 0:
             first = {x.name for x in test}
     assert {x.name for x in test} == first
-    assert 3 <= len(first) <= 18
+    # Of the 20 different ones 6, and each of them may be there twice.
+    assert 6 <= len(first) <= 12
+    assert len(set(test.digests)) == 6
     with pytest.raises(ValueError, match="has 1 images, of which"):
         train.first(1).split(0.5)
 

@@ -49,11 +49,11 @@ def main() -> None:
             for handle in source.order(np.random.default_rng(0), *options.part):
                 try:
                     record = source.load(handle)
-                    image = as_rgb8(record.image)
+                    image, own = as_rgb8(record.image), list(record.masks)
                 except (OSError, ImageFileError) as error:
                     warnings.warn(f"{source.name}: left out, {error}", stacklevel=2)
                     continue
-                masks = [*record.masks, *masks_of(teacher, np.asarray(image))]
+                masks = [*own, *masks_of(teacher, np.asarray(image))]
                 yield Record(record.name, image, masks)
 
     written = write_sa1b(records(), options.output, options.images_per_shard, options.quality)

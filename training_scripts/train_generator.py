@@ -19,6 +19,7 @@ configuration file overrides it. A run that was interrupted, in whatever way, go
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -229,6 +230,7 @@ def keep_first_noise(model) -> None:
         tokens = model.noise_head.noise_tokens.weight.detach()[: len(model.noise_head.noise_mlps)].clone()
         model.noise_head.noise_tokens = torch.nn.Embedding.from_pretrained(tokens, freeze=False)
         model.config.noise_codes, model.config.tint_codes, model.config.faint_code = 1, None, None
+    model.config.turned_columns = None  # which training knows nothing of
 
 
 def sharpness_of(args: ModelArguments, stretch: bool) -> float:
@@ -327,7 +329,8 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
 
     def public(value):
         """A local path without the folders that are nobody's business."""
-        return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
+        local = isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts)
+        return Path(value).name if local else value
 
     settings = {name: public(value) for name, value in decisive.items() if name != "train_data"}
     sources = zip(decisive["train_data"], data.sources, strict=True)
@@ -375,6 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     from unseg_hf.training.bilevel import train
     from unseg_hf.training.publishing import check_hub, push_generator, save_generator
     from unseg_hf.training.surrogates import checkpoint_activations
+    from unseg_hf.worker_processes import alone
 
     accelerator = accelerator_of(model_args, run, config)
     if run.push_to_hub and not run.hub_model_id:
@@ -427,19 +431,22 @@ def main(arguments: list[str] | None = None) -> None:
         init_kwargs={"trackio": {"name": name, "resume": "allow"}, "wandb": {"name": name}},
     )
     start = time.perf_counter()
-    finished = train(
-        generator,
-        surrogates,
-        data,
-        config,
-        run.output_dir,
-        accelerator,
-        validation=validation,
-        settings=decisive,
-        resume=run.resume,
-        num_workers=run.workers,
-        report=accelerator.print,
-    )
+    Path(run.output_dir).mkdir(parents=True, exist_ok=True)
+    # Two runs in one folder would clear away each other's checkpoints.
+    with alone(Path(run.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+        finished = train(
+            generator,
+            surrogates,
+            data,
+            config,
+            run.output_dir,
+            accelerator,
+            validation=validation,
+            settings=decisive,
+            resume=run.resume,
+            num_workers=run.workers,
+            report=accelerator.print,
+        )
     accelerator.end_training()
     if not finished:
         accelerator.print(f"stopped; the same command with --resume goes on from {run.output_dir}/checkpoints")

@@ -120,7 +120,8 @@ def main() -> None:
             print(f"step {step + 1} of {options.steps}: loss {torch.stack(running).mean():.4f}", flush=True)
             running.clear()
         last = step + 1 == options.steps
-        if held_out and (last or (step + 1) % options.validate_every == 0):
+        due = options.validate_every and (step + 1) % options.validate_every == 0
+        if held_out and (last or due):
             found = validate(sam, Prompted(held_out, options.seed), options.batch_size, accelerator)
             print(f"step {step + 1} of {options.steps}: held out, {found}", flush=True)
     save_generator(model.cpu(), processor, options.output, with_code=options.save_code)

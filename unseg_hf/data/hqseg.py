@@ -51,7 +51,7 @@ class HqSegSource:
 
     def __init__(self, root: str | Path, parts: Sequence[str] | None = None, weight: float | None = None):
         self.root, self.parts, self.weight = Path(root), tuple(parts or TRAINING_PARTS), weight
-        self.name = f"HQSeg-44K in {root}"
+        self.name = f"HQSeg-44K in {self.root.name}"
         if unknown := [part for part in self.parts if part not in PARTS]:
             raise ValueError(f"{self.name} has no part {unknown[0]!r}; there is {', '.join(PARTS)}")
         self._files = [(part, stem) for part in self.parts for stem in self._stems(part)]

@@ -237,6 +237,8 @@ class InteractiveSegmentation(torch.utils.data.Dataset):
         # Empty masks are passed over, so that whether a record can be used is no matter of chance.
         masks = (record.masks[int(index)] for index in random.permutation(len(record.masks)))
         chosen = list(itertools.islice((mask for mask in masks if mask.any()), count))
+        if len({mask.shape for mask in chosen}) > 1:
+            raise OSError(f"{record.name} has masks of shapes {', '.join(str(mask.shape) for mask in chosen)}")
         return np.logical_or.reduce(chosen) if chosen else None
 
     def _jittered(

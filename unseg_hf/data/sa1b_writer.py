@@ -90,16 +90,14 @@ def _samples(records: Iterable[Record], quality: int, longest_side: int | None) 
             if longest_side and longest > longest_side:
                 image = image.resize([max(1, round(side * longest_side / longest)) for side in size], _SMOOTH)
             image.save(encoded, "JPEG", quality=quality)
+            masks = list(record.masks)
+            if odd := [mask.shape for mask in masks if mask.shape != size[::-1]]:
+                raise OSError(f"a mask has shape {odd[0]} and the image, upright, (height, width) {size[::-1]}")
         except (OSError, ImageFileError) as error:
             warnings.warn(f"left out {record.name}: {error}", stacklevel=2)
             continue
         stem, annotations = f"sa_{image_id}", []
-        for mask in record.masks:
-            if mask.shape != size[::-1]:
-                raise ValueError(
-                    f"{record.name}: a mask has shape {mask.shape} and the image, upright, (height, width) "
-                    f"{size[::-1]}; both must be the same"
-                )
+        for mask in masks:
             if image.size != size:
                 # Half covered is covered: nearest neighbours would leave thin objects in pieces.
                 mask = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, _SMOOTH)) > 127

@@ -34,6 +34,7 @@ from unseg_hf.evaluation.published_images import (
     GENERATORS,
     NOISES,
     PUBLIC,
+    PUBLIC_ROUNDS,
     TREATMENTS,
     Measured,
     annotation_squares,
@@ -519,8 +520,9 @@ class Audit:
         return asdict(self._publish(noise, self.train))
 
     def _public_protection(self, noise: str) -> Callable[[LabelledImage], Image.Image]:
-        """What the generator does to images, asked as for this noise, or for masks where it is a control."""
-        config, way = self.config, noise if noise in GENERATORS else "generator"
+        """What the generator does to images, asked as for this noise; nothing to those that it did not protect, where
+        there is nothing to subtract."""
+        config, way = self.config, noise if noise in GENERATORS else "clean"
         bounds = config.epsilon / 255, config.epsilon_background / 255
         return protection_of(self.train, way, *bounds, config.model, config.tint, self._device)
 
@@ -532,7 +534,7 @@ class Audit:
         if treatment == DENOISER:
             settings["attacker"] = self.attacker.fingerprint()
         if treatment == PUBLIC:
-            settings["public"] = self._noise_settings(noise if noise in GENERATORS else "generator", self.train)
+            settings["rounds"] = PUBLIC_ROUNDS
         return settings | {"size": self.config.size, "versions": _versions()}
 
     def _treated(self, noise: str, treatment: str) -> Path:

@@ -94,7 +94,11 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
     )
     grid = parser.add_argument_group("grid (names: a wrong one lists them all)")
     size = grid.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="one victim and seed, four controls, four treatments")
+    size.add_argument(
+        "--quick",
+        action="store_true",
+        help="one victim and seed, four controls, four treatments, the first 400 training and 200 test images",
+    )
     size.add_argument("--full", action="store_true", help="removal, strong and adversarial training, clean shares too")
     grid.add_argument("--task", choices=tuple(DEFAULT_VICTIMS), default="semantic", help="default: semantic")
     grid.add_argument("--noises", nargs="+", metavar="NAME", help="what the images carry")

@@ -379,7 +379,8 @@ class LabelledImages(Sequence):
         Raises:
             ValueError: one side would be empty.
         """
-        test = {digest for digest in self.digests if int(digest[:8], 16) < test_share * 2**32}
+        different = sorted(set(self.digests))
+        test = set(different[: max(1, round(test_share * len(different)))])
         sides = tuple(
             self._some([i for i, digest in enumerate(self.digests) if (digest in test) == is_test])
             for is_test in (False, True)

@@ -200,6 +200,8 @@ def _caveats(results: Results) -> list[str]:
         caveats.append(f"{results['planned'] - done} of {results['planned']} victims of the grid are not trained.")
     if larger := [f"`{noise}`" for noise in grid["noises"] if noise in (*UNWEIGHTED, *ROUGH)]:
         caveats.append(f"Spend more, having the full bound beyond the objects too: {', '.join(larger)}.")
+    if results["settings"]["test_images"] < 50:
+        caveats.append(f"{results['settings']['test_images']} test images: a score of so few says little.")
     if results["settings"]["train_images"] < 300:
         caveats.append(
             f"{results['settings']['train_images']} training images: victims of so few have been seen to learn the "
