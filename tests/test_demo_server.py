@@ -386,6 +386,11 @@ def test_files_are_served_from_the_uploads_alone(demo_page, url, tmp_path_factor
             assert answer.status_code >= 400, f"{route}{path}"
 
 
+def test_no_link_is_fetched_for_a_visitor(url):
+    for route in ("gradio_api/file=https://example.org/", "gradio_api/file=HTTP://example.org/", "file=http://a.b/"):
+        assert httpx.get(f"{url}/{route}").status_code == 403
+
+
 def test_a_climbing_file_name_stays_in_the_uploads(demo_page, url):
     before = {p for p in demo_page.uploads.parent.rglob("*") if not p.is_relative_to(demo_page.uploads)}
     for name in ("../../../climbed.png", "..\\..\\climbed.png", "/tmp/climbed.png", ".hidden/../../climbed.png"):

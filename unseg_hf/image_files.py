@@ -56,7 +56,7 @@ _ORIENTATION, _PHOTOMETRIC = int(ExifTags.Base.Orientation), int(ExifTags.Base.P
 _EXIF_DIRECTORY, _MAKER_NOTE = int(ExifTags.Base.ExifOffset), int(ExifTags.Base.MakerNote)
 _RESOLUTIONS = (int(ExifTags.Base.XResolution), int(ExifTags.Base.YResolution))
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
-_WHOLE_NUMBERS = {3: "H", 4: "L"}  # of these types of values
+_WHOLE_NUMBERS = {3: "H", 4: "L", 13: "L"}  # of these types of values
 _COPIES = {700, 33723, 34377, 37724}  # XMP, IPTC and Photoshop's two: previews, layers, and what is not carried over
 _SUB_IMAGES = 330
 # Of what, by what and whose a photo is, its Exif and GPS directories, ratings, XP's texts, and where on earth it lies.

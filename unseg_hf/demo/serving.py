@@ -118,6 +118,7 @@ def page_for(model: str | None, device: str | None = None, examples: Path | None
 def launch_options(limits: Limits | None = None) -> dict[str, Any]:
     """What `launch` needs for a public server."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     from unseg_hf.demo.session import Limits
 
@@ -137,9 +138,23 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
         "enable_monitoring": False,
         "run_history": False,
         "ssr_mode": False,
+        "app_kwargs": {"middleware": [Middleware(_NoLinks)]},
         "share": False,  # in some notebooks Gradio would open a tunnel by itself
         "footer_links": ["api", "settings"],
     }
+
+
+class _NoLinks:
+    """Refuses to hand on what is behind a link, of any size, as Gradio's route for files would."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        from starlette.responses import PlainTextResponse
+
+        refused = scope["type"] == "http" and "file=http" in scope["path"].lower()
+        await (PlainTextResponse("links are not fetched here", 403) if refused else self.app)(scope, receive, send)
 
 
 def _accelerator() -> Callable[[Callable], Callable]:

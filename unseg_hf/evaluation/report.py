@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from collections.abc import Sequence
@@ -193,7 +194,7 @@ def _has_learned(results: Results, clean: float) -> bool:
 
 def _caveats(results: Results) -> list[str]:
     grid, done = results["grid"], len(results["cells"])
-    caveats = list(results["notes"])
+    caveats = [html.escape(note, quote=False) for note in results["notes"]]  # names of files may be anything
     if len(grid["seeds"]) < 3:
         caveats.append(f"{len(grid['seeds'])} seed(s): too few for a claim, which needs three.")
     if done < results["planned"]:
