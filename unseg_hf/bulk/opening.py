@@ -107,9 +107,10 @@ def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> li
     """The files with one of these suffixes, those in folders included, sorted; none that the output holds."""
     files: list[Path] = []
     for path in found:
-        # Unlike pathlib's, it enters folders that are links.
+        # Unlike pathlib's, it enters folders that are links, and those that lead back to one above them, too.
         inside = [path / below for below in iglob("**", root_dir=path, recursive=True)] if path.is_dir() else [path]
-        files += sorted(p for p in inside if p.name.lower().endswith(suffixes) and p.is_file() and p.name[0] != ".")
+        wanted = [p for p in inside if p.name.lower().endswith(suffixes) and p.is_file() and p.name[0] != "."]
+        files += sorted({os.path.realpath(p): p for p in sorted(wanted, key=lambda p: -len(p.parts))}.values())
     if twice := [path for path, count in Counter(map(os.path.abspath, files)).items() if count > 1]:
         raise ValueError(f"{os.path.relpath(twice[0])}: this file is named twice; name it once")
     return [path for path in files if output.resolve() not in path.resolve().parents]

@@ -68,12 +68,10 @@ class TarFiles:
         for key, members, error in _samples(self._files[shard]):
             image, mask = None, None
             suffix = self._image or self._only_image(members)
-            if error:
-                pass
-            elif suffix is None or suffix not in members:
+            if not error and (suffix is None or suffix not in members):
                 wanted = self._image or "one image"
                 error = f"the sample {key} has {', '.join(members)}: {wanted} was wanted; keep its files side by side"
-            else:
+            if not error:
                 image = members.pop(suffix)
             try:
                 mask = self._read_mask(key, members)
