@@ -53,6 +53,22 @@ def test_when_stopped_what_runs_is_finished_and_reported_and_nothing_else_begins
 
     with pytest.raises(KeyboardInterrupt):
         in_threads(range(100), work, lambda task, _: reported.append(task), 2)
-    assert reported == sorted(finished)
+    assert sorted(set(reported)) == sorted(finished)
     assert 2 in reported
     assert len(reported) < 8
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_being_reported_when_it_is_stopped_is_not_lost(threads):
+    reported, stopped = [], []
+
+    def report(task, result):
+        if task == 3 and not stopped:
+            stopped.append(task)
+            raise KeyboardInterrupt
+        reported.append(task)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(range(100), lambda task: task, report, threads)
+    assert reported[:4] == [0, 1, 2, 3]
+    assert len(reported) < 20

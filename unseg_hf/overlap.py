@@ -22,21 +22,25 @@ def in_threads(
     Args:
         tasks: in order.
         work: what is done to each; runs in a thread, and raises nothing.
-        report: gets each task and its result, in this thread.
+        report: gets each task and its result, in this thread; twice where it was stopped while it had them.
         threads: at most so many tasks run at a time; one is this thread.
     """
     if threads == 1:
         for task in tasks:
-            report(task, work(task))
+            result = work(task)
+            try:
+                report(task, result)
+            except KeyboardInterrupt:
+                report(task, result)
+                raise
         return
     pool = ThreadPoolExecutor(threads)
     waiting: deque[tuple[Task, Future[Result]]] = deque()
 
     def report_oldest() -> None:
         task, future = waiting[0]
-        result = future.result()
+        report(task, future.result())
         waiting.popleft()
-        report(task, result)
 
     try:
         for task in tasks:

@@ -382,8 +382,10 @@ class Report:
         earlier = self.earlier.get(str(task.target), {}) if status == "skipped" else {}
         if earlier and _are_two(Path(earlier["input"]), task.source):
             earlier = {}  # what is there was made of the other one
-        entry = {"input": str(task.source), "output": str(task.target)}
-        self.entries.append(earlier | entry | {"status": status} | details)
+        entry = earlier | {"input": str(task.source), "output": str(task.target), "status": status} | details
+        # One that came while the run was stopped comes once more.
+        again = self.entries and self.entries[-1]["output"] == entry["output"]
+        self.entries[len(self.entries) - bool(again) :] = [entry]
 
     def count(self, status: str) -> int:
         return sum(entry["status"] == status for entry in self.entries)
