@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .image_tasks import Task, is_json, plan, refuse_overwriting
+from .worker_processes import when_asked_to_end
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
 WRITE_EVERY = 5.0  # seconds between two states of the report
@@ -163,7 +164,8 @@ def run_protect(options: argparse.Namespace) -> int:
         protector = load_protector(options.model, options.device, options.bf16)
     try:
         with (
-            _interrupted_by_signals(),
+            # As by Ctrl-C: what is finished is kept and reported.
+            when_asked_to_end(signal.default_int_handler),
             _shared_processor(protector, len(tasks)) as (threads, model_turn),
             tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
         ):
@@ -198,25 +200,6 @@ def _prompt_of(options: argparse.Namespace):
         tint=options.tint,
         **({} if options.ignore_labels is None else {"ignore_labels": sum(options.ignore_labels, ())}),
     )
-
-
-@contextlib.contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Meanwhile a request to end, or a terminal that is closed, is what Control-C is: what is finished is kept and
-    reported."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
-    # `nohup` has closed terminals ignored.
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

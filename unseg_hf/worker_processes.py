@@ -3,9 +3,11 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -38,6 +40,22 @@ def alone(output: Path, held: str = ".") -> Iterator[None]:
     finally:
         if file is not None:
             os.close(file)
+
+
+@contextlib.contextmanager
+def when_asked_to_end(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Meanwhile a request to end, or a terminal that is closed, calls a handler of signals; in the main thread alone,
+    and not for what is ignored, as `nohup` has closed terminals."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has one
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def end_with_parent() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from unseg_hf.worker_processes import when_asked_to_end
 
 if TYPE_CHECKING:
     from unseg_hf.demo.session import Limits
@@ -69,20 +70,17 @@ def _folder_that_goes() -> Iterator[None]:
     """Makes Gradio keep its files in a folder that is deleted at the end, however it is asked to stop."""
     place = os.environ.get("GRADIO_TEMP_DIR")
     # What stops services, and otherwise ends Python without any clean-up.
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
-    earlier = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
-    try:
-        with tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder
-            try:
-                yield
-            finally:
-                os.environ.pop("GRADIO_TEMP_DIR")
-                if place is not None:
-                    os.environ["GRADIO_TEMP_DIR"] = place
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    with (
+        when_asked_to_end(lambda number, _: sys.exit(128 + number)),
+        tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder,
+    ):
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if place is not None:
+                os.environ["GRADIO_TEMP_DIR"] = place
 
 
 def checkout_examples() -> Path | None:
