@@ -554,7 +554,7 @@ def _descriptive(exif: Image.Exif) -> Image.Exif:
 
 
 def _dpi_of(image: Image.Image, sideways: bool) -> tuple[float, float] | None:
-    if image.format == "TIFF" and not all(tag in image.tag_v2 for tag in _RESOLUTIONS):
+    if image.format == "TIFF" and not all(tag in getattr(image, "tag_v2", {}) for tag in _RESOLUTIONS):
         return None  # pillow says 1
     try:
         across, down = (float(value) for value in image.info["dpi"])
