@@ -98,7 +98,7 @@ class Prompt:
     def check_inside(self, height: int, width: int) -> None:
         """ValueError for a box that misses an image of this size, a point outside it, or boxes that are shares of its
         sides and not pixels."""
-        if self.boxes and min(height, width) > 2 and all(0 <= number <= 1 for box in self.boxes for number in box):
+        if are_shares([number for box in self.boxes or () for number in box], (height, width)):
             raise ValueError(
                 f"boxes={self.boxes}: all are within one pixel; multiply shares of the image's sides by {width} and "
                 f"{height}"
@@ -201,6 +201,12 @@ def given_masks(
             notes = ("label 255 is ignored: if labels count objects here, ignore 0 alone (ignore_labels)",)
         return masks, list(masks.values), notes
     return None, None, ()
+
+
+def are_shares(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether coordinates in an image of `(height, width)` must be shares of its sides, as YOLO has them: all of them
+    would lie within one pixel."""
+    return bool(len(coordinates)) and min(size) > 2 and all(0 <= number <= 1 for number in coordinates)
 
 
 def mask_of_box(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:

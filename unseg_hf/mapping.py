@@ -219,12 +219,7 @@ class ProtectImages:
             raise
         # Whatever reading a damaged file raises is that record's trouble alone.
         except Exception as error:
-            said = one_line(error)
-            for value in (image, mask):
-                # What is published says nothing of the folders of this machine.
-                if isinstance(value, Mapping) and (path := value.get("path")):
-                    said = said.replace(path, os.path.basename(path))
-            return Outcome(error=said)
+            return Outcome(error=without_folders(one_line(error), image, mask))
 
     def prompt(self, mask: Any) -> Prompt:
         """What to protect in an image with this mask, or these masks or boxes.
@@ -343,6 +338,14 @@ def _read_mask(value: Any) -> Any:
         return read_mask(source)
     except ImageFileError as error:
         raise RecordError(f"the mask cannot be used: {error}") from error
+
+
+def without_folders(text: str, *values: Any) -> str:
+    """What is said of images and masks out of columns, without the folders of their files: it may be published."""
+    for value in values:
+        if isinstance(value, Mapping) and (path := value.get("path")):
+            text = text.replace(path, os.path.basename(path))
+    return text
 
 
 def stored_image(value: Any, what: str) -> Any:

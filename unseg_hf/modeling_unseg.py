@@ -336,20 +336,16 @@ class UnSegModel(UnSegPreTrainedModel):
             raise ValueError("Pass either pixel_values or image_embeddings, and not both.")
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(pixel_values)
-        prompt_counts = {
-            name: prompt.shape[1] if prompt.ndim > 1 else 0
-            for name, prompt in {"points": input_points, "boxes": input_boxes, "masks": input_masks}.items()
-            if prompt is not None
-        }
+        given = {"points": input_points, "boxes": input_boxes, "masks": input_masks}
+        given = {name: prompt for name, prompt in given.items() if prompt is not None}
+        prompt_counts = {name: prompt.shape[1] if prompt.ndim > 1 else 0 for name, prompt in given.items()}
         if len(set(prompt_counts.values())) > 1:
             raise ValueError(f"Every kind of prompt needs the same number of prompts an image; got {prompt_counts}.")
         batch, _, *grid = image_embeddings.image_embeddings.shape
         prompts = next(iter(prompt_counts.values()), 1)
-        shapes = {"input_points": ("points", 2), "input_boxes": (4,), "input_masks": (4 * grid[0], 4 * grid[1])}
-        given = {"input_points": input_points, "input_boxes": input_boxes, "input_masks": input_masks}
+        shapes = {"points": ("points", 2), "boxes": (4,), "masks": (4 * grid[0], 4 * grid[1])}
         for name, prompt in given.items():
-            if prompt is not None:
-                _check_shape(name, prompt, (batch, prompts, *shapes[name]))
+            _check_shape(f"input_{name}", prompt, (batch, prompts, *shapes[name]))
         if noise_boxes is not None and len(noise_boxes) != batch * prompts:
             raise ValueError(f"{len(noise_boxes)} noise_boxes: needs one for each of {batch} x {prompts} prompts")
 

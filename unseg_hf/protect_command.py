@@ -46,18 +46,18 @@ def add_protect(commands: Any) -> argparse.ArgumentParser:
         "--labels", action="store_true", help="the masks are label maps: every label but --ignore-labels is an object"
     )
     prompts.add_argument(
-        "--ignore-labels", type=numbers(int), nargs="+", metavar="N", help="with --labels (default: 0 255)"
+        "--ignore-labels", type=_numbers(int), nargs="+", metavar="N", help="with --labels (default: 0 255)"
     )
     prompts.add_argument(
         "--box",
-        type=numbers(float, 4),
+        type=_numbers(float, 4),
         action="append",
         metavar="X0,Y0,X1,Y1",
         help="box around an object, in pixels; may be repeated",
     )
     prompts.add_argument(
         "--point",
-        type=numbers(float, 2, 3),
+        type=_numbers(float, 2, 3),
         action="append",
         metavar="X,Y[,0]",
         help="pixel on the object; 0: not on it; may be repeated",
@@ -111,7 +111,7 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def numbers(kind: type, *counts: int):
+def _numbers(kind: type, *counts: int):
     def parse(text: str) -> tuple:
         try:
             values = tuple(kind(part) for part in text.split(","))
@@ -150,8 +150,9 @@ def run_protect(options: argparse.Namespace) -> int:
     if options.quality is not None and not any(_is_lossy(task.target) for task in tasks):
         raise ValueError(f"--quality {options.quality} is for --format jpeg")
     if options.json:
-        kept = (p for t in tasks for p in (t.source, t.mask, t.target, *t.target.parents))
-        refuse_overwriting("--json", [options.json], kept)
+        folders = {parent for task in tasks for parent in task.target.parents}
+        files = (p for t in tasks for p in (t.source, t.mask, t.target))
+        refuse_overwriting("--json", [options.json], (*folders, *files))
 
     from tqdm import tqdm
 

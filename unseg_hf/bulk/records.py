@@ -1,7 +1,6 @@
 """What a data set is made of on its way through a run: shards of records, whatever kind of files they come from."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from ..image_files import READ_SUFFIXES, one_line
-from ..mapping import stored_image
+from ..mapping import stored_image, without_folders
 
 
 class ShardPlan(NamedTuple):
@@ -99,9 +98,7 @@ def image_bytes(value: Any) -> tuple[bytes | None, str]:
     except MemoryError:
         raise
     except Exception as error:  # of any of the file systems that a path may lead to
-        path = value.get("path") if isinstance(value, Mapping) else None
-        # What is published says nothing of the folders of this machine.
-        return None, one_line(error).replace(path or "", os.path.basename(path or ""))
+        return None, without_folders(one_line(error), value)
 
 
 # Their suffixes, and how their files begin.

@@ -161,8 +161,9 @@ class InstanceMasks:
                 from unseg_hf.inputs import mask_of_box
 
                 x, y, width, height = box
-                self._refuse_shares((x, y, x + width, y + height))
-                mask = mask_of_box((x, y, x + width, y + height), self.size)
+                corners = (x, y, x + width, y + height)
+                self._refuse_shares(corners)
+                mask = mask_of_box(corners, self.size)
                 return [coder.encode(np.asfortranarray(mask, dtype=np.uint8))]
             if isinstance(form, dict):
                 if tuple(form["size"]) != tuple(self.size):
@@ -198,7 +199,9 @@ class InstanceMasks:
 
     def _refuse_shares(self, numbers: Sequence[float]) -> None:
         """ValueError where coordinates are shares of the image's sides, as YOLO has them."""
-        if numbers and all(0 <= number <= 1 for number in numbers) and min(self.size) > 2:
+        from unseg_hf.inputs import are_shares  # it brings torch
+
+        if are_shares(numbers, self.size):
             raise ValueError("all of its coordinates are from 0 to 1: give pixels, not shares of the image's sides")
 
 
