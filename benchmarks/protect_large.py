@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import SamModel
+from transformers.models.sam.modeling_sam import SamVisionEncoderOutput
 
 from unseg_hf import Protector, UnSegConfig, UnSegModel, UnSegProcessor, image_files
 
@@ -30,11 +32,27 @@ def make(folder: Path) -> None:
     UnSegProcessor.for_image_size(1024).save_pretrained(folder)
 
 
+class OneLayerKept(nn.Module):
+    """An encoder as it is, which hands out what one of its layers makes, as the generator asks for it."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixel_values: torch.Tensor, layer: int) -> SamVisionEncoderOutput:
+        kept = []
+        hook = self.encoder.layers[layer - 1].register_forward_hook(lambda *call: kept.append(call[-1]))
+        encoded = self.encoder(pixel_values)
+        hook.remove()
+        return SamVisionEncoderOutput(last_hidden_state=encoded.last_hidden_state, hidden_states=tuple(kept))
+
+
 def take_stock_sam(generator: UnSegModel) -> None:
     """Transformers' own SAM, with the same weights, in place of the package's."""
     with torch.device("meta"):
         sam = SamModel._from_config(generator.config.sam_config)
     sam.load_state_dict(generator.sam.state_dict(), assign=True)
+    sam.vision_encoder = OneLayerKept(sam.vision_encoder)
     generator.sam = sam.eval()
 
 
