@@ -67,8 +67,7 @@ class UnSegVisionLayer(SamVisionLayer):
 
     SAM adds a bias to the attention between every two tokens: with 64 x 64 tokens and 12 heads it takes 805 MB in
     float32, and the windowed layers' about half of their memory. Here it is made for a few rows of a few heads, used,
-    and forgotten. Padding of windows, which is 0, is added behind the first product, where it is that product's bias.
-    All sums are the stock layer's; only the rounding of matrix products can differ.
+    and forgotten. All sums are the stock layer's; only the rounding of matrix products can differ.
 
     Attention and MLP may be in another dtype than the rest: their products then have that dtype, and what goes from
     layer to layer keeps its own.
@@ -94,13 +93,12 @@ class UnSegVisionLayer(SamVisionLayer):
             rows = max(rows // self.window_size, 1) * self.window_size
             attended = map(self._attend_in_windows, hidden_states.split(rows, 1))
         else:
-            attended = self._attend(self._projected(hidden_states)).split(rows, 1)
+            attended = self._attend(self.attn.qkv(self._normed(hidden_states))).split(rows, 1)
         strips = zip(hidden_states.split(rows, 1), attended, strict=True)
         return torch.cat([self._after_attention(*strip) for strip in strips], 1)
 
-    def _projected(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values of all heads, `(batch, height, width, 3 * channels)`."""
-        return self.attn.qkv(self.layer_norm1(hidden_states).to(self.attn.qkv.weight.dtype))
+    def _normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layer_norm1(hidden_states).to(self.attn.qkv.weight.dtype)
 
     def _after_attention(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.attn.proj(attended)
@@ -108,14 +106,9 @@ class UnSegVisionLayer(SamVisionLayer):
 
     def _attend_in_windows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Rows of whole windows, `(batch, height, width, channels)` to the same."""
-        projected = self._projected(hidden_states)
-        batch, height, width, channels = projected.shape
-        below, right = -height % self.window_size, -width % self.window_size
-        bias = projected.new_zeros(channels) if self.attn.qkv.bias is None else self.attn.qkv.bias.to(projected.dtype)
-        projected = torch.cat([projected, bias.expand(batch, height, right, -1)], 2) if right else projected
-        projected = torch.cat([projected, bias.expand(batch, below, width + right, -1)], 1) if below else projected
-        windows, padded = self.window_partition(projected, self.window_size)
-        return self.window_unpartition(self._attend(windows), self.window_size, padded, (height, width))
+        windows, padded = self.window_partition(self._normed(hidden_states), self.window_size)
+        attended = self._attend(self.attn.qkv(windows))
+        return self.window_unpartition(attended, self.window_size, padded, hidden_states.shape[1:3])
 
     def _attend(self, projected: torch.Tensor) -> torch.Tensor:
         """`(images or windows, height, width, 3 * channels)` to `(images or windows, height, width, channels)`."""
