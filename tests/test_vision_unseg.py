@@ -76,16 +76,15 @@ def test_nothing_grows_with_the_image_beyond_its_limit(layers, window_size, hidd
     assert max(tokens) <= 2 * GRID * max(window_size, 1)
 
 
-@pytest.fixture(params=["no tiles", "few tokens for tiles", "tiles"])
-def units(request, monkeypatch):
-    """The matrix units of each kind of processor, wherever this runs."""
-    monkeypatch.setattr(vision_unseg, "_HAS_TILES", request.param != "no tiles")
-    monkeypatch.setattr(vision_unseg, "_TILED_TOKENS", 0 if request.param == "tiles" else GRID**2 + 1)
+@pytest.fixture(params=[False, True], ids=["no tiles", "tiles"])
+def has_tiles(request, monkeypatch):
+    """The way of each kind of processor, wherever this runs."""
+    monkeypatch.setattr(vision_unseg, "_HAS_TILES", request.param)
     return request.param
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("units")
+@pytest.mark.usefixtures("has_tiles")
 @pytest.mark.parametrize("parts", ["few", "many"])
 def test_layers_in_bfloat16_give_the_stock_layers_results_but_for_rounding(layers, hidden_states, monkeypatch, parts):
     if parts == "many":
@@ -101,26 +100,28 @@ def test_layers_in_bfloat16_give_the_stock_layers_results_but_for_rounding(layer
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("scale", [1, 8])
-def test_attention_in_bfloat16_rounds_no_more_than_torchs_own(scale):
+def test_attention_in_bfloat16_rounds_no_more_than_torchs_own(scale, has_tiles):
     random = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, GRID**2, 16, generator=random).bfloat16() for _ in range(3))
     down, across = (torch.randn(GRID, GRID, 16, generator=random).mul(scale / 4).bfloat16() for _ in range(2))
     given = (query, key, value, down, across)
     exact = vision_unseg._with_bias(*(tensor.float() for tensor in given), GRID)
-    torchs, own = vision_unseg._with_bias(*given, 3), vision_unseg._in_channels(*given)
+    torchs = vision_unseg._with_bias(*given, 3)
+    own = vision_unseg._in_channels(*given, 2) if has_tiles else vision_unseg._written_out(*given, 4, 3)
     assert 0 < (own - exact).norm() < (torchs - exact).norm()
 
 
 @torch.no_grad()
-def test_attention_in_bfloat16_has_no_more_logits_at_a_time_than_its_limit(layers, hidden_states, monkeypatch, units):
+def test_attention_in_bfloat16_has_no_more_logits_at_a_time_than_its_limit(
+    layers, hidden_states, monkeypatch, has_tiles
+):
     limit, seen, softmax = 2 * GRID**3, [], torch.softmax
     monkeypatch.setattr(vision_unseg, "_CPU_LOGITS", limit)
     monkeypatch.setattr(torch, "softmax", lambda x, *args, **kw: seen.append(x.numel()) or softmax(x, *args, **kw))
     layer = layers[1].bfloat16()
     layer(hidden_states.bfloat16())
-    assert bool(seen) == (layer.attn.use_rel_pos and units != "tiles")
+    assert bool(seen) == (layer.attn.use_rel_pos and not has_tiles)
     assert max(seen, default=0) <= limit
 
 

@@ -8,11 +8,11 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionEnco
 # Matrix units for tiles of bfloat16 (AMX) are what torch's own attention is fast with.
 _HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
-# How much is worked on at a time: tokens outside attention, values of the bias that attention gets, and where the bias
-# is in the product, queries of all heads and logits. A processor likes what fits its caches, and with tiles what gives
-# its threads equal shares; a graphics card what fills it.
+# How much is worked on at a time: tokens outside attention, values of the bias that attention gets, queries of all
+# heads where that bias is in their product, and logits where attention is written out. A processor likes what fits
+# its caches, and with tiles what gives its threads equal shares; a graphics card what fills it.
 _CPU_TOKENS = 2**11 if _HAS_TILES else 2**10
-_CPU_BIAS, _CPU_QUERIES, _CPU_LOGITS, _TILED_TOKENS = 2**22, 2**13, 2**20, 2**8
+_CPU_BIAS, _CPU_QUERIES, _CPU_LOGITS = 2**22, 2**13, 2**20
 _GPU_TOKENS, _GPU_BIAS = 2**16, 2**28
 
 
@@ -120,13 +120,17 @@ class UnSegVisionLayer(SamVisionLayer):
             down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
             on_cpu = query.device.type == "cpu"
             # Not float32, whose written-out products are no faster than torch's attention.
-            fast = query.dtype == torch.bfloat16 and query.dtype in _ONEDNN_DTYPES
-            if on_cpu and fast and not torch.is_grad_enabled():
-                attended = _in_channels(query, key, value, down, across)
+            fast = on_cpu and query.dtype == torch.bfloat16 and query.dtype in _ONEDNN_DTYPES
+            if fast and _HAS_TILES and not torch.is_grad_enabled():
+                # Of few heads, or the allocator hands its memory back between layers, and is given it page by page.
+                count = max(_CPU_QUERIES // (batch * tokens), 1)
+                attended = _in_channels(query, key, value, down, across, count)
             else:
-                limit = _CPU_BIAS if on_cpu else _GPU_BIAS
+                write_out = fast and not torch.is_grad_enabled()
+                limit = _CPU_LOGITS if write_out else _CPU_BIAS if on_cpu else _GPU_BIAS
                 count, rows = max(limit // tokens**2, 1), max(limit // (width * tokens), 1)
-                attended = _in_parts(query, key, value, down, across, count, rows)
+                attention = _written_out if write_out else _in_parts
+                attended = attention(query, key, value, down, across, count, rows)
         else:
             attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(batch, height, width, -1)
@@ -199,65 +203,69 @@ def _with_bias(
 
 
 def _in_channels(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, down: torch.Tensor, across: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, down: torch.Tensor, across: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """What `_in_parts` gives, where queries and keys have more channels, so that their product has the bias in it.
+    """What `_in_parts` gives, of so many heads at a time, by torch's attention with the bias in its product.
 
-    For bfloat16 on a processor, without gradients: a bias takes longer to be made and read than to be multiplied. In
-    these channels keys have ones and zeros, for their row and for their column.
+    For bfloat16 where a processor has units for tiles of it, without gradients: there a bias takes longer to be made
+    and read than to be multiplied. Queries have it as channels, beside ones and zeros of the keys, for their row and
+    for their column; it is rounded no further.
     """
-    images, _, tokens, channels = query.shape
-    height, width = len(down), len(across)
+    channels, height, width = query.shape[-1], len(down), len(across)
+    spare = -(channels + height + width) % 32  # of a tile's channels
+    across = F.pad(across, (0, 0, 0, spare))
     row = torch.eye(height, dtype=key.dtype).repeat_interleave(width, 0)
-    column = torch.eye(width, dtype=key.dtype).repeat(height, 1)
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        grid, places = query.unflatten(2, (height, width)), (*query.shape[:2], -1, -1)
-        # Softmax does not change with what all keys have in common. Without it the largest logits are the smallest
-        # numbers, which bfloat16 rounds least.
-        vertical, horizontal = (
-            (bias - bias.amax(-1, keepdim=True)).flatten(2, 3)
-            for bias in (torch.einsum("nhrwc,rkc->nhrwk", grid, down), torch.einsum("nhrwc,wkc->nhrwk", grid, across))
-        )
-        query = torch.cat([query * channels**-0.5, horizontal], -1)
-        key = torch.cat([key, column.expand(places)], -1)
-        if not _HAS_TILES:  # there a product of more channels takes longer than a sum of rows
-            return _written_out(query, key, value, vertical)
-        query, key = torch.cat([query, vertical], -1), torch.cat([key, row.expand(places)], -1)
-        if tokens < _TILED_TOKENS:
-            return _written_out(query, key, value)
-        value = F.pad(value, (0, query.shape[-1] - channels))  # torch's own is slow where it has fewer channels
-        return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
-
-    # Few heads at a time, or the allocator hands its memory back between layers, and is given it page by page.
-    count = max(_CPU_QUERIES // (images * tokens), 1)
-    parts = zip(*(tensor.split(count, 1) for tensor in (query, key, value)), strict=True)
-    return torch.cat([attend(*part) for part in parts], 1)
+    column = torch.eye(width, width + spare, dtype=key.dtype).repeat(height, 1)
+    attended = []
+    for some, keys, values in zip(*(tensor.split(count, 1) for tensor in (query, key, value)), strict=True):
+        places, grid = (*some.shape[:2], -1, -1), some.unflatten(2, (height, width))
+        vertical = torch.einsum("nhrwc,rkc->nhrwk", grid, down).flatten(2, 3)
+        horizontal = torch.einsum("nhrwc,wkc->nhrwk", grid, across).flatten(2, 3)
+        queries = torch.cat([some * channels**-0.5, vertical, horizontal], -1)
+        keys = torch.cat([keys, row.expand(places), column.expand(places)], -1)
+        values = F.pad(values, (0, keys.shape[-1] - channels))  # torch's attention is slow where it has fewer channels
+        attended.append(F.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :channels])
+    return torch.cat(attended, 1)
 
 
 def _written_out(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vertical: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    down: torch.Tensor,
+    across: torch.Tensor,
+    count: int,
+    rows: int,
 ) -> torch.Tensor:
-    """Attention as products and a softmax of logits that stay in the caches, with a bias for each row of keys.
+    """What `_in_parts` gives, as products and a softmax.
 
-    Torch's own does not use all of a processor's bfloat16 units, unless they are for tiles, and there are many tokens.
+    For bfloat16 on a processor, without gradients: torch's own attention does not use all of its units, and reads a
+    bias more slowly than these products add it up. They start with the bias of the keys' rows; that of their columns
+    is in the product, as channels of the query beside ones and zeros of the key.
     """
-    attended = torch.empty_like(value, memory_format=torch.contiguous_format)
-    tokens, room = key.shape[-2], None
-    count, rows = max(_CPU_LOGITS // tokens**2, 1), max(_CPU_LOGITS // tokens, 1)
-    given = (key, value, query, attended) if vertical is None else (key, value, query, attended, vertical)
-    for keys, values, *of_queries in zip(*(tensor.flatten(0, 1).split(count) for tensor in given), strict=True):
-        keys, values = keys.transpose(1, 2), values.contiguous()  # not anew for every strip
-        for some, result, *bias in zip(*(tensor.split(rows, 1) for tensor in of_queries), strict=True):
+    images, heads, tokens, channels = query.shape
+    height, width = len(down), len(across)
+    grid = query.unflatten(2, (height, width))
+    # Softmax does not change with what all keys have in common. Without it the largest logits are the smallest
+    # numbers, which bfloat16 rounds least.
+    vertical, horizontal = (
+        (bias - bias.amax(-1, keepdim=True)).flatten(2, 3)
+        for bias in (torch.einsum("nhrwc,rkc->nhrwk", grid, down), torch.einsum("nhrwc,wkc->nhrwk", grid, across))
+    )
+    columns = torch.eye(width, dtype=key.dtype).repeat(height, 1).expand(images, heads, -1, -1)
+    queries = torch.cat([query * channels**-0.5, horizontal], -1)
+    keys = torch.cat([key, columns], -1).transpose(2, 3)
+    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+    room = None
+    parts = (tensor.flatten(0, 1).split(count) for tensor in (keys, value, queries, vertical, attended))
+    for keys, values, *of_queries in zip(*parts, strict=True):
+        values = values.contiguous()  # not anew for every strip
+        for some, bias, result in zip(*(tensor.split(rows * width, 1) for tensor in of_queries), strict=True):
             shape = (*some.shape[:2], tokens)
             if room is None or room.shape != shape:
                 room = query.new_empty(shape)
-            if bias:
-                grid = room.unflatten(2, (bias[0].shape[-1], -1))
-                room = grid.copy_(bias[0].unsqueeze(-1).expand_as(grid)).flatten(2).baddbmm_(some, keys)
-            else:
-                torch.bmm(some, keys, out=room)
-            torch.softmax(room, -1, out=room)
+            room.unflatten(2, (height, width)).copy_(bias.unsqueeze(-1).expand(-1, -1, -1, width))
+            torch.softmax(room.baddbmm_(some, keys), -1, out=room)
             torch.bmm(room, values, out=result)
     return attended
 
