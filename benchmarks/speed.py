@@ -173,7 +173,7 @@ def large_generator(options: argparse.Namespace, folder: Path) -> None:
     for way, values in found.items():
         seconds, cpu, memory = (statistics.median(column) for column in zip(*values, strict=True))
         share, largest = differing(folder / "stock.png", folder / f"{way}.png")
-        print(f"| {way} | {seconds:.1f} | {cpu:.1f} | {memory:.0f} | {share:.2%} | {largest} |", flush=True)
+        print(f"| {way} | {seconds:.2f} | {cpu:.1f} | {memory:.0f} | {share:.2%} | {largest} |", flush=True)
 
 
 def training(options: argparse.Namespace, folder: Path) -> None:
