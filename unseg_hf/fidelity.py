@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .image_files import Picture
 
-STRIP = 2**17  # pixels of a large photo that are worked on at a time
+STRIP = 2**16  # pixels of a large photo that are worked on at a time
 
 
 def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -> tuple[int, int]:
