@@ -15,6 +15,7 @@ from unseg_hf.evaluation import audit as audit_module
 from unseg_hf.evaluation.audit import Audit, AuditConfig, Cell, plan
 from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
 from unseg_hf.evaluation.published_images import published_files
+from unseg_hf.worker_processes import alone as alone_in
 
 SMALL = {"noises": ["clean", "random"], "treatments": ["none", "jpeg75"], "victims": ["unet"], "seeds": [0, 1]}
 SMALL |= {"epochs": 1, "size": 32, "batch_size": 4}
@@ -171,6 +172,13 @@ def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatc
     assert audit.run() == {}
     assert len(audit.results()["cells"]) == len(cells)
     assert audit._device == "cuda:1"
+
+
+def test_two_audits_do_not_share_a_folder(make_audit):
+    audit = make_audit(noises=["clean"])
+    audit.config.output.mkdir()
+    with alone_in(audit.config.output), pytest.raises(ValueError, match="another run is writing there"):
+        audit.run()
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_published(make_audit, files, tmp_path, monkeypatch):

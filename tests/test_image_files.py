@@ -5,6 +5,7 @@ import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,17 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, features
 from PIL.PngImagePlugin import PngInfo
 
 from unseg_hf import image_files
-from unseg_hf.image_files import ImageFileError, Picture, encode, from_array, from_pil, read, read_mask, write
+from unseg_hf.image_files import (
+    ImageFileError,
+    Picture,
+    copy_in_place,
+    encode,
+    from_array,
+    from_pil,
+    read,
+    read_mask,
+    write,
+)
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 # Only the colour space field (bytes 16 to 20) of these is looked at.
@@ -692,6 +703,14 @@ def test_folders_are_made_links_followed_and_bad_places_named(tmp_path):
     (tmp_path / "folder.png").mkdir()
     one_line_error(lambda: write(picture, tmp_path / "folder.png"), "folder.png", "folder")
     one_line_error(lambda: write(picture, tmp_path / "real.png" / "a.png"), "a.png", "cannot be written")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_a_copy_says_which_of_its_files_cannot_be_read(tmp_path):
+    one_line_error(
+        lambda: copy_in_place(Path("/proc/self/mem"), tmp_path / "copy"), "/proc/self/mem", "cannot be read"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_thumbnail_of_the_unprotected_photo_is_not_published():

@@ -342,6 +342,14 @@ def test_linked_folders_of_the_input_are_followed(tmp_path, protect):
     assert protect("cityscapes", output="elsewhere/out") == 2
 
 
+def test_links_that_lead_back_are_named(tmp_path, protect, capsys):
+    (path,) = TREES["ade20k"][1](tmp_path / "in")
+    for name in ("one", "two"):  # one is followed 40 times, two of them without end
+        (tmp_path / "in" / path).with_name(name).symlink_to(tmp_path / "in")
+    assert protect("ade20k") == 2
+    assert "is a link to a folder that holds it: remove the link" in capsys.readouterr().err
+
+
 def many(root, count):
     """Kvasir-SEG with `count` images."""
     for number in range(count):

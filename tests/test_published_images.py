@@ -100,6 +100,11 @@ def test_an_incomplete_folder_is_made_anew_but_never_a_foreign_one(images: Label
     assert (tmp_path / "photos" / "000000.png").is_file()
 
 
+def test_a_device_that_is_not_there_is_named(images: LabelledImages, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"generator \(embedded\) does not load on 'abacus'"):
+        publish(images, "generator", tmp_path / "generator", **BUDGET, device="abacus")
+
+
 def test_a_generator_over_the_budget_publishes_nothing(images: LabelledImages, tmp_path: Path, monkeypatch):
     def overspend(image, mask, epsilon, epsilon_background, tint):
         pixels = np.asarray(image).astype(int) + np.where(mask, 8, 3)[..., None]

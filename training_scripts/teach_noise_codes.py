@@ -154,5 +154,5 @@ def with_codes(model, count: int, image_size: int):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"teach_noise_codes: {error}")

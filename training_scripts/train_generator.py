@@ -171,30 +171,27 @@ def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decod
     """A small SAM without relative positions, every second layer with global attention."""
     from transformers import SamConfig
 
-    return SamConfig(
+    from unseg_hf.training.surrogates import sam_config_at
+
+    config = SamConfig(
         vision_config={
             "hidden_size": hidden_size,
             "output_channels": decoder_size,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "image_size": image_size,
             "use_rel_pos": False,
             "window_size": 8,
             "global_attn_indexes": list(range(1, layers, 2)),
             "num_pos_feats": decoder_size // 2,
-            # SAM's own positional scale; SamVisionConfig derives one from the width, so high that neighbouring pixels
-            # have nothing in common.
-            "scale": 1,
-            # SAM's own 1e-10 suits weights that are loaded; nothing would train from it.
-            "initializer_range": 0.02,
         },
-        prompt_encoder_config={"hidden_size": decoder_size, "image_size": image_size},
+        prompt_encoder_config={"hidden_size": decoder_size},
         mask_decoder_config={
             "hidden_size": decoder_size,
             "mlp_dim": 4 * decoder_size,
             "iou_head_hidden_dim": decoder_size,
         },
     )
+    return sam_config_at(config, image_size)
 
 
 def build_generator(args: ModelArguments):
@@ -465,6 +462,6 @@ if __name__ == "__main__":
 
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, HubError) as error:
+    except (ImportError, ValueError, OSError, FloatingPointError, HubError) as error:
         # What these say is for the user; where it was said is not.
         sys.exit(f"train_generator: {error}")

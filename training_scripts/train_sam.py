@@ -281,5 +281,5 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_sam: {error}")

@@ -724,7 +724,15 @@ def copy_in_place(source: Path, target: Path) -> str:
     """Copy a file of any kind and size, whole or not at all; returns its sha256. Raises OSError, ImageFileError."""
     digest = hashlib.sha256()
     with open(source, "rb") as original, _replacing(target, str(target)) as file:
-        while data := original.read(1 << 20):
+
+        def read() -> bytes:
+            try:
+                return original.read(1 << 20)
+            except OSError as error:
+                problem = f"it cannot be read ({error.strerror or error})"
+                raise _error(str(source), problem, "check the disk it is on") from error
+
+        while data := read():
             digest.update(data)
             file.write(data)
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -158,15 +158,13 @@ def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path
     }
 
 
-def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -> list[Path]:
-    """Image files in a folder and those below it, but not below folders `apart` inside it; `unreadable` gets a line
-    for each folder that cannot be searched."""
-    from .image_files import READ_SUFFIXES
+def files_below(folder: Path, unreadable: list[str]) -> Iterator[Path]:
+    """Files in a folder and those below it, each folder once, however many links lead there; `unreadable` gets a line
+    for each that cannot be searched."""
 
     def complain(error: OSError) -> None:
         unreadable.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
 
-    images: list[Path] = []
     seen: set[Path] = set()
     for parent, folders, names in os.walk(folder, onerror=complain, followlinks=True):
         # Links come last, and lead nowhere where they lead to what was searched already, a folder above them maybe.
@@ -175,9 +173,18 @@ def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -
             continue
         seen.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        paths = [Path(parent, name) for name in names if Path(name).suffix.lower() in READ_SUFFIXES]
-        # A link to nothing is named when its turn comes; for a pipe it would never end.
-        images += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+        for path in (Path(parent, name) for name in names):
+            # A link to nothing is named when its turn comes; for a pipe it would never end.
+            if os.path.isfile(path) or not os.path.exists(path):
+                yield path
+
+
+def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -> list[Path]:
+    """Image files in a folder and those below it, but not below folders `apart` inside it; `unreadable` gets a line
+    for each folder that cannot be searched."""
+    from .image_files import READ_SUFFIXES
+
+    images = [path for path in files_below(folder, unreadable) if path.suffix.lower() in READ_SUFFIXES]
     root = _real(folder)
     # What lies inside the folder and is none of its images: a next run would protect the output again.
     inside = {real for real in map(_real, apart) if root in real.parents}

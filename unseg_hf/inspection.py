@@ -1,11 +1,11 @@
 """Looking at protected images: what the noise is, what it costs, and what recompression leaves of it."""
 
-import io
 from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .evaluation.post_processing import jpeg
 from .fidelity import compare
 from .image_files import Picture
 
@@ -49,7 +49,9 @@ def grey_again(picture: Picture, original: Picture) -> Picture:
 
 def noise_left(original: Picture, protected: Picture, quality: int) -> float | None:
     """The share of the noise that JPEG (Pillow's defaults but for the quality) leaves: 1 all of it, 0 nothing."""
-    return share_left(original, protected, *(_jpeg(p.rgb8(), quality) for p in (original, protected)))
+    return share_left(
+        original, protected, *(np.asarray(jpeg(Image.fromarray(p.rgb8()), quality)) for p in (original, protected))
+    )
 
 
 def share_left(
@@ -107,12 +109,6 @@ def captioned(rows: list[list[Image.Image]], titles: list[str], gap: int, captio
         for line, pictures in enumerate(rows):
             sheet.paste(pictures[column], (left, caption + line * (height + gap)))
     return sheet
-
-
-def _jpeg(rgb: np.ndarray, quality: int) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer))
 
 
 def _kind(picture: Picture) -> str:

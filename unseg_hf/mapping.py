@@ -13,7 +13,7 @@ from .configuration_unseg import check_epsilon
 from .image_files import ImageFileError, encode_verified, one_line, read_mask
 from .inputs import Prompt
 from .model_identity import model_identity
-from .protection import Job, Protected, Protector
+from .protection import Job, Protected, Protector, load_generator
 
 ON_ERROR = ("raise", "keep", "mark", "drop")
 REPORT_COLUMNS = ("max_noise", "max_noise_background", "psnr", "ssim", "masks", "tinted", "protected_share", "notes")
@@ -268,12 +268,7 @@ class ProtectImages:
 @functools.lru_cache(maxsize=2)
 def _load(model: str | None, revision: str | None, identity: str, device: str) -> Protector:
     """`identity` is there so that a checkpoint which was replaced is loaded anew."""
-    try:
-        return Protector.from_pretrained(model, device=device, **({"revision": revision} if revision else {}))
-    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
-    except Exception as error:
-        said = one_line(error)
-        raise ValueError(f"the generator {model or '(embedded)'} does not load on {device!r}: {said}") from error
+    return load_generator(model, device, **({"revision": revision} if revision else {}))
 
 
 def _one_thread_in_workers() -> None:

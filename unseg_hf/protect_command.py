@@ -271,17 +271,11 @@ def _without_garbage_collection() -> Iterator[None]:
 def load_protector(model: str | None, device: str, bf16: bool = False):
     from transformers.utils import logging
 
-    from .image_files import one_line
-    from .protection import Protector
+    from .protection import load_generator
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        return Protector.from_pretrained(model, device=device, bf16=bf16)
-    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
-    except Exception as error:
-        name = model or "(embedded)"
-        raise ValueError(f"the generator {name} does not load on {device!r}: {one_line(error)}") from error
+    return load_generator(model, device, bf16=bf16)
 
 
 def _is_lossy(target: Path) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .configuration_unseg import UnSegConfig
 from .fidelity import compare, max_noise, strips
-from .image_files import Picture, write
+from .image_files import Picture, one_line, write
 from .inputs import ImageInput, Prompt, given_masks, mask_of_box, read_any, union_of
 from .modeling_unseg import UnSegImageEmbeddings, UnSegModel
 from .noise_choice import SMALL_BUDGET, ceiling_of, needs_tint, standing_out
@@ -161,6 +161,16 @@ class Protected:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+
+def load_generator(checkpoint: str | os.PathLike | None, device: str, **options) -> "Protector":
+    """`Protector.from_pretrained` for commands: whatever goes wrong is a ValueError, of checkpoint and device."""
+    try:
+        return Protector.from_pretrained(checkpoint, device=device, **options)
+    # Devices that are not there and damaged files raise anything from AssertionError to SafetensorError.
+    except Exception as error:
+        name = checkpoint or "(embedded)"
+        raise ValueError(f"the generator {name} does not load on {device!r}: {one_line(error)}") from error
 
 
 class Protector:

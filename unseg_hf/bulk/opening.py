@@ -4,11 +4,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from glob import glob, iglob
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from ..image_files import READ_SUFFIXES
+from ..image_tasks import files_below
 from . import manifest
 from .records import Source
 
@@ -106,11 +107,15 @@ def _matches(pattern: str) -> list[str]:
 def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> list[Path]:
     """The files with one of these suffixes, those in folders included, sorted; none that the output holds."""
     files: list[Path] = []
+    unreadable: list[str] = []
     for path in found:
-        # Unlike pathlib's, it enters folders that are links, and those that lead back to one above them, too.
-        inside = [path / below for below in iglob("**", root_dir=path, recursive=True)] if path.is_dir() else [path]
-        wanted = [p for p in inside if p.name.lower().endswith(suffixes) and p.is_file() and p.name[0] != "."]
+        inside = files_below(path, unreadable) if path.is_dir() else [path]
+        wanted = [p for p in inside if p.name.lower().endswith(suffixes) and p.is_file()]
+        # What begins with a dot is left behind by systems and editors.
+        wanted = [p for p in wanted if p == path or not any(part[0] == "." for part in p.relative_to(path).parts)]
         files += sorted({os.path.realpath(p): p for p in sorted(wanted, key=lambda p: -len(p.parts))}.values())
+    if unreadable:
+        raise OSError(unreadable[0])
     if twice := [path for path, count in Counter(map(os.path.abspath, files)).items() if count > 1]:
         raise ValueError(f"{os.path.relpath(twice[0])}: this file is named twice; name it once")
     return [path for path in files if output.resolve() not in path.resolve().parents]

@@ -29,7 +29,7 @@ class Record:
 
     Args:
         name: what an error or a log line calls it; unique in its source.
-        image: any mode; `unseg_hf.image_files.as_rgb8` is the user's. Its pixels may not have been read yet.
+        image: any mode; `unseg_hf.image_files.as_rgb8` is the user's.
         masks: each `(height, width)` bool, of the size of the image, made when it is asked for, which raises `OSError`
             where the mask is damaged; may be empty.
         class_ids: the class of each mask, where the source knows classes.

@@ -164,8 +164,7 @@ class Sa1bSource:
         """The decoded image, and the masks that pass the filters.
 
         Raises:
-            OSError: the image or its annotations are damaged.
-            ValueError: the annotations lack a field, or are not of the image's size.
+            OSError: the image or its annotations are damaged, or these lack a field or are not of the image's size.
         """
         name = f"{handle.tar}/{handle.image.name}"
         data = read_member(handle.tar, handle.image)

@@ -36,7 +36,8 @@ def write_sa1b(
     left out, and so are, with a warning, records whose image cannot be decoded or is too large for JPEG.
 
     Args:
-        records: images and masks of their size.
+        records: images and masks of their size; what cannot be read or has masks of another size is left out, with
+            a warning.
         folder: made if need be.
         images_per_shard: at least 1; the last tar may hold fewer.
         quality: of JPEG, 1 to 100.
@@ -48,7 +49,7 @@ def write_sa1b(
 
     Raises:
         FileExistsError: the folder holds such tars already.
-        ValueError: an argument is out of its range, or a mask has another size than its image.
+        ValueError: an argument is out of its range.
         ImportError: pycocotools is not installed.
     """
     if images_per_shard < 1 or not 1 <= quality <= 100:

@@ -11,6 +11,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, cached_property
@@ -53,6 +54,7 @@ from unseg_hf.image_files import put_in_place
 from unseg_hf.inputs import TINTS
 from unseg_hf.model_identity import model_identity
 from unseg_hf.protection import default_checkpoint
+from unseg_hf.worker_processes import alone
 
 GRID = ("noises", "treatments", "victims", "trainings", "clean_shares", "seeds")
 """Options whose values span the grid; the others hold for all of its cells."""
@@ -289,6 +291,13 @@ class Audit:
         if config.device == "cuda" and world > 1:
             # Not in the settings: a cell has one file, whichever process trained it.
             self._device = str(state.device)
+        # One process of a launcher has the folder for all of them.
+        config.output.mkdir(parents=True, exist_ok=True)
+        with alone(config.output) if rank == 0 else nullcontext():
+            return self._run(rank, world, state.wait_for_everyone)
+
+    def _run(self, rank: int, world: int, wait_for_everyone: Callable[[], None]) -> dict[str, Any]:
+        config = self.config
         cells = plan(config)
         if rank == 0:
             self._restore()
@@ -300,7 +309,7 @@ class Audit:
             )
             if DENOISER in config.treatments:
                 self._publish(noise, self.attacker)
-        state.wait_for_everyone()
+        wait_for_everyone()
         if rank == 0:
             self._write_examples()
         pending = [cell for cell in cells if not self._file(cell).is_file()]
@@ -311,9 +320,9 @@ class Audit:
             file = self._treated(noise, treatment)
             public = self._public_protection(noise) if treatment == PUBLIC else None
             treat(self._published(noise, self.train), self.train, treatment, config.size, file, attacker, public)
-        state.wait_for_everyone()
+        wait_for_everyone()
         self._run_cells(cells, pending, rank, world)
-        state.wait_for_everyone()
+        wait_for_everyone()
         return self._write_results() if rank == 0 else {}
 
     def report(self) -> dict[str, Any]:

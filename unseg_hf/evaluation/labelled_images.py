@@ -236,11 +236,11 @@ class ProposedSegments:
         return len(self._images)
 
     def load(self, index: int) -> Raw:
-        from unseg_hf.protection import Protector
+        from unseg_hf.protection import load_generator
 
         picture = read(self._images[index])
         if index not in self._found:
-            self._protector = self._protector or Protector.from_pretrained(self._model, device=self._device)
+            self._protector = self._protector or load_generator(self._model, self._device)
             masks = self._protector.propose_masks(picture)
             if not masks:
                 raise ValueError(f"{self._images[index]}: the generator finds no object in it; give a mask")

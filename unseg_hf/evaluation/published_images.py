@@ -211,9 +211,9 @@ def protection_of(
     if noise == "clean":
         return lambda labelled: labelled.image
     if noise.startswith("generator"):
-        from unseg_hf import Protector
+        from unseg_hf.protection import load_generator
 
-        protector = Protector.from_pretrained(model, device=device)
+        protector = load_generator(model, device)
 
         def protect_with_generator(labelled: LabelledImage) -> Image.Image:
             prompt: dict[str, Any] = {"mask": labelled.region}

@@ -11,7 +11,8 @@ import torch
 
 from unseg_hf.evaluation.detection_metrics import AveragePrecision, PanopticQuality
 from unseg_hf.evaluation.metrics import BoundaryIoU, SemanticSegmentation
-from unseg_hf.evaluation.victims.base import IGNORED, TASKS, Batch, Victim, boxes_of, segments_of
+from unseg_hf.evaluation.victims.base import IGNORED, TASKS, Victim, boxes_of, segments_of
+from unseg_hf.evaluation.victims.training import TrainingData
 
 SCORE_NAMES = {"instance": "ap", "detection": "ap", "panoptic": "pq", "interactive": "object_iou"}
 
@@ -148,13 +149,9 @@ Found = Iterator[tuple[Any, torch.Tensor, torch.Tensor | None]]
 
 def _found(victim: Victim, images: np.ndarray, labels: np.ndarray, instances: np.ndarray | None, size: int) -> Found:
     device = next(victim.parameters()).device
+    data = TrainingData(images, labels, instances)
     for start in range(0, len(images), size):
-        part = slice(start, start + size)
-        batch = Batch(
-            torch.as_tensor(images[part]).float() / 255,
-            torch.as_tensor(labels[part]).long(),
-            None if instances is None else torch.as_tensor(instances[part]).long(),
-        ).to(device)
+        batch = data.batch(np.arange(start, min(start + size, len(images))), device)
         numbers = [None] * len(batch.labels) if batch.instances is None else batch.instances
         yield from zip(victim.predict(batch), batch.labels, numbers, strict=True)
 

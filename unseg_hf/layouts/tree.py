@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from glob import iglob
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from unseg_hf import image_files
+from unseg_hf.image_tasks import files_below
 
 from .annotations import Annotation, Index, read_text
 from .table import DATA_SETS, DataSet, Images, Layout
@@ -381,10 +382,11 @@ def _split_template(images: Images) -> str:
 
 def _glob(base: Path, template: str) -> Iterator[str]:
     """Paths below `base`, with `/`, that a template fits."""
-    # A name may hold folders.
-    pattern = template.replace("{split}", "*").replace("{name}", "**/*")
-    # Unlike pathlib's, it enters folders that are links.
-    return (PurePath(path).as_posix() for path in iglob(pattern, root_dir=base, recursive=True))
+    # A name may hold folders, in which what cannot be read is told when it is protected.
+    folder, _, _ = template.partition("{name}")
+    for path in iglob(folder.replace("{split}", "*"), root_dir=base):
+        below = files_below(base / path, []) if "{name}" in template else [base / path]
+        yield from (relative for file in below if _match(template, relative := file.relative_to(base).as_posix()))
 
 
 @cache

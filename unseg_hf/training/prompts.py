@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from unseg_hf.evaluation.victims.base import boxes_of
+
 PROMPT_KINDS = ("box", "points", "mask")
 POINTS_PER_MASK = 10
 
@@ -43,11 +45,7 @@ def make_prompts(
 
 def boxes_around(masks: torch.Tensor) -> torch.Tensor:
     """`(batch, height, width)` masks to `(batch, 4)` boxes (x0, y0, x1, y1) in pixels; x1, y1 are inside the mask."""
-    corners = []
-    for mask in masks > 0.5:
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        corners.append(torch.stack([columns[0], rows[0], columns[-1], rows[-1]]).flatten())
-    return torch.stack(corners).float()
+    return boxes_of(masks > 0.5) - masks.new_tensor([0, 0, 1, 1])
 
 
 def points_in(masks: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
