@@ -247,7 +247,7 @@ def test_damaged_weights_are_one_clear_error(tmp_path):
     build(Mask2FormerVictim).model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"which does not load .*give a folder or Hub id of a mask2former checkpoint"):
+    with pytest.raises(ValueError, match=r"whose weights do not load .*give a checkpoint of mask2former"):
         build(Mask2FormerVictim, pretrained=tmp_path)
 
 

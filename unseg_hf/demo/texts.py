@@ -24,7 +24,8 @@ the generator of the package, at all elsewhere; that is checked before you get t
 ## What it does not do
 - It does not stop anybody from segmenting **this** photo, by hand or with a model that exists already.
 - It does not hide who or what is in it, and it is no watermark.
-- It helps where nearly all photos that a model is trained on are protected: with one in twenty of them clean, a small model kept 61 % of what clean ones teach. One among thousands changes nothing.
+- It helps where nearly all photos that a model is trained on are protected: with one in twenty of them clean, a small
+  model kept 61 % of what clean ones teach. One among thousands changes nothing.
 - It hardly protects where noise is all over a photo, for that does not say where the object is: mark the objects, if
   only by a box around each.
 - It is lost where the noise is lost: see "What a web site would do" for your own photo.

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel, SamConfig, SamModel, ViTMAEModel
+from transformers import SamConfig, SamModel, ViTMAEModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..evaluation.victims import build_victim
+from ..evaluation.victims.semantic import load_checkpoint
 from ..evaluation.victims.unet import SIZE_MULTIPLE, UNet
 
 VICTIM_SURROGATES = ("unet", "unetpp", "segformer", "upernet", "deeplabv3plus")
@@ -53,7 +54,7 @@ class SamSurrogate(nn.Module):
         Raises:
             ValueError: `image_size` is no multiple of the patch size, or the checkpoint is not a SAM.
         """
-        original = _pretrained(SamModel, checkpoint)
+        original = load_checkpoint(SamModel, checkpoint, ("sam",))
         surrogate = cls(sam_config_at(original.config, image_size), prompt_size)
         load_resized(surrogate.sam, original)
         return surrogate
@@ -236,7 +237,7 @@ def load_mae_encoder(surrogate: SamSurrogate, checkpoint: str) -> None:
     Raises:
         ValueError: the two encoders differ in size, or the checkpoint is not a ViT-MAE.
     """
-    mae, encoder = _pretrained(ViTMAEModel, checkpoint), surrogate.sam.vision_encoder
+    mae, encoder = load_checkpoint(ViTMAEModel, checkpoint, ("vit_mae",)), surrogate.sam.vision_encoder
     theirs, ours = mae.config, encoder.config
     for name, value, needed in (
         ("width", theirs.hidden_size, ours.hidden_size),
@@ -270,22 +271,6 @@ def load_mae_encoder(surrogate: SamSurrogate, checkpoint: str) -> None:
             (layer.mlp.lin2, source.mlp.fc2),
         ):
             module.load_state_dict(other.state_dict())
-
-
-def _pretrained(model_class: type[PreTrainedModel], checkpoint: str) -> PreTrainedModel:
-    """A model in float32; transformers would only warn where weights are missing and leave them random."""
-    from safetensors import SafetensorError
-
-    try:
-        model, loading = model_class.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {checkpoint} are damaged ({error}): take them from another copy") from error
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"{checkpoint} lacks {len(loading['missing_keys'])} weights of a {model_class.__name__}, such as "
-            f"{min(loading['missing_keys'])}: name a checkpoint of that model"
-        )
-    return model
 
 
 def _resized_grid(grid: torch.Tensor, shape: torch.Size) -> torch.Tensor:

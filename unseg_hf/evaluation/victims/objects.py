@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from unseg_hf.evaluation.victims.base import IGNORED, Batch, Segments, Victim, boxes_of, objects_of, segments_of
+from unseg_hf.evaluation.victims.semantic import load_checkpoint
 from unseg_hf.training.surrogates import normalise
 
 MAX_OBJECTS = 100
@@ -387,23 +388,14 @@ SMALL_DETECTOR = {
 
 def _loaded(model_class: type[PreTrainedModel], pretrained: str, num_labels: int) -> PreTrainedModel:
     """A checkpoint in float32, with new class layers where it has other classes."""
-    from safetensors import SafetensorError
-
-    fix = f"give a folder or Hub id of a {model_class.config_class.model_type} checkpoint"
-    try:
-        model, report = model_class.from_pretrained(
-            str(pretrained),
-            num_labels=num_labels,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"pretrained is {str(pretrained)!r}, which does not load ({error}); {fix}") from error
-    if report["missing_keys"]:
-        raise ValueError(
-            f"pretrained is {str(pretrained)!r}, which lacks weights such as {min(report['missing_keys'])}; {fix}"
-        )
+    model = load_checkpoint(
+        model_class,
+        pretrained,
+        (model_class.config_class.model_type,),
+        resized=("",),
+        num_labels=num_labels,
+        ignore_mismatched_sizes=True,
+    )
     if hasattr(model, "criterion"):
         # transformers leaves a buffer of another size as it finds it in memory.
         weight = torch.ones(num_labels + 1)

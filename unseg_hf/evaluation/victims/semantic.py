@@ -340,6 +340,7 @@ def load_checkpoint(
     pretrained: str | Path,
     model_types: Sequence[str],
     new_parts: tuple[str, ...] = (),
+    resized: tuple[str, ...] = ("classifier.",),
     **options: Any,
 ) -> nn.Module:
     """`model_class.from_pretrained` in float32, which refuses what is not the model.
@@ -349,6 +350,7 @@ def load_checkpoint(
         pretrained: folder or Hub id.
         model_types: types of model that it may be, as their configurations name them.
         new_parts: beginnings of the names of weights that the checkpoint need not have.
+        resized: parts of the names of weights that may have another shape there, those of another number of classes.
         options: passed on.
 
     Raises:
@@ -365,8 +367,8 @@ def load_checkpoint(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"pretrained is {str(pretrained)!r}, whose weights do not load ({error}); {fix}") from error
-    # Weights of another shape are new as well; that is right for those of another number of classes alone.
-    reshaped = [name for name, *_ in report["mismatched_keys"] if "classifier." not in name]
+    # Weights of another shape are new as well.
+    reshaped = [name for name, *_ in report["mismatched_keys"] if not any(part in name for part in resized)]
     missing = [name for name in report["missing_keys"] if not name.startswith(new_parts)]
     if lacking := sorted(missing + reshaped):
         raise ValueError(f"pretrained is {str(pretrained)!r}, which lacks weights such as {lacking[0]}; {fix}")
