@@ -322,6 +322,7 @@ def test_metadata_are_kept(saved_generator):
     ("settings", "message"),
     [
         ({"model": "no/such/folder"}, "no/such/folder: no such folder"),
+        ({"model": {}}, "model is a dict: pass a folder or Hub id"),
         ({"whole_image": True, "mask_column": "mask"}, "one kind of prompt"),
         ({"mask_column": "mask", "box_column": "boxes"}, "mask_column='mask' and box_column='boxes' were given"),
         ({"label_maps": True}, "needs mask_column"),

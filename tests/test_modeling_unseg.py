@@ -1,6 +1,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -424,11 +425,23 @@ def test_forward_wants_the_same_number_of_each_kind_of_prompt(generator, pixels,
         ({"input_points": torch.zeros(2, 0, 1, 2)}, r"input_points has shape \(2, 0, 1, 2\)"),
         ({"noise_boxes": [(0, 1, 0, 1)]}, "1 noise_boxes: needs one for each of 2 x 1 prompts"),
         ({"codes": torch.zeros(2, 1)}, r"codes are torch.float32: needs whole numbers"),
+        (
+            {"input_points": torch.zeros(2, 1, 3, 2), "input_labels": torch.ones(2, 3)},
+            r"input_labels has shape \(2, 3\): needs \(2, 1, 3\)",
+        ),
+        ({"input_labels": torch.ones(2, 1, 1)}, "input_labels were given without input_points"),
+        (
+            {"pixel_values": torch.zeros(3, 64, 64)},
+            r"pixel_values has shape \(3, 64, 64\): needs \(batch, 3, 64, 64\)$",
+        ),
+        ({"pixel_values": torch.zeros(0, 3, 64, 64)}, r"pixel_values has shape \(0, 3, 64, 64\)"),
+        ({"pixel_values": np.zeros((1, 3, 64, 64))}, "pixel_values is a ndarray: needs the tensor of UnSegProcessor"),
+        ({"pixel_values": None, "image_embeddings": torch.zeros(1)}, "image_embeddings is a Tensor: needs what"),
     ],
 )
-def test_prompts_of_another_shape_are_refused(generator, pixels, given, message):
+def test_inputs_of_another_shape_are_refused(generator, pixels, given, message):
     with pytest.raises(ValueError, match=message):
-        generator(pixels, **given)
+        generator(**{"pixel_values": pixels} | given)
 
 
 def test_codes_may_be_of_any_whole_number_type(build_generator, pixels):
@@ -499,6 +512,13 @@ def test_embeddings_of_an_image_that_is_not_there_are_an_error(generator, pixels
     assert torch.equal(embeddings.of_image(-1).image_embeddings, embeddings.image_embeddings[-1:])
     with pytest.raises(IndexError):
         embeddings.of_image(len(pixels))
+
+
+def test_rounded_weights_are_not_saved(generator, tmp_path):
+    generator.encode_in_bf16()
+    with pytest.raises(ValueError, match="has rounded weights: load it anew, and save that"):
+        generator.save_pretrained(tmp_path / "rounded")
+    assert not (tmp_path / "rounded").exists()
 
 
 def test_bfloat16_is_refused_where_the_weights_are_no_float32(generator):

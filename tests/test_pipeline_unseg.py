@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 from transformers import pipeline
 
@@ -110,6 +111,13 @@ def test_a_pipeline_works_with_the_model_that_it_has_now(protect, saved_generato
     other.noise_head.noise_tokens.weight.data *= -1
     fresh.model = other
     assert (np.asarray(fresh(photo(0), mask=box_mask())["image"]) != np.asarray(before)).any()
+
+
+def test_what_would_be_left_out_or_misread_is_refused(protect):
+    with pytest.raises(ValueError, match="by name: mask="):
+        protect(photo(0), box_mask())
+    with pytest.raises(ValueError, match="this is a data set: pass one of its columns"):
+        protect(Dataset.from_dict({"image": [1]}))
 
 
 def test_without_a_model_it_is_the_one_that_comes_with_the_package():

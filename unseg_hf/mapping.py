@@ -39,6 +39,8 @@ class ProtectImages:
     It holds settings and no weights: the generator is loaded once in each process, so that hashing (for the cache of
     `datasets`) and pickling (for `num_proc`) are cheap, and the cache knows other weights in the same folder.
 
+    For `map` alone: it returns what it changes, and `set_transform` would drop all other columns.
+
     Pass images undecoded, so that one broken file cannot fail its batch, and nothing of a file is lost. `Dataset.map`
     does so by itself; for an `IterableDataset` call `.decode(False)` before `map` and `.decode()` after it, and pass
     `features=protect.features(dataset.features)` to its `map`.
@@ -102,6 +104,9 @@ class ProtectImages:
     def __post_init__(self):
         from . import __version__
 
+        if not isinstance(self.model, str | os.PathLike | None):
+            kind = type(self.model).__name__
+            raise ValueError(f"model is a {kind}: pass a folder or Hub id; its save_pretrained makes a folder")
         Prompt(whole_image=self.whole_image, mode=self.mode, tint=self.tint, ignore_labels=self.ignore_labels)
         columns = {name: getattr(self, name) for name in ("mask_column", "box_column") if getattr(self, name)}
         given = (["whole_image"] if self.whole_image else []) + [f"{n}={column!r}" for n, column in columns.items()]
@@ -214,6 +219,8 @@ class ProtectImages:
     def _prepared(self, protector: Protector, image: Any, mask: Any) -> Job | Outcome:
         try:
             budget = self.epsilon, self.epsilon_background
+            if isinstance(image, list):
+                raise RecordError("the image is a list of numbers: cast its column to datasets.Image() before map")
             return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *budget)
         except MemoryError:
             raise

@@ -79,8 +79,8 @@ def _check_shape(name: str, prompt: torch.Tensor, wanted: tuple[int | str, ...])
     """ValueError unless a prompt has this shape; a word in it stands for any number, and no number is 0."""
     fits = prompt.ndim == len(wanted) and 0 not in prompt.shape
     if not fits or any(isinstance(w, int) and w != has for w, has in zip(wanted, prompt.shape, strict=True)):
-        shape = ", ".join(map(str, wanted))
-        raise ValueError(f"{name} has shape {tuple(prompt.shape)}: needs ({shape}), images first, then prompts")
+        shape, order = ", ".join(map(str, wanted)), "" if "batch" in wanted else ", images first, then prompts"
+        raise ValueError(f"{name} has shape {tuple(prompt.shape)}: needs ({shape}){order}")
 
 
 def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
@@ -200,6 +200,8 @@ class UnSegModel(UnSegPreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
+        if self.dtype == torch.float32 and any(p.dtype == torch.bfloat16 for p in self.parameters()):
+            raise ValueError("this model encodes in bfloat16, and so has rounded weights: load it anew, and save that")
         # Where config.json names a pipeline whose .py file is not beside it, loading fails.
         pipelines = self.config.__dict__.pop("custom_pipelines", {})
         files = [Path(save_directory, f"{one['impl'].partition('.')[0]}.py") for one in pipelines.values()]
@@ -274,7 +276,14 @@ class UnSegModel(UnSegPreTrainedModel):
 
         Returns:
             [`UnSegImageEmbeddings`]; gradients flow into the encoder only where it is trained.
+
+        Raises:
+            ValueError: no such images.
         """
+        side = self.config.sam_config.vision_config.image_size
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(f"pixel_values is a {type(pixel_values).__name__}: needs the tensor of UnSegProcessor")
+        _check_shape("pixel_values", pixel_values, ("batch", 3, side, side))
         encoder = self.sam.vision_encoder
         trained = pixel_values.requires_grad or any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
@@ -329,13 +338,18 @@ class UnSegModel(UnSegPreTrainedModel):
             many prompts in chunks.
 
         Raises:
-            ValueError: both or none of pixels and embeddings, prompts of another shape or whose counts differ, or
-                codes of another shape or beyond those of the generator.
+            ValueError: both or none of pixels and embeddings, others than these, prompts of another shape or whose
+                counts differ, labels without points, or codes of another shape or beyond those of the generator.
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Pass either pixel_values or image_embeddings, and not both.")
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(pixel_values)
+        if not isinstance(image_embeddings, UnSegImageEmbeddings):
+            kind = type(image_embeddings).__name__
+            raise ValueError(f"image_embeddings is a {kind}: needs what get_image_embeddings of this model returned")
+        if input_labels is not None and input_points is None:
+            raise ValueError("input_labels were given without input_points: pass both")
         given = {"points": input_points, "boxes": input_boxes, "masks": input_masks}
         given = {name: prompt for name, prompt in given.items() if prompt is not None}
         prompt_counts = {name: prompt.shape[1] if prompt.ndim > 1 else 0 for name, prompt in given.items()}
@@ -346,6 +360,8 @@ class UnSegModel(UnSegPreTrainedModel):
         shapes = {"points": ("points", 2), "boxes": (4,), "masks": (4 * grid[0], 4 * grid[1])}
         for name, prompt in given.items():
             _check_shape(f"input_{name}", prompt, (batch, prompts, *shapes[name]))
+        if input_labels is not None:
+            _check_shape("input_labels", input_labels, tuple(input_points.shape[:-1]))
         if noise_boxes is not None and len(noise_boxes) != batch * prompts:
             raise ValueError(f"{len(noise_boxes)} noise_boxes: needs one for each of {batch} x {prompts} prompts")
 

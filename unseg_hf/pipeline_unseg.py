@@ -48,6 +48,13 @@ class ImageProtectionPipeline(Pipeline):
         self.image_processor = self.processor.image_processor  # the base class batches only with one of its own
         self._protector = Protector(self.model, self.processor)
 
+    def __call__(self, inputs, *args, **kwargs):
+        if args:  # which the base class leaves out, with no more than a line in the log
+            raise ValueError("pass what comes after the images by name: mask=..., boxes=..., epsilon=...")
+        if hasattr(inputs, "column_names") and hasattr(inputs, "num_rows"):
+            raise ValueError("this is a data set: pass one of its columns, or map it with unseg_hf.ProtectImages()")
+        return super().__call__(inputs, **kwargs)
+
     @property
     def protector(self) -> Protector:
         """Of the model that the pipeline has now: it may be given another, a compiled one, say."""

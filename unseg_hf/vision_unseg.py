@@ -173,7 +173,7 @@ def _in_parts(
 ) -> torch.Tensor:
     """Torch's attention of all heads, of so many heads and rows of queries at a time."""
 
-    def attend(some: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def attend(some) -> torch.Tensor:  # torch 2.6 compiles no tuple[...] here
         parts = zip(*(tensor.split(count, 1) for tensor in some), strict=True)
         return torch.cat([_with_bias(*part, down, across, rows) for part in parts], 1)
 

@@ -158,9 +158,7 @@ def checkpoint_activations(network: nn.Module) -> None:
     """In training, activations inside the layers of SAM encoders are computed again in the backward pass, not kept."""
     for module in network.modules():
         if isinstance(module, SamModel):
-            # transformers 5.23 renamed it; the old name warns until 6.0 and is the only one before.
-            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            module.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager
