@@ -4,6 +4,7 @@ import kornia
 import torch
 from torch import nn
 
+from unseg_hf.evaluation import augmentation
 from unseg_hf.evaluation.augmentation import adversarial, plain_augmentation, strong_augmentation
 from unseg_hf.evaluation.victims.base import Batch, Victim
 
@@ -118,3 +119,13 @@ def test_adversarial_images_raise_the_loss_within_the_radius_and_leave_no_gradie
     assert all(parameter.grad is None for parameter in victim.parameters())
     assert not after.images.requires_grad
     assert torch.equal(after.labels, before.labels)
+
+
+def test_grey_is_luma(monkeypatch):
+    for name, value in (("JITTER", 0), ("HUE", 0), ("BLUR_PROBABILITY", 0), ("GREY_PROBABILITY", 1)):
+        monkeypatch.setattr(augmentation, name, value)
+    colour = torch.tensor([0.4, 0.2, 0.25]).view(3, 1, 1)
+    labels = torch.zeros(4, 16, 16, dtype=torch.long)
+    after = strong_augmentation(Batch(colour.expand(4, 3, 16, 16).clone(), labels)).images[:, :, 8, 8]
+    luma = 0.299 * 0.4 + 0.587 * 0.2 + 0.114 * 0.25
+    torch.testing.assert_close(after, torch.full((4, 3), luma))

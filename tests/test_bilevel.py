@@ -21,7 +21,7 @@ from PIL import Image
 from unseg_hf.data.interactive import InteractiveSegmentation
 from unseg_hf.data.records import Record
 from unseg_hf.training import bilevel, checkpoints
-from unseg_hf.training.bilevel import _augmented, apply_budget, train
+from unseg_hf.training.bilevel import _augmented, _random, apply_budget, train
 from unseg_hf.training.configuration_bilevel import BilevelConfig
 from unseg_hf.training.surrogates import SamSurrogate, Surrogates, UNetSurrogate, VictimSurrogate
 
@@ -576,3 +576,8 @@ class TestTwoProcesses:
                 "False"
             ] * 2
             assert self.run(tmp_path, tmp_path / "cut", alternation, resume=True) == [first, second]
+
+
+def test_each_process_makes_its_own_choices():
+    """Each process makes its own choices."""
+    assert len({_random(0, 0, 0, rank).initial_seed() for rank in range(4)}) == 4

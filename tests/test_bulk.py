@@ -1103,3 +1103,37 @@ def test_two_processes_of_the_script_killed_and_begun_again_equal_one(place, sav
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "9 images protected, 5 failed" in finished.stdout
     assert files("out") == files("whole")
+
+
+def test_verify_misses_a_mask_that_was_taken_out_of_a_tar(place, saved_generator, capsys):
+    run(write_tars(place), saved_generator, kind="tars")
+    tar, size = Path("in/part1.tar"), Path("in/part1.tar").stat().st_size
+    with tarfile.open(tar) as whole:
+        members = [(info, whole.extractfile(info).read()) for info in whole]
+    with tarfile.open(tar, "w") as less:
+        for info, data in members:
+            if info.name != "s/p8.mask.png":
+                less.addfile(info, __import__("io").BytesIO(data))
+    with tar.open("ab") as file:
+        file.write(bytes(size - tar.stat().st_size))  # tars end in zeros, as many as there are
+    capsys.readouterr()
+    assert cli.main(["verify", "out", "--originals", "in"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "its mask is missing, so that the bound cannot be checked" in said
+
+
+def test_verify_ignores_the_labels_that_the_run_ignored(place, saved_generator, capsys):
+    labels = np.full((24, 32), 3, np.uint8)
+    labels[4:15, 6:20] = 1
+    rows = {"image": [{"bytes": encoded(photo(0)), "path": None}], "mask": [labels]}
+    features = Features({"image": ImageFeature(), "mask": Array2D(labels.shape, "uint8")})
+    Dataset.from_dict(rows, features=features).to_parquet("in.parquet")
+    opened = open_source(["in.parquet"], Path("out"), mask_column="mask")
+    protect = ProtectImages(str(saved_generator), mask_column="masks", label_maps=True, ignore_labels=(3,))
+    assert protect_dataset(opened, Path("out"), "parquet", protect).failed == 0
+    settings = json.loads(Path("out/settings.json").read_text())
+    settings["protection"]["epsilon_background"] = 0
+    Path("out/settings.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 1
+    assert "outside the mask, where 0 is the most" in capsys.readouterr().err

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from unseg_hf.evaluation.controls import CONTROLS, UNWEIGHTED, control_noise
+from unseg_hf.noise_codes import CLASSES
 from unseg_hf.protection import apply_noise
 
 CLASS_CODED = ("stripes", "bands", "colour", "patches")
@@ -153,3 +154,10 @@ def test_every_control_spends_exactly_its_budget_once_applied(name: str):
     difference = np.abs(published.astype(int) - pixels)
     assert (difference[REGION] == 8).all()
     assert (difference[~REGION] == epsilon_background).all()
+
+
+def test_bands_across_are_twelve_whatever_the_shape():
+    across = control_noise("bands", np.full((48, 96), CLASSES.index("aAa")), seed=0)
+    assert (across == across[:1]).all()
+    borders = np.flatnonzero(np.diff(across[0, :, 0])) + 1
+    np.testing.assert_array_equal(borders, np.arange(4, 96, 4))  # 12 waves from one side to the other

@@ -161,3 +161,17 @@ def test_in_turned_columns_waves_are_the_opposite_and_tints_and_noises_of_classe
         turned.model.config.turned_columns = wrong
         with pytest.raises(ValueError, match=r"turned_columns=.*: all must be from 0 to 11"):
             turned.model.config.validate_architecture()
+
+
+def test_segments_get_the_tint_that_stands_out():
+    thin = np.zeros((192, 192), bool)
+    thin[::8] = True
+    redder = np.full((192, 192, 3), 128, np.uint8)
+    redder[..., 0] = np.arange(20, 212)
+    redder[..., 1:] = np.arange(20, 212)[:, None, None]
+    halves = [thin & (np.arange(192) < 96), thin & (np.arange(192) >= 96)]
+    protector = Protector.from_pretrained()
+    result = protector.protect(redder, masks=halves, mode="per_segment")
+    for half in halves:
+        noise = (result.picture.pixels[half].astype(int) - redder[half]).mean(axis=0).round()
+        np.testing.assert_array_equal(noise, 8 * code_noise(TINTS[1], 0, 0))

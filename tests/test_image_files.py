@@ -799,3 +799,35 @@ def test_copies_of_the_photo_in_other_tags_are_not_published(tmp_path):
             assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] == "a lens"
             assert kept[33922] == (1.0, 2.0, 3.0)
             assert not {700, 33723, 34377, 37724} & set(kept)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_dpi_turns_with_the_picture(orientation):
+    data = saved(Image.fromarray(noise(4, 6, 3)), "JPEG", dpi=(100, 200), exif=camera_exif(orientation))
+    assert read(data).dpi == ((200, 100) if orientation >= 5 else (100, 200))
+
+
+def test_a_transparent_value_of_four_bits():
+    key = png_chunk(b"tRNS", struct.pack(">H", 2))
+    four_bits = read(png(4, 1, 4, 0, [bytes([0x01, 0x2F])], key))
+    np.testing.assert_array_equal(four_bits.pixels[0, :, 0], [0, 17, 34, 255])
+    np.testing.assert_array_equal(four_bits.alpha, [[255, 255, 0, 255]])
+
+
+def test_max_pixels_may_be_reached():
+    data = saved(Image.fromarray(noise(30, 40, 3)))
+    assert read(data, max_pixels=1200).width == 40
+    one_line_error(lambda: read(data, max_pixels=1199), "more than 1199 pixels")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_picture_before_or_after_maker_notes_drops_the_exif(first):
+    exif, maker_note, hidden = 8 + 2 + 12 + 4, b"\xff\xd8\xff its own", b"\xff\xd8\xff" + bytes(40)
+    at = exif + 2 + 12 + 4 + (len(hidden) if first else 0)
+    body = b"II*\0" + struct.pack("<L", 8) + struct.pack("<HHHLL", 1, 0x8769, 4, 1, exif) + struct.pack("<L", 0)
+    body += struct.pack("<HHHLL", 1, 0x927C, 7, len(maker_note), at) + struct.pack("<L", 0)
+    rest = hidden + maker_note if first else maker_note + hidden
+    small = Image.fromarray(noise(4, 6, 3))
+    assert read(saved(small, "PNG", exif=b"Exif\0\0" + body + rest)).exif is None
+    alone = struct.pack("<HHHLL", 1, 0x927C, 7, len(maker_note), exif + 18) + struct.pack("<L", 0) + maker_note
+    assert maker_note in read(saved(small, "PNG", exif=b"Exif\0\0" + body[:exif] + alone)).exif

@@ -348,3 +348,48 @@ class TestUselessRecords:
         deep = png(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16))
         samples = self.one_batch(source(images=[deep] * 6))
         assert all(len(sample["image"].unique()) > 3 for sample in samples)  # and not white alone
+
+
+def test_passes_of_an_epoch_have_orders_of_their_own(plain):
+    drawn = [draw.handle for draw in draws(InteractiveSegmentation([plain(8)], 16, epoch_size=16))]
+    assert drawn[:8] != drawn[8:]
+
+
+def test_epochs_draw_their_sources_anew(plain):
+    data = InteractiveSegmentation([plain(9, 1.0), plain(7, 1.0, name="other")], 16, epoch_size=40)
+    assert [draw.source for draw in draws(data)] != [draw.source for draw in draws(data, epoch=1)]
+
+
+@pytest.mark.parametrize("shape", [(40, 80), (90, 30)])
+def test_stretched_images_fill_the_square(tmp_path, shape):
+    mask = np.zeros(shape, np.uint8)
+    mask[: shape[0] // 2, : shape[1] // 2] = 1
+    path = write(tmp_path / "one.parquet", [png(np.full((*shape, 3), 99, np.uint8))] * 4, [png(mask)] * 4)
+    data = InteractiveSegmentation([DatasetSource(path)], 32, (1.0, 1.0), stretch=True)
+    for draw in draws(data):
+        sample = data[draw]
+        assert sample["inside"].all()
+        assert sample["mask"][:16].sum() == sample["mask"].sum() == 16 * 16
+
+
+def test_what_comes_in_for_a_damaged_record_is_cropped_anew(tmp_path):
+    square = np.zeros((64, 64), np.uint8)
+    square[20:40, 20:40] = 1
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = write(tmp_path / "two.parquet", [png(image), b"nothing"], [png(square)] * 2)
+    data = InteractiveSegmentation([DatasetSource(path)], 32)
+    (batch,) = data.batches(0, 2)
+    with pytest.warns(UserWarning, match="row 1"):
+        one, other = data.__getitems__(batch)
+    assert one["name"] == other["name"]
+    assert not torch.equal(one["image"], other["image"])
+
+
+def test_one_to_max_masks_are_joined(tmp_path):
+    labels = np.zeros((48, 48), np.uint8)
+    labels[:16, :16], labels[16:32, 16:32], labels[32:, 32:] = 1, 2, 3
+    path = write(tmp_path / "r.parquet", [png(np.full((48, 48, 3), 99, np.uint8))] * 40, [png(labels)] * 40)
+    data = InteractiveSegmentation([DatasetSource(path, masks="regions", ignore=(0,))], 48, (1.0, 1.0), max_masks=3)
+    counts = Counter(int(data[draw]["mask"].sum()) // 256 for draw in draws(data))
+    assert set(counts) == {1, 2, 3}
+    assert min(counts.values()) > 5

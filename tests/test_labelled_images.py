@@ -346,3 +346,18 @@ def test_too_many_classes_and_unknown_kinds_are_refused():
         LabelledImages(InMemory([many]))
     with pytest.raises(ValueError, match="masks are 'colours': must be one of auto, binary, classes"):
         LabelledImages(InMemory([many]), kind="colours")
+
+
+def test_no_coco_category_becomes_255(tmp_path: Path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 0, "file_name": "a.png", "height": 30, "width": 40}],
+        "annotations": [
+            {"image_id": 0, "category_id": category, "bbox": [5 * number, 6, 4, 3]}
+            for number, category in enumerate((253, 254, 255))
+        ],
+        "categories": [{"id": category, "name": str(category)} for category in (253, 254, 255)],
+    }
+    (tmp_path / "objects.json").write_text(json.dumps(content))
+    raw = CocoImages(tmp_path / "objects.json", {tmp_path / "a.png": Path("a.png")}, tmp_path).load(0)
+    assert sorted(set(raw.labels.ravel().tolist())) == [0, 254, 256, 257]  # 255 is no class

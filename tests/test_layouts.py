@@ -11,6 +11,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from PIL import Image
 from published_trees import HEIGHT, LOWER, TREES, UPPER, WIDTH, area, labels, photo, save, text
 
 from unseg_hf import Prompt, Protector, cli, image_files
+from unseg_hf.image_files import from_array
+from unseg_hf.layouts import bounded_jpeg
+from unseg_hf.layouts.annotations import LabelImage
 from unseg_hf.layouts.run import RECORD, SETTINGS
 from unseg_hf.layouts.table import DATA_SETS
 from unseg_hf.worker_processes import alone
@@ -920,3 +924,34 @@ def test_pixels_turned_by_exif_stay_on_the_grid_of_their_masks(tmp_path, protect
     assert_protected(tmp_path / "in/images/000.jpg", tmp_path / "out/images/000.jpg", region, 4, 1)
     assert Image.open(tmp_path / "out/images/000.jpg").getexif().get(0x0112, 1) == 1
     assert "EXIF orientation 6 dropped" in record(tmp_path / "out")["images/000.jpg"]["notes"][0]
+
+
+def test_the_jpeg_with_the_fewest_pixels_over_the_bound_is_kept(monkeypatch):
+    pixels = np.random.default_rng(0).integers(60, 190, (48, 64, 3)).astype(np.uint8)
+    noise = np.random.default_rng(1).choice([-8, 8], pixels.shape)
+    protected = SimpleNamespace(
+        original=from_array(pixels), picture=from_array((pixels + noise).astype(np.uint8)),
+        region=np.ones((48, 64), bool), epsilon=8 / 255, epsilon_background=0,
+    )  # fmt: skip
+    calls, encode = [], bounded_jpeg.encode
+
+    def third_time_badly(picture, format, quality):
+        calls.append(encode(picture, format, 5 if len(calls) == 2 else quality))
+        return calls[-1]
+
+    monkeypatch.setattr(bounded_jpeg, "encode", third_time_badly)
+    best = bounded_jpeg.encode_within_bound(protected, 95)
+    assert best.data in calls[:2]
+
+
+def test_a_void_border_between_objects_is_no_object(tmp_path):
+    labels, objects = np.full((4, 6), 7, np.uint8), np.zeros((4, 6), np.uint8)
+    objects[:, 1:3], objects[:, 3], objects[:, 4] = 1, 255, 2  # a border that is no object between two
+    for name, values in (("labels", labels), ("objects", objects)):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    image = LabelImage(tmp_path / "labels.png", (0, 255), tmp_path / "objects.png")
+    found = {segment.mask.sum(): segment for segment in image.segments((4, 6), None, separate=True)}
+    assert {segment.class_id for segment in found.values()} == {7}
+    assert [found[size].mask[0].tolist() for size in (8, 4, 12)] == [
+        (objects[0] == 1).tolist(), (objects[0] == 2).tolist(), np.isin(objects[0], (0, 255)).tolist(),
+    ]  # fmt: skip

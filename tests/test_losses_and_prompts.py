@@ -108,3 +108,12 @@ class TestPrompts:
         assert () not in drawn
         single = {choose_kinds(("box", "points", "mask"), several=False, generator=source) for _ in range(60)}
         assert single == {("box",), ("points",), ("mask",)}
+
+
+def test_sure_of_none_is_sure_too():
+    """Sure of an object is as sure as sure of none."""
+    logits = torch.full((1, 32, 32), 8.0)
+    logits[:, 16:] = -8
+    logits[:, :, 14:18] = 0.1
+    points = uncertain_points(logits, 400, rng())[0, :300]
+    assert ((points[:, 0] > 13 / 32) & (points[:, 0] < 19 / 32)).float().mean() > 0.55

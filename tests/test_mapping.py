@@ -382,9 +382,9 @@ def test_each_process_takes_a_gpu_of_its_own(saved_generator, monkeypatch):
     devices = []
     monkeypatch.setattr("unseg_hf.mapping._load", lambda model, revision, identity, device: devices.append(device))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for device, rank in (("cuda", 5), ("cuda", None), ("cpu", 5)):
+    for device, rank in (("cuda", 6), ("cuda", None), ("cpu", 6)):
         ProtectImages(str(saved_generator), device=device).protector(rank)
-    assert devices == ["cuda:1", "cuda", "cpu"]
+    assert devices == ["cuda:2", "cuda", "cpu"]
 
 
 def test_one_label_to_ignore_needs_no_list(saved_generator):
@@ -395,3 +395,13 @@ def test_indices_are_not_taken_for_a_rank(saved_generator):
     dataset = Dataset.from_dict({"image": [PILImage.fromarray(photo(20, 30))]}, features=Features({"image": Image()}))
     with pytest.raises(ValueError, match="leave out with_indices"):
         dataset.map(ProtectImages(str(saved_generator), whole_image=True), batched=True, with_indices=True)
+
+
+def test_both_budgets_reach_the_protector(dataset, saved_generator):
+    budget = {"epsilon": 8 / 255, "epsilon_background": 0}
+    mapped = dataset.map(ProtectImages(str(saved_generator), mask_column="mask", **budget), batched=True)
+    protector, columns = Protector.from_pretrained(saved_generator), rows()
+    for index, data in enumerate(stored(mapped)):
+        image, mask = (columns[name][index]["bytes"] for name in ("image", "mask"))
+        expected = protector.protect(image, mask=mask, **budget).image
+        np.testing.assert_array_equal(np.asarray(PILImage.open(io.BytesIO(data))), np.asarray(expected))

@@ -256,3 +256,10 @@ def test_a_generator_that_is_trained_leaves_its_finder_as_it_is(protector_of):
     assert not any(module.training for module in protector.model.object_finder.modules())
     np.testing.assert_array_equal(protector.protect(pixels).region, before)
     assert all(torch.equal(value, state[name]) for name, value in protector.model.state_dict().items())
+
+
+def test_a_point_beside_the_object_that_nothing_is_at_is_no_trouble(finding):
+    pixels, _ = scene(LEFT, RIGHT)
+    beside = finding.protect(pixels, points=[[40, 50], [100, 10]], point_labels=[1, 0])
+    np.testing.assert_array_equal(beside.region, finding.protect(pixels, points=[[40, 50]]).region)
+    assert beside.notes == ()

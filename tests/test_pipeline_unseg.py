@@ -138,3 +138,13 @@ def test_a_model_saved_without_its_pipeline_names_none_that_is_not_there(saved_g
         np.testing.assert_array_equal(
             again(photo(0), mask=box_mask())["image"], protect(photo(0), mask=box_mask())["image"]
         )
+
+
+def test_an_images_own_fields_come_before_those_of_the_call(protect, protector):
+    labels = box_mask().astype(np.uint8)
+    labels[32:, :10] = 2
+    own = {"image": photo(0), "label_map": labels, "ignore_labels": (0, 2)}
+    got = protect([own, {"image": photo(0), "label_map": labels}], ignore_labels=(0, 1))
+    for result, ignored in zip(got, ((0, 2), (0, 1)), strict=True):
+        expected = protector.protect(photo(0), label_map=labels, ignore_labels=ignored)
+        np.testing.assert_array_equal(np.asarray(result["mask"]) > 0, expected.region)

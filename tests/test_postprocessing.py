@@ -184,3 +184,26 @@ class TestMix:
             assert 0 <= treated.min() <= treated.max() <= 1
             sizes.add(tuple(treated.shape[-2:]))
         assert sizes == {(32, 32), (64, 64)}
+
+
+@pytest.mark.parametrize(("strength", "quality"), [(0.0, 95), (0.5, 68), (1.0, 40)])
+def test_jpegs_quality_is_what_the_strength_says(strength, quality):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+    pixels = (pixels // 2 + np.random.default_rng(1).integers(0, 128, (64, 64, 3))).astype(np.uint8)
+    ours = postprocessing.jpeg(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255, strength)[0]
+
+    def distance(of_quality):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=of_quality, subsampling="4:2:0")
+        theirs = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1) / 255
+        return (theirs - ours).square().mean().item()
+
+    others = [q for q in (quality - 8, quality + 8) if q <= 100]
+    assert all(distance(quality) < distance(other) for other in others)
+
+
+def test_a_crop_reaches_the_last_place():
+    images = torch.arange(64).expand(1, 3, 64, 64) / 63
+    everywhere = torch.ones(1, 64, 64)
+    last = {crop(images, everywhere, 2 / 64, rng(seed))[0][0, 0].max().item() for seed in range(20)}
+    assert len(last) == 2  # a box of 63 columns lies in two places

@@ -350,3 +350,12 @@ def test_sixteen_bits_are_scaled_and_not_clipped(processor):
 def test_a_tensor_is_no_batch_of_grey_images(processor):
     with pytest.raises(ValueError, match=r"a tensor of shape \(3, 40, 60\): pass PIL images"):
         processor(torch.zeros(3, 40, 60, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("size", [(20, 150), (150, 20)])
+def test_noise_of_stretched_images_is_antialiased_if_one_side_shrinks(size):
+    noise = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    square = F.interpolate(noise[None], (64, 64), mode="bilinear")
+    expected = F.interpolate(square, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    stretching = UnSegProcessor.for_image_size(64, stretch=True)
+    np.testing.assert_allclose(stretching.full_size_noise(noise, size, (64, 64))[:], expected, atol=2e-6)

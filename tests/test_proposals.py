@@ -98,3 +98,11 @@ def test_prompts_are_drawn_in_the_models_precision(build_generator):
     logits, ious = proposals.segment(drawing, embeddings, input_boxes=torch.tensor([[[0.0, 0, 20, 20]]]))
     assert logits.isfinite().all()
     assert ious.isfinite().all()
+
+
+def test_padding_does_not_make_a_mask_unstable(decoded):
+    # Beside the image, in the padding, a mask may be as unstable as it likes.
+    mask = segment(slice(0, 5), slice(0, 5))
+    mask[9:] = 0.5
+    decoded([mask], [0.95])
+    assert len(proposals.propose(model(), None, (32, 64))) == 1

@@ -15,6 +15,7 @@ from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files, protection
 from unseg_hf.fidelity import compare
+from unseg_hf.inputs import given_masks, read_region
 from unseg_hf.noise_choice import texture
 from unseg_hf.protection import ALL_OVER, apply_noise
 
@@ -815,3 +816,65 @@ def test_columns_that_are_set_later_are_checked_when_they_are_needed(protector_o
     protector.model.config.turned_columns = [4]
     with pytest.raises(ValueError, match=r"turned_columns=\[4\]: all must be from 0 to 3"):
         protector.protect(photo(), mask=box_mask())
+
+
+def test_six_levels_are_no_small_budget(coded_protector, protector_of):
+    protector = protector_of(noise_codes=4, faint_code=2, epsilon_smooth=2 / 255)
+    protector.model.load_state_dict(coded_protector.model.state_dict())
+    pixels = np.random.default_rng(0).integers(60, 200, (120, 160, 3)).astype(np.uint8)
+    full, own = (
+        p.protect(pixels, whole_image=True, epsilon=6 / 255).picture.pixels for p in (coded_protector, protector)
+    )
+    np.testing.assert_array_equal(own, full)  # 6 is no small budget
+
+
+def test_one_channel_gets_greens_noise():
+    noise = np.zeros((4, 4, 3), np.float32) + np.float32([-1, 0.5, -1])
+    changed = apply_noise(np.full((4, 4, 1), 100, np.uint8), noise, np.ones((4, 4), bool), 8 / 255, 0)
+    assert (changed == 104).all()
+
+
+def test_a_wave_of_a_stretched_image_is_measured_down_it(coded_protector, protector_of):
+    with_tint = protector_of(noise_codes=4, tint_codes=[2])
+    stretching = Protector(with_tint.model, UnSegProcessor(with_tint.processor.image_processor, stretch=True))
+    yellow = np.full((60, 80, 3), 128, np.uint8) - np.uint8([0, 0, 9])
+    # A wave is a quarter of the height here, 15 pixels.
+    for height, tinted in ((11, True), (13, False)):
+        low = np.zeros((60, 80), bool)
+        low[4 : 4 + height, 10:16] = True
+        assert stretching.protect(yellow, mask=low).tinted == tinted
+
+
+def test_a_line_between_the_rows_looked_at_is_judged_by_itself(coded_protector, protector_of):
+    protector = protector_of(noise_codes=4, epsilon_smooth=2 / 255)
+    protector.model.load_state_dict(coded_protector.model.state_dict())
+    high = np.full((1440, 1280, 1), 128, np.uint8)
+    high[300:] = np.random.default_rng(0).integers(60, 200, (1140, 1280, 1))
+    line = np.zeros(high.shape[:2], bool)
+    line[151, 300:900] = True  # in the sky, which is all of what is protected
+    result = protector.protect(high, mask=line)
+    assert np.abs(result.picture.pixels.astype(int) - high)[line].max() == 8
+
+
+@pytest.mark.parametrize("box", [[80, 0, 90, 20], [0, 60, 20, 70], [-9, 0, 0, 20], [0, -9, 20, 0]])
+def test_a_box_that_only_touches_the_image_is_refused(tiny_protector, box):
+    with pytest.raises(ValueError, match=r"lies outside the image of 80 x 60 pixels"):
+        tiny_protector.protect(photo(), boxes=[box])
+
+
+def test_half_is_inside():
+    assert read_region(np.array([[0.49, 0.5, 1.0]]), (1, 3)).tolist() == [[False, True, True]]
+
+
+def test_a_coloured_array_is_no_mask(tiny_protector):
+    coloured = np.zeros((60, 80, 3), np.uint8)
+    coloured[10:20, 10:20, 1] = 255
+    with pytest.raises(ValueError, match=r"a mask of shape \(60, 80, 3\)"):
+        tiny_protector.protect(photo(), mask=coloured)
+
+
+def test_label_255_is_only_spoken_of_where_it_is():
+    labels = np.array([[0, 7, 300]])
+    for number, said in ((7, False), (255, True)):
+        *_, notes = given_masks(Prompt(label_map=np.where(labels == 7, number, labels)), (1, 3))
+        assert any("label 255 is ignored" in note for note in notes) == said

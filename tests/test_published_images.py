@@ -15,6 +15,7 @@ from unseg_hf.evaluation.controls import CONTROLS
 from unseg_hf.evaluation.labelled_images import DatasetRows, ImageFiles, LabelledImages
 from unseg_hf.evaluation.published_images import (
     ROUGH,
+    Measured,
     annotation_squares,
     clean_squares,
     noise_settings,
@@ -285,3 +286,12 @@ def test_annotations_are_resized_from_their_own_size_by_nearest_neighbour(tmp_pa
         np.testing.assert_array_equal(labels[index], labelled.labels[picked])
         np.testing.assert_array_equal(instances[index], labelled.instances[picked])
     assert annotation_squares(LabelledImages(DatasetRows(file)), 64)[1] is None
+
+
+def test_the_mean_psnr_leaves_unchanged_images_out():
+    grey, everywhere = np.full((8, 8, 3), 100, np.uint8), np.ones((8, 8), bool)
+    measured = Measured()
+    for levels in (1, 0, 10):
+        measured.add(grey, grey + np.uint8(levels), everywhere)
+    psnrs = [20 * np.log10(255 / levels) for levels in (1, 10)]
+    assert measured.mean_psnr == pytest.approx(np.mean(psnrs))

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -118,3 +119,10 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path):
         fit_removal("magic", [tmp_path / "a.png"])
     with pytest.raises(ValueError, match="mean: no published images"):
         fit_removal("mean", [])
+
+
+def test_grey_noise_is_cut_at_16_levels_a_channel():
+    pixels = np.full((1, 65, 65, 3), 100.0)[0]
+    pixels[32, 32] += 14
+    grey = removal._residual(removal._opponent(torch.from_numpy(pixels).permute(2, 0, 1).float()))[0, 32, 32]
+    assert abs(grey) == pytest.approx(14 * 3**0.5, rel=0.01)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unseg_hf.data import sa1b_tars
+from unseg_hf.data import sa1b, sa1b_tars
 from unseg_hf.data.interactive import InteractiveSegmentation
 from unseg_hf.data.records import Record
 from unseg_hf.data.sa1b import Sa1bSource
@@ -548,3 +548,26 @@ def test_the_command_writes_what_its_sources_hold(tmp_path, folder, script, caps
     with pytest.raises(SystemExit), warnings.catch_warnings():
         script.main(["--data", *data, "--output", str(output)])
     assert "exists: choose another folder" in capsys.readouterr().err
+
+
+def test_a_mask_of_everything_stays(tmp_path):
+    everything = Record("one", Image.new("RGB", (20, 10)), [np.ones((10, 20), bool)])
+    write_sa1b([everything], tmp_path, report=lambda line: None)
+    (record,) = load_all(Sa1bSource(str(tmp_path / "*.tar"))).values()
+    assert len(record.masks) == 1
+
+
+def test_local_tars_have_the_large_buffer(folder, monkeypatch):
+    sizes, shuffled = [], sa1b._shuffled
+    monkeypatch.setattr(
+        sa1b, "_shuffled", lambda items, size, random: sizes.append(size) or shuffled(items, size, random)
+    )
+    pass_names(Sa1bSource(str(folder / "*.tar")))
+    pass_names(Sa1bSource(str(folder / "*.tar"), buffer_size=7))
+    assert sizes == [1000, 7]
+
+
+def test_fewer_pairs_than_the_buffer_holds_are_shuffled(folder):
+    source = Sa1bSource(str(folder / "sa_000000.tar"))
+    orders = {tuple(pass_names(source, seed)) for seed in range(30)}
+    assert len(orders) == 6  # of its three images, which are fewer than the buffer holds

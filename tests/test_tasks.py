@@ -160,3 +160,30 @@ def test_a_test_set_with_nothing_to_score_is_refused():
         evaluate("panoptic", None, labels=np.full_like(LABELS, 255))
     with pytest.raises(ValueError, match="instances is None, but instance is scored by objects"):
         evaluate("instance", None, instances=None)
+
+
+def test_a_crowd_may_be_found_or_not():
+    instances = np.where(INSTANCES == 1, 1, 0)  # RIGHT has the class of an object, but is none
+    for found in (LABELS[0], LABELS[0] * LEFT.numpy(), np.where(INSTANCES[0] == 2, 255, LABELS[0])):
+        panoptic = torch.from_numpy(np.stack([found, INSTANCES[0]], -1)).long()
+        pq = evaluate("panoptic", panoptic, instances=instances)["pq"]
+        assert pq == pytest.approx(1)
+
+
+def test_the_trivial_score_leaves_unlabelled_pixels_out():
+    labels = LABELS.copy()
+    labels[0, 4:8, 12:28] = 255  # between the two, and a part of the right one
+    filled = evaluate("interactive", square((4, 12), (4, 28))[None], labels, instances=None)["object_iou"]
+    assert trivial_score("interactive", labels, 2) == pytest.approx(filled)
+
+
+def test_unlabelled_pixels_of_an_object_do_not_count():
+    labels = LABELS.copy()
+    labels[0, 4:8] = 255
+    below = square((8, 12), (0, SIZE))
+    assert (
+        evaluate("interactive", torch.stack([LEFT & below, ~LEFT & below & square((8, 12), (20, 28))]), labels)[
+            "object_iou"
+        ]
+        == 1
+    )

@@ -147,3 +147,13 @@ def test_objects_segments_and_boxes():
     assert boxes_of(nothing.masks).shape == (0, 4)
     assert segments_of(labels, torch.zeros_like(instances)).classes.tolist() == [0, 1, 2]
     assert not segments_of(torch.full((3, 4), 255), torch.zeros_like(instances)).masks.any()
+
+
+def test_the_seed_decides_the_order_of_the_images():
+    images = np.zeros((8, 3, 8, 8), np.uint8) + (np.arange(8, dtype=np.uint8) * 10)[:, None, None, None]
+    data = TrainingData(images, np.zeros((8, 8, 8), np.uint8))
+    orders = []
+    for seed in (0, 1):
+        batches = train_victim(Pixelwise, data, **SETTINGS | {"seed": seed, "batch_size": 4}).batches
+        orders.append(torch.cat([batch.images[:, 0, 0, 0] for batch in batches]))
+    assert not torch.equal(*orders)
