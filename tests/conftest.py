@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from unseg_hf import Protector, UnSegConfig, UnSegModel, UnSegProcessor
 # everywhere, on one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# What is started in the background of a shell ignores Ctrl-C, and so would all that tests start, and stop by it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 IMAGE_SIZE = 64  # the embedding grid is 4 x 4, the noise 16 x 16
 

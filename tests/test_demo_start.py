@@ -54,7 +54,10 @@ def running(arguments: list[str], port: int, folder: Path, stop=signal.SIGINT, *
         yield address
     finally:
         process.send_signal(stop)
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        finally:
+            process.kill()
 
 
 @pytest.fixture
