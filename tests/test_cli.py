@@ -97,8 +97,11 @@ def test_files_and_messages_do_not_depend_on_how_many_images_are_worked_on_at_a_
 
 @pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_leaves_whole_files_and_a_report_of_them(
-    folder, saved_generator, capsys, threads, monkeypatch, request_to_stop
+    folder, saved_generator, capsys, threads, monkeypatch, request, request_to_stop
 ):
+    # What is started by nohup ignores one of them.
+    heeded = signal.signal(request_to_stop, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(request_to_stop, heeded))
     threads(2)
     for i in range(20):
         Image.fromarray(photo(i)).save(folder / f"in/sub/{i:02}.png")
