@@ -579,5 +579,4 @@ class TestTwoProcesses:
 
 
 def test_each_process_makes_its_own_choices():
-    """Each process makes its own choices."""
     assert len({_random(0, 0, 0, rank).initial_seed() for rank in range(4)}) == 4

@@ -1113,7 +1113,7 @@ def test_verify_misses_a_mask_that_was_taken_out_of_a_tar(place, saved_generator
     with tarfile.open(tar, "w") as less:
         for info, data in members:
             if info.name != "s/p8.mask.png":
-                less.addfile(info, __import__("io").BytesIO(data))
+                less.addfile(info, io.BytesIO(data))
     with tar.open("ab") as file:
         file.write(bytes(size - tar.stat().st_size))  # tars end in zeros, as many as there are
     capsys.readouterr()

@@ -212,14 +212,14 @@ def test_bfloat16_moves_few_pixels_and_those_by_one_grey_level(kind, build_gener
         UnSegProcessor.for_image_size(64).save_pretrained(tmp_path)
     moved = []
     # One alone says little: what rounding does to a photo is drawn anew with every order of sums.
-    for picture in (photo(240, 320), photo(200, 200), photo(320, 240), photo(96, 400)):
+    for picture in (photo(240, 320), photo(320, 240), photo(280, 280), photo(200, 400)):
         exact, fast = (
             Protector.from_pretrained(checkpoint, bf16=bf16).protect(picture, whole_image=True).picture.pixels
             for bf16 in (False, True)
         )
         levels = np.bincount(difference(exact, picture).ravel(), minlength=9)
         assert len(levels) == 9
-        assert kind == "embedded" or levels.min() > 500
+        assert kind == "embedded" or levels.min() > 1000
         moved.append(difference(exact, fast).max(axis=2))
         assert moved[-1].max() <= 1
     assert np.mean([some.mean() for some in moved]) <= 0.1

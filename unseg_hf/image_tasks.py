@@ -159,8 +159,8 @@ def match_masks(masks: Path | None, images: dict[Path, Path]) -> dict[Path, Path
 
 
 def files_below(folder: Path, unreadable: list[str]) -> Iterator[Path]:
-    """Files in a folder and those below it, each folder once, however many links lead there; `unreadable` gets a line
-    for each that cannot be searched."""
+    """All but folders in a folder and those below it, each folder once, however many links lead there; `unreadable`
+    gets a line for each that cannot be searched."""
 
     def complain(error: OSError) -> None:
         unreadable.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
@@ -173,10 +173,7 @@ def files_below(folder: Path, unreadable: list[str]) -> Iterator[Path]:
             continue
         seen.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        for path in (Path(parent, name) for name in names):
-            # A link to nothing is named when its turn comes; for a pipe it would never end.
-            if os.path.isfile(path) or not os.path.exists(path):
-                yield path
+        yield from (Path(parent, name) for name in names)
 
 
 def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -> list[Path]:
@@ -185,6 +182,8 @@ def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -
     from .image_files import READ_SUFFIXES
 
     images = [path for path in files_below(folder, unreadable) if path.suffix.lower() in READ_SUFFIXES]
+    # A link to nothing is named when its turn comes; for a pipe it would never end.
+    images = [path for path in images if os.path.isfile(path) or not os.path.exists(path)]
     root = _real(folder)
     # What lies inside the folder and is none of its images: a next run would protect the output again.
     inside = {real for real in map(_real, apart) if root in real.parents}

@@ -75,12 +75,13 @@ def _to_float32(_: nn.Module, __: tuple[torch.Tensor], features: torch.Tensor) -
     return features.float()
 
 
-def _check_shape(name: str, prompt: torch.Tensor, wanted: tuple[int | str, ...]) -> None:
-    """ValueError unless a prompt has this shape; a word in it stands for any number, and no number is 0."""
-    fits = prompt.ndim == len(wanted) and 0 not in prompt.shape
-    if not fits or any(isinstance(w, int) and w != has for w, has in zip(wanted, prompt.shape, strict=True)):
-        shape, order = ", ".join(map(str, wanted)), "" if "batch" in wanted else ", images first, then prompts"
-        raise ValueError(f"{name} has shape {tuple(prompt.shape)}: needs ({shape}){order}")
+def _check_shape(name: str, given: torch.Tensor, wanted: tuple[int | str, ...], order: str = "") -> None:
+    """ValueError, which ends in `order`, unless a tensor has this shape; a word in it stands for any number, and no
+    number is 0."""
+    fits = given.ndim == len(wanted) and 0 not in given.shape
+    if not fits or any(isinstance(w, int) and w != has for w, has in zip(wanted, given.shape, strict=True)):
+        shape = ", ".join(map(str, wanted))
+        raise ValueError(f"{name} has shape {tuple(given.shape)}: needs ({shape}){order}")
 
 
 def _upsampler(channels: int, middle: int, out: int) -> nn.Sequential:
@@ -358,10 +359,11 @@ class UnSegModel(UnSegPreTrainedModel):
         batch, _, *grid = image_embeddings.image_embeddings.shape
         prompts = next(iter(prompt_counts.values()), 1)
         shapes = {"points": ("points", 2), "boxes": (4,), "masks": (4 * grid[0], 4 * grid[1])}
+        order = ", images first, then prompts"
         for name, prompt in given.items():
-            _check_shape(f"input_{name}", prompt, (batch, prompts, *shapes[name]))
+            _check_shape(f"input_{name}", prompt, (batch, prompts, *shapes[name]), order)
         if input_labels is not None:
-            _check_shape("input_labels", input_labels, tuple(input_points.shape[:-1]))
+            _check_shape("input_labels", input_labels, tuple(input_points.shape[:-1]), order)
         if noise_boxes is not None and len(noise_boxes) != batch * prompts:
             raise ValueError(f"{len(noise_boxes)} noise_boxes: needs one for each of {batch} x {prompts} prompts")
 

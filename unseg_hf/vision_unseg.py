@@ -120,16 +120,16 @@ class UnSegVisionLayer(SamVisionLayer):
             down, across = _by_distance(attn.rel_pos_h, height), _by_distance(attn.rel_pos_w, width)
             on_cpu = query.device.type == "cpu"
             # Not float32, whose written-out products are no faster than torch's attention.
-            fast = on_cpu and query.dtype == torch.bfloat16 and query.dtype in _ONEDNN_DTYPES
-            if fast and _HAS_TILES and not torch.is_grad_enabled():
+            fast = query.dtype == torch.bfloat16 and query.dtype in _ONEDNN_DTYPES
+            fast = on_cpu and fast and not torch.is_grad_enabled()
+            if fast and _HAS_TILES:
                 # Of few heads, or the allocator hands its memory back between layers, and is given it page by page.
                 count = max(_CPU_QUERIES // (batch * tokens), 1)
                 attended = _in_channels(query, key, value, down, across, count)
             else:
-                write_out = fast and not torch.is_grad_enabled()
-                limit = _CPU_LOGITS if write_out else _CPU_BIAS if on_cpu else _GPU_BIAS
+                limit = _CPU_LOGITS if fast else _CPU_BIAS if on_cpu else _GPU_BIAS
                 count, rows = max(limit // tokens**2, 1), max(limit // (width * tokens), 1)
-                attention = _written_out if write_out else _in_parts
+                attention = _written_out if fast else _in_parts
                 attended = attention(query, key, value, down, across, count, rows)
         else:
             attended = F.scaled_dot_product_attention(query, key, value)

@@ -33,11 +33,11 @@ def write_sa1b(
     Masks are kept exactly, images are encoded as JPEG, in RGB; those that are larger than they may be are made
     smaller first, with their masks. Images are numbered from 1 over all tars; a record's
     own name is the json's `image.source_name`. Every mask gets a predicted IoU and a stability of 1. Empty masks are
-    left out, and so are, with a warning, records whose image cannot be decoded or is too large for JPEG.
+    left out, and so are, with a warning, records whose image cannot be decoded or is too large for JPEG, or
+    that have a mask of another size.
 
     Args:
-        records: images and masks of their size; what cannot be read or has masks of another size is left out, with
-            a warning.
+        records: images and masks of their size.
         folder: made if need be.
         images_per_shard: at least 1; the last tar may hold fewer.
         quality: of JPEG, 1 to 100.

@@ -103,7 +103,7 @@ class Found:
                 found.add(images.split)
                 continue
             template = _split_template(images)
-            found |= {match["split"] for path in _glob(self.base, template) if (match := _match(template, path))}
+            found |= {match["split"] for match in _matches(self.base, template)}
         return sorted(found)
 
     def chosen_splits(self, wanted: Sequence[str] | None) -> list[str]:
@@ -369,7 +369,7 @@ def files_in(folder: Path, output: Path) -> Iterator[str]:
 
 def _is_there(base: Path, images: Images) -> bool:
     wanted = [(images.file,), images.annotation.files, *([(images.listed,)] if images.listed else [])]
-    return all(any(next(_glob(base, t), None) for t in templates) for templates in wanted)
+    return all(any(next(_matches(base, t), None) for t in templates) for templates in wanted)
 
 
 def _split_template(images: Images) -> str:
@@ -380,13 +380,13 @@ def _split_template(images: Images) -> str:
     return images.file if "{name}" in annotations else annotations
 
 
-def _glob(base: Path, template: str) -> Iterator[str]:
-    """Paths below `base`, with `/`, that a template fits."""
+def _matches(base: Path, template: str) -> Iterator[re.Match[str]]:
+    """Those of the paths below `base`, with `/`, that a template fits."""
     # A name may hold folders, in which what cannot be read is told when it is protected.
     folder, _, _ = template.partition("{name}")
     for path in iglob(folder.replace("{split}", "*"), root_dir=base):
         below = files_below(base / path, []) if "{name}" in template else [base / path]
-        yield from (relative for file in below if _match(template, relative := file.relative_to(base).as_posix()))
+        yield from filter(None, (_match(template, file.relative_to(base).as_posix()) for file in below))
 
 
 @cache

@@ -392,7 +392,7 @@ def _loaded(model_class: type[PreTrainedModel], pretrained: str, num_labels: int
         model_class,
         pretrained,
         (model_class.config_class.model_type,),
-        resized=("",),
+        resized=("",),  # any of them
         num_labels=num_labels,
         ignore_mismatched_sizes=True,
     )
