@@ -253,13 +253,6 @@ def test_an_image_beside_a_mask_that_is_called_png_gets_a_name_of_its_own(place,
         assert tar.getnames() == ["0.image.png", "0.png"]
 
 
-def test_boxes_in_a_column_are_refused(place, saved_generator):
-    opened = open_source(**write_parquet(place), output=Path("out"), shard_size=5)
-    with pytest.raises(ValueError, match=r"box_column='caption' is for Dataset\.map"):
-        protect_dataset(opened, Path("out"), "parquet", ProtectImages(str(saved_generator), box_column="caption"))
-    assert not Path("out").exists()
-
-
 def test_a_folder_that_is_called_as_a_shard_is_keeps_its_name_in_tars(place, saved_generator):
     for name in ("in/x.png", "in/00000/x.png", "in/00000/y.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -723,6 +716,44 @@ def test_verify_reads_masks_of_array_columns_as_the_run_did(place, saved_generat
     assert capsys.readouterr().err.count("outside the mask, where 0 is the most") == 2
 
 
+@pytest.mark.parametrize("kind", ["parquet", "tars"])
+def test_boxes_of_a_table_are_the_protectors_boxes_and_are_verified(place, saved_generator, script, capsys, kind):
+    boxes = [[[3, 4, 9, 12.5]], [[1, 1, 4, 4], [10, 8, 12, 9]], [], [[5, 5, 0, 3]]]
+    objects = Features({"bbox": List(List(Value("float32"))), "category": List(Value("int64"))})
+    rows = {
+        "image": [{"bytes": encoded(photo(i)), "path": None} for i in range(4)],
+        "objects": [{"bbox": found, "category": [1] * len(found)} for found in boxes],
+    }
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "objects": objects})).to_parquet("in.parquet")
+    request = ["in.parquet", "--output", "out", "--output_format", kind, "--model", str(saved_generator)]
+    request += ["--epsilon", "8", "--epsilon_background", "0", "--box_column", "objects.bbox"]
+    assert script(*request, "--box_format", "xywh") == 0
+    protector = Protector.from_pretrained(saved_generator)
+    for index, image in enumerate(published().values()):
+        given = {"boxes": boxes[index], "box_format": "xywh"} if boxes[index] else {"masks": []}
+        expected = protector.protect(photo(index), epsilon=8 / 255, epsilon_background=0.0, **given)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected.image))
+    assert len(published()) == 3
+    assert "needs a width and a height above 0" in lines()[3]["error"]
+    card = Path("out/README.md").read_text()
+    assert "in the boxes" in card
+    assert "the boxes of the data set" in card
+    if kind == "parquet":
+        assert Dataset.from_parquet("out/data/*.parquet")["objects"][:] == rows["objects"]
+    capsys.readouterr()
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 0
+    assert "NOT checked" not in capsys.readouterr().out
+    assert script(*request) == 2
+    assert "protection.boxes" in capsys.readouterr().err
+    # Widths taken for corners lie elsewhere: what is outside of them was changed.
+    settings = json.loads(Path("out/settings.json").read_text())
+    assert settings["protection"]["boxes"] == "xywh"
+    settings["protection"]["boxes"] = "xyxy"
+    Path("out/settings.json").write_text(json.dumps(settings))
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 1
+    assert "outside the mask, where 0 is the most" in capsys.readouterr().err
+
+
 def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known(place, saved_generator, capsys):
     run(write_images(place), saved_generator, kind="folder")
     for name in (
@@ -783,9 +814,13 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["loud"], {}, "loud: parquet files, tars and images are not mixed"),
         (["images"], {"masks": Path("labels.json")}, "--masks labels.json: this takes mask files"),
         (["in/a.parquet"], {"image_column": "photo"}, "no column 'photo'; there is image, mask"),
+        (["in/a.parquet"], {"box_column": "numbers.x"}, "no field 'x' for 'numbers.x': the column 'numbers' is list"),
+        (["in/a.parquet"], {"mask_column": "cells.x"}, "there is no column 'cells.x': the data set has image, mask"),
         (["in/a.parquet"], {"masks": Path("in")}, "--masks in is for folders of images"),
         (["in"], {"shard_size": 0}, "shard_size=0"),
         (["images"], {"mask_column": "mask"}, "--mask_column mask is for tables and tars"),
+        (["images"], {"box_column": "boxes"}, "--box_column boxes is for tables"),
+        (["a.tar"], {"box_column": "boxes"}, "--box_column boxes is for tables"),
         (["images"], {"split": "test"}, "--split test is for data sets with splits"),
         (["in"], {"revision": "v1"}, "--revision v1 is for the Hub"),
         (["in"], {"split": "test"}, "--split test: no parquet file is named so"),
@@ -801,6 +836,7 @@ def test_sources_that_are_not_there_or_do_not_fit_are_refused(place, inputs, opt
     Path("loud").mkdir()
     shutil.copy("images/a.png", "loud/A.PNG")
     shutil.copy("in/a.parquet", "loud/A.PARQUET")
+    Path("a.tar").touch()
     Path("hub").mkdir()
     for split in ("train", "test"):
         shutil.copy("in/a.parquet", f"hub/{split}-00000-of-00001.parquet")
@@ -1026,7 +1062,8 @@ def test_images_with_unlike_noises_are_counted_and_said(place, script, capsys):
         (["--epsilon_background", "2"], "--epsilon_background 2 needs --epsilon: give both"),
         (["--epsilon", "4", "--epsilon_background", "5"], "--epsilon_background 5 is above --epsilon 4"),
         (["--labels"], "--labels needs --masks or --mask_column"),
-        (["--masks", "masks", "--whole_image"], "masks and --whole_image were given: pass one kind of prompt"),
+        (["--masks", "masks"], "pass one of masks, --box_column and --whole_image"),
+        (["--box_format", "xywh"], "--box_format xywh needs --box_column"),
     ],
 )
 def test_a_run_that_cannot_begin_says_why_in_one_line_and_leaves_nothing(

@@ -121,6 +121,35 @@ def test_boxes_in_a_column_are_the_protectors_boxes(dataset, saved_generator):
     assert stored(mapped)[3:] == [None] * 2
 
 
+def test_boxes_of_detection_data_sets_are_fields_and_have_widths_and_heights(dataset, saved_generator):
+    objects = [{"bbox": [[8, 12, 32, 18.5], [0, 0, 5, 5]], "category": [1, 2]}, None, {"bbox": [], "category": []}]
+    objects += [{"bbox": [[2, 2, 0, 18]], "category": [1]}, {"bbox": [[2, 2, 18]], "category": [1]}]
+    listed = [None if o is None else [{"bbox": b, "category": 1} for b in o["bbox"]] for o in objects]
+    expected = Protector.from_pretrained(saved_generator).protect(
+        rows()["image"][0]["bytes"], boxes=[[8, 12, 40, 30.5], [0, 0, 5, 5]]
+    )
+    for name, column in (("objects", objects), ("listed", listed)):
+        protect = ProtectImages(str(saved_generator), box_column=f"{name}.bbox", box_format="xywh", on_error="mark")
+        mapped = dataset.add_column(name, column).map(protect, batched=True)
+        np.testing.assert_array_equal(np.asarray(mapped[0]["image"]), np.asarray(expected.image))
+        errors = mapped["protection_error"][:]
+        assert [bool(error) for error in errors] == [False, True, False, True, True]
+        assert "the boxes are missing" in errors[1]
+        assert "[2.0, 2.0, 0.0, 18.0]: needs a width and a height above 0" in errors[3]
+        assert mapped[name][:] == dataset.add_column(name, column)[name][:]
+    protect = ProtectImages(str(saved_generator), box_column="objects.boxes", on_error="mark")
+    with pytest.raises(ValueError, match="no field 'boxes' in a column: there is bbox, category"):
+        dataset.add_column("objects", objects).map(protect, batched=True)
+
+
+def test_masks_may_be_fields_too_and_a_name_with_a_dot_is_a_name_first(dataset, saved_generator):
+    expected = dataset.map(ProtectImages(str(saved_generator), mask_column="mask"), batched=True)
+    nested = dataset.map(lambda row: {"objects": {"mask": row["mask"], "a": 1}})
+    for name, rows_ in (("objects.mask", nested), ("a.b", dataset.rename_column("mask", "a.b"))):
+        mapped = rows_.map(ProtectImages(str(saved_generator), mask_column=name), batched=True)
+        assert stored(mapped) == stored(expected)
+
+
 def test_shares_of_an_image_are_no_boxes(dataset, saved_generator):
     protect = ProtectImages(str(saved_generator), box_column="boxes")
     with pytest.raises(RecordError, match=r"column 'image' \(0\.jpg\): .*multiply shares of the image's sides by 64"):
@@ -325,6 +354,8 @@ def test_metadata_are_kept(saved_generator):
         ({"model": {}}, "model is a dict: pass a folder or Hub id"),
         ({"whole_image": True, "mask_column": "mask"}, "one kind of prompt"),
         ({"mask_column": "mask", "box_column": "boxes"}, "mask_column='mask' and box_column='boxes' were given"),
+        ({"box_column": "boxes", "box_format": "yolo"}, "box_format='yolo': must be one of xyxy, xywh"),
+        ({"box_format": "xywh"}, "box_format='xywh' needs box_column"),
         ({"label_maps": True}, "needs mask_column"),
         ({"on_error": "ignore"}, "must be one of raise, keep, mark, drop"),
         ({"mode": "all"}, "must be one of union"),

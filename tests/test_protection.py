@@ -5,6 +5,7 @@ import shutil
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -542,6 +543,14 @@ def test_without_a_prompt_the_report_says_what_was_protected(tiny_protector, not
     nothing = nothing_found_protector.protect(photo())
     assert nothing.region.all()
     assert "whole image" in nothing.report["notes"][0]
+
+
+def test_boxes_with_widths_and_heights_are_the_same_boxes(tiny_protector):
+    corners = tiny_protector.protect(photo(), boxes=[[10, 20, 40, 50], [1.5, 2, 3, 4]])
+    sides = tiny_protector.protect(photo(), boxes=[[10, 20, 30, 30], [1.5, 2, 1.5, 2]], box_format="xywh")
+    np.testing.assert_array_equal(np.asarray(corners.image), np.asarray(sides.image))
+    prompt = Prompt(boxes=[[10, 20, 30, 30]], box_format="xywh")
+    assert replace(prompt, tint="never").boxes == [[10, 20, 40, 50]]
 
 
 def test_boxes_bound_the_region_and_points_find_one(tiny_protector):

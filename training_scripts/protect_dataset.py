@@ -37,6 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="Images encoded together on a GPU.")
     add("--image_column", help="Column of images; in tars their suffix (default: the only image of a sample).")
     add("--mask_column", help="Column of masks; in tars their suffix, json for SA-1B's.")
+    add("--box_column", help="In tables: column of lists of boxes in place of masks; objects.bbox is a field of one.")
+    add(
+        "--box_format",
+        choices=("xyxy", "xywh"),
+        default="xyxy",
+        help="Boxes are x0, y0, x1, y1 in pixels (the default), or x, y, width, height, as COCO's.",
+    )
     add("--drop_columns", nargs="+", default=[], metavar="NAME", help="Columns, in tars suffixes, to leave out.")
     add("--masks", type=Path, help="Folder of masks for a folder of images, matched by name.")
     add("--labels", action="store_true", help="The masks are label maps: every label but the ignored is an object.")
@@ -107,9 +114,11 @@ def run(options: argparse.Namespace) -> int:
 
     names = ("--epsilon", "--epsilon_background")
     epsilon, epsilon_background = shares_of(options.epsilon, options.epsilon_background, names)
-    has_masks = options.mask_column or options.masks
-    if has_masks and options.whole_image:
-        raise ValueError("masks and --whole_image were given: pass one kind of prompt")
+    has_masks = bool(options.mask_column or options.masks)
+    if has_masks + bool(options.box_column) + options.whole_image > 1:
+        raise ValueError("pass one of masks, --box_column and --whole_image")
+    if options.box_format != "xyxy" and not options.box_column:
+        raise ValueError(f"--box_format {options.box_format} needs --box_column")
     if options.labels and not has_masks:
         raise ValueError("--labels needs --masks or --mask_column")
     from transformers.utils import logging
@@ -129,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
         masks=options.masks,
         image_column=options.image_column,
         mask_column=options.mask_column,
+        box_column=options.box_column,
         drop_columns=options.drop_columns,
         split=options.split,
         name=options.name,
@@ -138,6 +148,8 @@ def run(options: argparse.Namespace) -> int:
     protect = ProtectImages(
         options.model,
         mask_column="masks" if has_masks else None,
+        box_column="boxes" if options.box_column else None,
+        box_format=options.box_format,
         revision=options.model_revision,
         label_maps=options.labels,
         ignore_labels=tuple(options.ignore_labels),

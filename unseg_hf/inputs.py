@@ -13,6 +13,7 @@ from .image_files import Picture, from_array, from_pil, read, read_mask
 
 MODES = ("union", "per_segment")
 TINTS = ("auto", "always", "never")
+BOX_FORMATS = ("xyxy", "xywh")
 ImageInput = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor | Picture
 
 
@@ -32,6 +33,8 @@ class Prompt:
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image. In each the object that SAM finds is protected;
             where it finds none, the whole box is. The SAM of the embedded generator finds none, so its boxes are
             protected completely: from photographs models learn hardly more then than with masks.
+        box_format: "xywh" if `boxes` are `[x, y, width, height]`, as COCO has them; they are turned into the other
+            form, and this into "xyxy".
         points: `[x, y]` each, in pixels of the upright image, on an object: of those that the object finder has found,
             or, in a generator without one, the object that SAM finds there.
         point_labels: 1 for a point on the object, 0 for one that is not; all 1 by default.
@@ -53,6 +56,7 @@ class Prompt:
     label_map: Any = None
     ignore_labels: Sequence[int] = (0, 255)
     boxes: Sequence[Sequence[float]] | None = None
+    box_format: str = "xyxy"
     points: Sequence[Sequence[float]] | None = None
     point_labels: Sequence[int] | None = None
     whole_image: bool = False
@@ -68,6 +72,8 @@ class Prompt:
             raise ValueError(f"mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if self.tint not in TINTS:
             raise ValueError(f"tint={self.tint!r}: must be one of {', '.join(TINTS)}")
+        if self.box_format not in BOX_FORMATS:
+            raise ValueError(f"box_format={self.box_format!r}: must be one of {', '.join(BOX_FORMATS)}")
         if self.masks is not None and not hasattr(self.masks, "__len__"):
             object.__setattr__(self, "masks", list(self.masks))
         if self.classes is not None:
@@ -75,6 +81,12 @@ class Prompt:
         for name, width in (("boxes", 4), ("points", 2)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _coordinates(name, getattr(self, name), width))
+        if self.box_format == "xywh":
+            for x, y, width, height in self.boxes or ():
+                if not (width > 0 and height > 0):
+                    raise ValueError(f"box {[x, y, width, height]}: needs a width and a height above 0, in pixels")
+            object.__setattr__(self, "boxes", self.boxes and [[x, y, x + w, y + h] for x, y, w, h in self.boxes])
+            object.__setattr__(self, "box_format", "xyxy")
         for x0, y0, x1, y1 in self.boxes or ():
             if not (x0 < x1 and y0 < y1):
                 raise ValueError(f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels")

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,10 @@ class ProtectImages:
         image_column: column of images, of the feature `datasets.Image()`; they come back as PNG, without a path
             (`datasets` would prefer a file of that name, if there is one, to the bytes).
         mask_column: column of mask images, or of lists of them; without one, the generator looks for objects.
-        box_column: column of lists of boxes `[x0, y0, x1, y1]` around objects, in pixels, in place of masks. An empty
-            list, of boxes or of masks, is an image without objects: nothing in it is protected.
+            `objects.mask` is the field `mask` of a column `objects`, of a struct or of each in a list of structs.
+        box_column: column, or field, of lists of boxes around objects, in pixels, in place of masks. An empty list, of
+            boxes or of masks, is an image without objects: nothing in it is protected.
+        box_format: "xyxy" or "xywh", as in [`Prompt`]; data sets made of COCO's json have `[x, y, width, height]`.
         revision: of a Hub id.
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
         ignore_labels: labels that are no objects.
@@ -85,6 +87,7 @@ class ProtectImages:
     image_column: str = "image"
     mask_column: str | None = None
     box_column: str | None = None
+    box_format: str = "xyxy"
     revision: str | None = None
     label_maps: bool = False
     ignore_labels: tuple[int, ...] = (0, 255)
@@ -107,11 +110,13 @@ class ProtectImages:
         if not isinstance(self.model, str | os.PathLike | None):
             kind = type(self.model).__name__
             raise ValueError(f"model is a {kind}: pass a folder or Hub id; its save_pretrained makes a folder")
-        Prompt(whole_image=self.whole_image, mode=self.mode, tint=self.tint, ignore_labels=self.ignore_labels)
+        Prompt(whole_image=self.whole_image, box_format=self.box_format, **self._of_all_prompts())
         columns = {name: getattr(self, name) for name in ("mask_column", "box_column") if getattr(self, name)}
         given = (["whole_image"] if self.whole_image else []) + [f"{n}={column!r}" for n, column in columns.items()]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
+        if self.box_format != "xyxy" and not self.box_column:
+            raise ValueError(f"box_format={self.box_format!r} needs box_column")
         if self.label_maps and not self.mask_column:
             raise ValueError("label_maps needs mask_column")
         if self.on_error not in ON_ERROR:
@@ -234,15 +239,15 @@ class ProtectImages:
         Raises:
             RecordError: there is none, though it was announced.
         """
-        fields: dict[str, Any] = {"mode": self.mode, "tint": self.tint, "ignore_labels": self.ignore_labels}
+        fields = self._of_all_prompts()
         if self.box_column is not None:
-            if mask is None:
-                raise RecordError("the boxes are missing; give them, or choose what happens to such records")
-            # As of a list of masks: an image without objects.
-            return Prompt(**{"boxes" if len(mask) else "masks": mask}, **fields)
+            return boxes_prompt(mask, self.box_format, **fields)
         if self.mask_column is None:
             return Prompt(whole_image=self.whole_image, **fields)
         return stored_prompt(mask, self.label_maps, **fields)
+
+    def _of_all_prompts(self) -> dict[str, Any]:
+        return {"mode": self.mode, "tint": self.tint, "ignore_labels": self.ignore_labels}
 
     def _finished(self, protector: Protector, waiting: list[Job | Outcome]) -> Iterator[Outcome]:
         jobs = [job for job in waiting if isinstance(job, Job)]
@@ -292,8 +297,9 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
 
     if not isinstance(batch, Mapping):
         raise ValueError("ProtectImages takes rows as they are stored: leave input_columns and with_format out")
-    if column not in batch:
-        raise ValueError(f"there is no column {column!r}: the data set has {', '.join(batch)}")
+    column, fields = column_and_fields(column, batch)
+    if fields:
+        return [field_of(value, fields) for value in _undecoded(batch, column)]
     if isinstance(batch, LazyBatch) and column in batch.keys_to_format:
         return batch.pa_table[column].to_pylist()
     values = None if isinstance(batch, LazyRow) else batch[column]
@@ -304,6 +310,49 @@ def _undecoded(batch: Mapping[str, Any], column: str) -> list:
     if isinstance(values, Mapping | str | bytes) or not hasattr(values, "__len__"):
         raise ValueError("ProtectImages takes batches of rows: pass batched=True to map")
     return list(values)
+
+
+def column_and_fields(name: str, columns: Iterable[str]) -> tuple[str, list[str]]:
+    """`objects.bbox` as the column `objects` and what is meant of it, `["bbox"]`; nothing for all of a column.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    columns = list(columns)
+    top, *fields = [name] if name in columns else name.split(".")
+    if top not in columns:
+        raise ValueError(f"there is no column {name!r}: the data set has {', '.join(columns)}")
+    return top, fields
+
+
+def field_of(value: Any, fields: Sequence[str]) -> Any:
+    """What lies below a value out of a column: a field of a struct, or that of each struct in a list.
+
+    Raises:
+        ValueError: there is no such field.
+    """
+    if value is None or not fields:
+        return value
+    if isinstance(value, list | tuple | np.ndarray):
+        return [field_of(one, fields) for one in value]
+    known = list(value) if isinstance(value, Mapping) else []
+    if fields[0] not in known:
+        there = f"there is {', '.join(known)}" if known else f"it is {type(value).__name__}"
+        raise ValueError(f"no field {fields[0]!r} in a column: {there}")
+    return field_of(value[fields[0]], fields[1:])
+
+
+def boxes_prompt(boxes: Any, box_format: str, **fields: Any) -> Prompt:
+    """What boxes out of a column ask for.
+
+    Raises:
+        RecordError: there are none.
+    """
+    if boxes is None:
+        raise RecordError("the boxes are missing; give them, or choose what happens to such records")
+    # As of a list of masks: an image without objects.
+    given = {"boxes": boxes, "box_format": box_format} if len(boxes) else {"masks": []}
+    return Prompt(**given, **fields)
 
 
 def stored_prompt(mask: Any, label_maps: bool, **fields: Any) -> Prompt:

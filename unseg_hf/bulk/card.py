@@ -78,6 +78,8 @@ def data_card(output: Path, summary: Summary) -> str:
 def _where(protection: dict[str, Any]) -> str:
     if protection["whole_image"]:
         return "everywhere"
+    if protection.get("boxes"):
+        return "in the boxes"
     return "in the masks" if protection["masks"] else "in what was found"
 
 
@@ -90,7 +92,7 @@ def _what(protection: dict[str, Any]) -> str:
     if protection["label_maps"]:
         ignored = ", ".join(map(str, protection["ignore_labels"]))
         return f"every label of the label maps but {ignored}, {each}"
-    return f"the masks of the data set, {each}"
+    return f"the {'boxes' if protection.get('boxes') else 'masks'} of the data set, {each}"
 
 
 def push_dataset(output: Path, dataset_id: str, private: bool = False) -> str:

@@ -25,6 +25,7 @@ def open_source(
     masks: Path | None = None,
     image_column: str | None = None,
     mask_column: str | None = None,
+    box_column: str | None = None,
     drop_columns: Sequence[str] = (),
     split: str | None = None,
     name: str | None = None,
@@ -41,6 +42,7 @@ def open_source(
         image_column: column of images, or the suffix of images in tars; by default `image`, and in tars the only image
             of a sample.
         mask_column: the same of masks; in tars `json` reads SA-1B's annotations.
+        box_column: of tables: column of lists of boxes, in place of masks.
         drop_columns: columns, in tars suffixes, that the output does not get.
         split: of a data set on disk or on the Hub, `train` by default, or of parquet files that are named as those of
             the Hub (`test-00000-of-00001.parquet`).
@@ -56,7 +58,7 @@ def open_source(
         raise ValueError(f"shard_size={shard_size}: must be at least 1")
     from .images import ImageFolder
 
-    columns = (image_column or "image", mask_column, drop_columns)  # of tables
+    columns = (image_column or "image", mask_column or box_column, drop_columns)  # of tables
     found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
     for path in found:
         _refuse_protected(path)
@@ -84,11 +86,11 @@ def open_source(
     if tars:
         from .tars import TarFiles
 
-        _refuse(masks=masks, split=split, name=name, revision=revision)
+        _refuse(masks=masks, box_column=box_column, split=split, name=name, revision=revision)
         return TarFiles(tars, image_column, mask_column, drop_columns)
     if all(path.exists() for path in found):
         _refuse(image_column=image_column, mask_column=mask_column, drop_columns=" ".join(drop_columns) or None)
-        _refuse(split=split, name=name, revision=revision)
+        _refuse(box_column=box_column, split=split, name=name, revision=revision)
         return ImageFolder(found, shard_size, masks, output)
     from .tables import StreamedDataset
 
@@ -141,7 +143,13 @@ def _refuse_protected(path: Path) -> None:
 
 
 def _refuse(**options: Any) -> None:
-    kinds = {"masks": "folders of images", "split": "data sets with splits", "name": "the Hub", "revision": "the Hub"}
+    kinds = {
+        "masks": "folders of images",
+        "box_column": "tables",
+        "split": "data sets with splits",
+        "name": "the Hub",
+        "revision": "the Hub",
+    }
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"--{name} {value} is for {kinds.get(name, 'tables and tars')}: this source is none")

@@ -34,8 +34,6 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
     from ..configuration_unseg import UnSegConfig
     from ..protection import default_checkpoint
 
-    if protect.box_column is not None:
-        raise ValueError(f"box_column={protect.box_column!r} is for Dataset.map: this takes masks")
     where = default_checkpoint() if protect.model is None else protect.model
     config = UnSegConfig.from_pretrained(where, **({"revision": protect.revision} if protect.revision else {}))
     epsilon, background = config.budget(protect.epsilon, protect.epsilon_background)
@@ -45,7 +43,8 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
         "protection": {
             "epsilon": epsilon,
             "epsilon_background": background,
-            "masks": protect.mask_column is not None,
+            "masks": protect.mask_column is not None or protect.box_column is not None,
+            "boxes": protect.box_format if protect.box_column is not None else None,
             "label_maps": protect.label_maps,
             "ignore_labels": list(protect.ignore_labels),
             "mode": protect.mode,

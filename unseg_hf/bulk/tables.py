@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..image_files import one_line
+from ..mapping import column_and_fields, field_of
 from .records import (
     IMAGE_TYPE,
     Record,
@@ -34,7 +35,8 @@ class Table:
     Args:
         stored: schema of the rows, that of `datasets` in its metadata if there is one.
         image_column: its values hold encoded images.
-        mask_column: of masks, or lists of them; None where there are none.
+        mask_column: of masks, or lists of them, or of lists of boxes; `objects.bbox` is a field of the column
+            `objects`. None where there are none.
         dropped: columns that are not handed on.
 
     Raises:
@@ -45,14 +47,14 @@ class Table:
 
     def __init__(self, stored: pa.Schema, image_column: str, mask_column: str | None, dropped: Sequence[str] = ()):
         refuse_dropped_images(image_column, dropped)
-        named = [("image_column", image_column), ("mask_column", mask_column), *(("drop_columns", c) for c in dropped)]
-        for option, column in named:
-            if column is not None and column not in stored.names:
+        for option, column in [("image_column", image_column), *(("drop_columns", c) for c in dropped)]:
+            if column not in stored.names:
                 raise ValueError(f"no column {column!r}; there is {', '.join(stored.names)}: say which with {option}")
-        self._stored, self.image_column, self._mask_column = stored, image_column, mask_column
+        self._stored, self.image_column = stored, image_column
+        self._masks, self._fields = (None, []) if mask_column is None else _place_of(mask_column, stored)
         self._dropped = sorted(set(dropped))
         self._hold_files = [field.name for field in stored if _holds_bytes(field.type)]
-        known = (image_column, mask_column, *dropped)
+        known = (image_column, self._masks, *dropped)
         self._may_hold_images = [name for name in self._hold_files if name not in known]
         self.description = {"mask_column": mask_column, "drop_columns": self._dropped}
 
@@ -66,11 +68,12 @@ class Table:
 
     def _records(self, first: int, label: str, table: pa.Table) -> Iterator[Record]:
         images = table[self.image_column].to_pylist()
-        masks = table[self._mask_column].to_pylist() if self._mask_column else [None] * len(images)
+        masks = table[self._masks].to_pylist() if self._masks else [None] * len(images)
         for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
             if isinstance(image, str | bytes):
                 image = {"bytes": image} if isinstance(image, bytes) else {"path": image}
             data, error = image_bytes(image)
+            mask = field_of(mask, self._fields)
             yield _record(label, first + index, data, mask, error, table.slice(index, 1))
 
     def schema(self) -> pa.Schema:
@@ -108,6 +111,23 @@ class Table:
 
 def _record(label: str, number: int, *contents: Any, **more: Any) -> Record:
     return Record(f"{label}#{number}", f"{_STEM.sub('', label)}/{number:08d}", *contents, **more)
+
+
+def _place_of(name: str, stored: pa.Schema) -> tuple[str, list[str]]:
+    """The column that masks or boxes are in, and the names of the fields that lead to them there.
+
+    Raises:
+        ValueError: no such column or field.
+    """
+    column, fields = column_and_fields(name, stored.names)
+    kind = stored.field(column).type
+    for field in fields:
+        while not pa.types.is_struct(kind) and pa.types.is_nested(kind):
+            kind = kind.field(0).type
+        if not pa.types.is_struct(kind) or kind.get_field_index(field) < 0:
+            raise ValueError(f"no field {field!r} for {name!r}: the column {column!r} is {stored.field(column).type}")
+        kind = kind.field(field).type
+    return column, fields
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 
 from .. import image_files
 from ..fidelity import max_noise
-from ..inputs import given_masks, union_of
-from ..mapping import stored_prompt
+from ..inputs import given_masks, mask_of_box, union_of
+from ..mapping import boxes_prompt, stored_prompt
 from ..protection import whole_levels
 from . import manifest
 from .opening import open_source
@@ -171,5 +171,9 @@ def _region(mask: Any, size: tuple[int, int], protection: dict[str, Any]) -> np.
     """Where the full budget applied, `(height, width)` bool; everywhere if the mask is not known."""
     if mask is None or not protection["masks"]:
         return np.ones(size, dtype=bool)
+    if box_format := protection.get("boxes"):
+        prompt = boxes_prompt(mask, box_format)
+        masks = [mask_of_box(box, size) for box in prompt.boxes or ()]
+        return union_of(masks or [np.zeros(size, dtype=bool)])
     prompt = stored_prompt(mask, protection["label_maps"], ignore_labels=protection["ignore_labels"])
     return union_of(given_masks(prompt, size)[0])
