@@ -74,6 +74,50 @@ def small_run(build_generator, tiny_sam_config):
     return run
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"generator": "protector"}, "generator is a str: pass a UnSegModel"),
+        ({"surrogates": UNetSurrogate(4, 32)}, "surrogates is a UNetSurrogate: pass a Surrogates"),
+        ({"codes": {"noise_codes": 3, "tint_codes": [1]}}, "noise_codes=3 .*: call keep_first_noise"),
+        ({"codes": {"turned_columns": [1]}}, r"turned_columns=\[1\].*: call keep_first_noise"),
+        ({"frozen": True}, "nothing to train"),
+    ],
+)
+def test_what_would_not_be_trained_as_a_whole_is_refused(build_generator, tiny_sam_config, tmp_path, given, message):
+    generator, surrogates = networks(build_generator, tiny_sam_config)
+    generator = given.get("generator", build_generator(**given["codes"]) if "codes" in given else generator)
+    if "frozen" in given:
+        generator.requires_grad_(False)
+    data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+    config = BilevelConfig(epochs=1, batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        train(generator, given.get("surrogates", surrogates), data, config, tmp_path / "run", Accelerator(cpu=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_of_many_noises_is_trained_as_one_of_the_first(build_generator, tiny_sam_config, tmp_path):
+    generator = build_generator(noise_codes=3, tint_codes=[1], faint_code=2, turned_columns=[1], freeze_sam=False)
+    first = generator.noise_head.noise_tokens.weight[:3].detach().clone()
+    bilevel.keep_first_noise(generator)
+    assert torch.equal(generator.noise_head.noise_tokens.weight, first)
+    _, surrogates = networks(build_generator, tiny_sam_config)
+    data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
+    settings = BilevelConfig(epochs=1, batch_size=4, points=64, alternation="joint")
+    accelerator = Accelerator(cpu=True)
+    assert train(generator, surrogates, data, settings, tmp_path / "run", accelerator, report=str)
+    assert not torch.equal(generator.noise_head.noise_tokens.weight, first)
+    # Its checkpoints would have the models of both.
+    with pytest.raises(ValueError, match="make a new Accelerator for each run"):
+        train(generator, surrogates, data, settings, tmp_path / "next", accelerator, report=str)
+    assert not (tmp_path / "next").exists()
+
+
+def test_surrogates_are_given_as_what_makes_them():
+    with pytest.raises(ValueError, match="a UNetSurrogate was given: pass functions that make one"):
+        Surrogates([UNetSurrogate(4, 32)])
+
+
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import SamConfig, SamModel
+from transformers import SamConfig, SamModel, Trainer, TrainingArguments
 
 from unseg_hf import UnSegConfig, UnSegImageEmbeddings, UnSegModel, UnSegProcessor
 
@@ -372,6 +372,31 @@ def test_default_configuration_is_the_papers():
 def test_configuration_errors_name_the_value_and_the_rule(tiny_sam_config, values, message):
     with pytest.raises(Exception, match=message):
         UnSegConfig(sam_config=tiny_sam_config(), **values)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epsilon_smooth": 2}, "epsilon_smooth=2: must be from 0 to 1"),
+        ({"fusion_layer": 3}, "fusion_layer=3: the vision encoder has layers 1 to 2"),
+        ({"tint_codes": [99]}, r"tint_codes=\[99\]: all must be above 0"),
+    ],
+)
+def test_what_is_set_when_loading_is_checked_too(saved_generator, given, message):
+    with pytest.raises(ValueError, match=message):
+        UnSegModel.from_pretrained(saved_generator, **given)
+
+
+def test_a_sam_whose_parts_have_other_sizes_is_refused():
+    with pytest.raises(Exception, match=r"image_size=1024 and image_embedding_size=64: by .* they must be 256 and 16"):
+        UnSegConfig(sam_config={"vision_config": {"image_size": 256}})
+
+
+def test_trainers_predictions_are_noise_alone(saved_generator, pixels, tmp_path):
+    images = [{"pixel_values": image} for image in pixels]
+    trainer = Trainer(UnSegModel.from_pretrained(saved_generator), TrainingArguments(tmp_path, report_to="none"))
+    noise = trainer.predict(images).predictions
+    np.testing.assert_allclose(noise, trainer.model(pixels).noise.detach().numpy(), atol=1e-5)
 
 
 def test_an_input_that_patches_do_not_fill_is_refused(tiny_sam_config):

@@ -7,11 +7,12 @@ import threading
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import pipeline
 
-from unseg_hf import ImageFileError, Protector, UnSegModel, default_checkpoint
+from unseg_hf import ImageFileError, Protector, UnSegModel, default_checkpoint, modeling_unseg
 
 
 def photo(seed, height=40, width=56):
@@ -120,20 +121,43 @@ def test_what_would_be_left_out_or_misread_is_refused(protect):
         protect(Dataset.from_dict({"image": [1]}))
 
 
+def test_a_tuple_gives_a_list_a_column_an_iterator_and_nothing_nothing(protect, protector):
+    photos = [photo(seed) for seed in range(2)]
+    expected = [np.asarray(protector.protect(one, mask=box_mask()).image) for one in photos]
+    column = Dataset.from_dict({"image": photos}, features=Features({"image": ImageFeature()}))["image"]
+    listed, streamed = (protect(given, mask=box_mask()) for given in (tuple(photos), column))
+    assert isinstance(listed, list)
+    assert not isinstance(streamed, list)
+    for results in (listed, streamed):
+        np.testing.assert_array_equal([np.asarray(result["image"]) for result in results], expected)
+    assert protect([]) == []
+
+
+def test_a_pipeline_is_not_pushed_in_part(protect, tmp_path):
+    with pytest.raises(ValueError, match=r"push the model alone; call push_to_hub\(repo_id\) of the pipeline"):
+        protect.save_pretrained(tmp_path / "new", push_to_hub=True, repo_id="tester/tiny")
+    assert not (tmp_path / "new").exists()
+
+
 def test_without_a_model_it_is_the_one_that_comes_with_the_package():
     model = pipeline("image-protection").model
     assert model.config.to_dict() == UnSegModel.from_pretrained(default_checkpoint()).config.to_dict()
 
 
-def test_a_model_saved_without_its_pipeline_names_none_that_is_not_there(saved_generator, tmp_path):
+def test_a_model_saved_without_its_pipeline_names_none_that_is_not_there(saved_generator, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_unseg.logger, "warning", said.append)
     protect = pipeline("image-protection", model=str(saved_generator))
     protect.save_pretrained(tmp_path / "pipeline")
     assert "custom_pipelines" in json.loads((tmp_path / "pipeline/config.json").read_text())
+    assert not said
     # Loaded, or still in memory.
     for model in (UnSegModel.from_pretrained(tmp_path / "pipeline"), protect.model):
         model.save_pretrained(tmp_path / "model")
         protect.processor.save_pretrained(tmp_path / "model")
         assert "custom_pipelines" not in json.loads((tmp_path / "model/config.json").read_text())
+        assert ["saved without its pipeline" in line for line in said] == [True]
+        said.clear()
         again = pipeline("image-protection", model=str(tmp_path / "model"))
         np.testing.assert_array_equal(
             again(photo(0), mask=box_mask())["image"], protect(photo(0), mask=box_mask())["image"]

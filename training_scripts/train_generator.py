@@ -200,6 +200,7 @@ def build_generator(args: ModelArguments):
 
     from unseg_hf.configuration_unseg import UnSegConfig
     from unseg_hf.modeling_unseg import UnSegModel
+    from unseg_hf.training.bilevel import keep_first_noise
 
     finished = {
         "epsilon": args.protect_epsilon,
@@ -217,17 +218,6 @@ def build_generator(args: ModelArguments):
         return model
     sizes = (args.image_size, args.hidden_size, args.layers, args.heads, args.decoder_size)
     return UnSegModel(UnSegConfig(sam_config=sam_config(*sizes), freeze_sam=False, **finished))
-
-
-def keep_first_noise(model) -> None:
-    """Leave out the noises of tints, small budgets and classes: one is trained, and the others would not fit it."""
-    import torch
-
-    if model.config.noise_codes > 1:
-        tokens = model.noise_head.noise_tokens.weight.detach()[: len(model.noise_head.noise_mlps)].clone()
-        model.noise_head.noise_tokens = torch.nn.Embedding.from_pretrained(tokens, freeze=False)
-        model.config.noise_codes, model.config.tint_codes, model.config.faint_code = 1, None, None
-    model.config.turned_columns = None  # which training knows nothing of
 
 
 def sharpness_of(args: ModelArguments, stretch: bool) -> float:

@@ -85,6 +85,10 @@ def _register() -> None:
             default={"model": (str(default_checkpoint()), "main")},
             type="image",
         )
+        # What saved configurations get of it: without the default model, which is a path of this machine.
+        (registered,) = ImageProtectionPipeline._registered_impl.values()
+        shared = {name: value for name, value in registered.items() if name != "default"}
+        ImageProtectionPipeline._registered_impl = {"image-protection": shared}
 
 
 with_transformers(_register)

@@ -65,7 +65,8 @@ class UnSegConfig(PreTrainedConfig):
     Raises:
         ValueError: an epsilon outside `0 <= epsilon_background <= epsilon <= 1`, no noise code, tint codes or a faint
             one that are none of them, an epsilon_smooth outside 0 to 1, turned columns that are not there, an
-            object_finder_width below 1, or a fusion layer or token offset that the SAM inside does not have.
+            object_finder_width below 1, a fusion layer or token offset that the SAM inside does not have, or a SAM
+            whose parts have images of other sizes.
 
     Example:
 
@@ -80,6 +81,7 @@ class UnSegConfig(PreTrainedConfig):
 
     model_type = "unseg"
     sub_configs_defaults = {"sam_config": SamConfig}  # noqa: RUF012 (transformers' own convention)
+    keys_to_ignore_at_inference = ["image_embeddings"]  # noqa: RUF012 (by Trainer: predictions are noise)
 
     sam_config: dict | PreTrainedConfig | None = None
     epsilon: float | int = 8 / 255
@@ -118,6 +120,13 @@ class UnSegConfig(PreTrainedConfig):
                 f"image_size={vision.image_size} of the vision encoder: must be a multiple of its patches' "
                 f"{vision.patch_size} pixels"
             )
+        prompts = self.sam_config.prompt_encoder_config
+        grid = vision.image_size // vision.patch_size
+        if (prompts.image_size, prompts.image_embedding_size) != (vision.image_size, grid):
+            raise ValueError(
+                f"prompt_encoder_config has image_size={prompts.image_size} and image_embedding_size="
+                f"{prompts.image_embedding_size}: by the vision_config they must be {vision.image_size} and {grid}"
+            )
         layers = vision.num_hidden_layers
         if not 1 <= self.fusion_layer <= layers:
             raise ValueError(f"fusion_layer={self.fusion_layer}: the vision encoder has layers 1 to {layers}")
@@ -131,9 +140,8 @@ class UnSegConfig(PreTrainedConfig):
             raise ValueError(f"faint_code={self.faint_code}: must be from 0 to below noise_codes={self.noise_codes}")
         if self.epsilon_smooth is not None and not 0 <= self.epsilon_smooth <= 1:
             raise ValueError(f"epsilon_smooth={self.epsilon_smooth:g}: must be from 0 to 1 (2 grey levels are 2/255)")
-        columns = vision.image_size // vision.patch_size
-        if not all(0 <= column < columns for column in self.turned_columns or ()):
-            raise ValueError(f"turned_columns={self.turned_columns}: all must be from 0 to {columns - 1}")
+        if not all(0 <= column < grid for column in self.turned_columns or ()):
+            raise ValueError(f"turned_columns={self.turned_columns}: all must be from 0 to {grid - 1}")
         if self.object_finder_width is not None and self.object_finder_width < 1:
             raise ValueError(f"object_finder_width={self.object_finder_width}: must be at least 1")
         first_noise_token = self.sam_config.mask_decoder_config.num_multimask_outputs + 2

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SamModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_unseg import UnSegConfig
 from .object_finder import ObjectFinder
 from .vision_unseg import UnSegVisionEncoder, UnSegVisionLayer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -145,6 +147,7 @@ class UnSegPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SamVisionLayer", "UnSegVisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    model_tags = ["unlearnable-examples", "data-protection", "image-segmentation"]  # noqa: RUF012 (in a Hub's card)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -179,6 +182,7 @@ class UnSegModel(UnSegPreTrainedModel):
     """
 
     def __init__(self, config: UnSegConfig):
+        config.validate_architecture()  # `from_pretrained` sets what it is given one by one, and unchecked
         super().__init__(config)
         self.sam = SamModel._from_config(config.sam_config)
         self.sam.vision_encoder = UnSegVisionEncoder(self.sam.vision_encoder)
@@ -209,6 +213,11 @@ class UnSegModel(UnSegPreTrainedModel):
         named = {"custom_pipelines": pipelines} if pipelines else {}
         if all(file.is_file() for file in files):
             self.config.__dict__ |= named
+        else:
+            logger.warning(
+                "This model is saved without its pipeline: pipeline(...) will not find it there. Save or push the "
+                "pipeline that has the model, or use save_generator and push_generator of unseg_hf.training.publishing"
+            )
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

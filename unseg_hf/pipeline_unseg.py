@@ -1,5 +1,6 @@
 """The "image-protection" pipeline."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ class ImageProtectionPipeline(Pipeline):
     """Protects images against segmentation models trained on them.
 
     Inputs are images as [`Protector.protect`] takes them, or dictionaries with an `image` and the fields of
-    [`Prompt`]; a list gives a list. Keyword arguments: `epsilon`, `epsilon_background`, and the fields of `Prompt` for
-    all images.
+    [`Prompt`]; a list gives a list, and a column of a data set, as any iterator, gives an iterator. Keyword arguments:
+    `epsilon`, `epsilon_background`, and the fields of `Prompt` for all images.
 
     Each result is a dictionary: `image` (the protected PIL image), `mask` (PIL image, 255 where the full budget
     applies) and `report` (`Protected.report`).
@@ -53,6 +54,11 @@ class ImageProtectionPipeline(Pipeline):
             raise ValueError("pass what comes after the images by name: mask=..., boxes=..., epsilon=...")
         if hasattr(inputs, "column_names") and hasattr(inputs, "num_rows"):
             raise ValueError("this is a data set: pass one of its columns, or map it with unseg_hf.ProtectImages()")
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | list):
+            # A tuple, or a column, whose images the base class would take for one.
+            inputs = list(inputs) if isinstance(inputs, tuple) else (image for image in inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []  # the base class looks at the first
         return super().__call__(inputs, **kwargs)
 
     @property
@@ -63,7 +69,13 @@ class ImageProtectionPipeline(Pipeline):
         return self._protector
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Model, processor and code; `pipeline(..., trust_remote_code=True)` loads them without this package."""
+        """Model, processor and code; `pipeline(..., trust_remote_code=True)` loads them without this package.
+
+        Raises:
+            ValueError: `push_to_hub`, with which the model alone would be pushed.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("push_to_hub: it would push the model alone; call push_to_hub(repo_id) of the pipeline")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         # Before the model, which names a pipeline whose code is there; the base class leaves out that of one which was
         # itself loaded from such a folder.

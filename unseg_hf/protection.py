@@ -249,14 +249,13 @@ class Protector:
             model.encode_in_bf16()
         model = model if device is None else model.to(device)
         shared = {k: v for k, v in kwargs.items() if k in SHARED}
-        try:
-            processor = UnSegProcessor.from_pretrained(checkpoint, **shared)
-        except OSError as error:
+        # An image processor alone would do for loading, and leave out how the noise is enlarged.
+        if not UnSegProcessor.get_processor_dict(checkpoint, **shared)[0]:
             raise ValueError(
-                f"{checkpoint} has no processor beside its model: save one there (processor.save_pretrained), or both "
-                "by pipeline(...).save_pretrained"
-            ) from error
-        return cls(model, processor)
+                f"{checkpoint} has no processor beside its model (processor_config.json): save one there "
+                "(processor.save_pretrained), or both by pipeline(...).save_pretrained"
+            )
+        return cls(model, UnSegProcessor.from_pretrained(checkpoint, **shared))
 
     def record_encoder(self) -> None:
         """From now on images are encoded by a recording ([`RecordedEncoder`]): faster where many follow each other.

@@ -10,6 +10,7 @@ import itertools
 import math
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,6 +40,9 @@ from .validation import validate
 
 # What may change when a run is resumed: it decides what is written, not what is trained.
 _FREE_SETTINGS = ("log_every", "validate_every", "save_every", "keep_checkpoints")
+
+_SERVED: "weakref.WeakSet[Accelerator]" = weakref.WeakSet()
+"""Accelerators that a run has given its models, which would be a part of the next run's checkpoints."""
 
 
 @dataclass
@@ -96,9 +100,10 @@ def train(
         config: settings.
         output_dir: gets `training_log.jsonl`, a line every `log_every` steps, `validation/`, and `checkpoints/`, all
             that an exact resume needs.
-        accelerator: devices, processes, precision, trackers. Its gradient accumulation must be the config's, and with
-            several processes it needs `DistributedDataParallelKwargs(find_unused_parameters=True)`: with one kind of
-            prompt in a step, some parameters have no gradient in it.
+        accelerator: devices, processes, precision, trackers; a new one for each run. Its gradient accumulation must be
+            the config's, and with several processes it needs
+            `DistributedDataParallelKwargs(find_unused_parameters=True)`: with one kind of prompt in a step, some
+            parameters have no gradient in it.
         validation: held-out images for `validate`.
         settings: what else decides the result (data, architecture); compared, with `config`, when a run is resumed.
         resume: go on from the newest checkpoint.
@@ -112,9 +117,10 @@ def train(
         FloatingPointError: a loss that is not finite, naming the step, the phase and the images.
         FileNotFoundError: `resume` without a checkpoint.
         FileExistsError: a checkpoint without `resume`.
-        ValueError: less data than a step needs, a run too short to train the generator, or a resumed one with other
-            settings.
+        ValueError: less data than a step needs, a run too short to train the generator, a resumed one with other
+            settings, or a generator, surrogates or an accelerator that cannot be trained with.
     """
+    _check_trainable(generator, surrogates, accelerator)
     output_dir = Path(output_dir)
     per_step, rank, world = config.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     if accelerator.gradient_accumulation_steps != per_step:
@@ -136,6 +142,7 @@ def train(
             "surrogates; raise epochs or max_steps"
         )
 
+    _SERVED.add(accelerator)
     wrapped = _Generator(generator)
     adam_g = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), config.learning_rate)
     adam_s = torch.optim.Adam((p for p in surrogates.parameters() if p.requires_grad), config.surrogate_learning_rate)
@@ -255,6 +262,31 @@ def train(
                     return progress.step == total
     log.close()
     return True
+
+
+def _check_trainable(generator: UnSegModel, surrogates: Surrogates, accelerator: Accelerator) -> None:
+    """ValueError for what would fail later, or be trained in part and published as a whole."""
+    for name, value, kind in (("generator", generator, UnSegModel), ("surrogates", surrogates, Surrogates)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}: pass a {kind.__name__}")
+    if not any(parameter.requires_grad for parameter in generator.parameters()):
+        raise ValueError("no parameter of the generator requires gradients: there is nothing to train")
+    if generator.config.noise_codes > 1 or generator.config.turned_columns:
+        raise ValueError(
+            f"the generator has noise_codes={generator.config.noise_codes} and turned_columns="
+            f"{generator.config.turned_columns}, and the loop trains one noise: call keep_first_noise(generator) first"
+        )
+    if accelerator in _SERVED:
+        raise ValueError("the accelerator holds the models of an earlier run: make a new Accelerator for each run")
+
+
+def keep_first_noise(model: UnSegModel) -> None:
+    """Leave out the noises of tints, small budgets and classes: one is trained, and the others would not fit it."""
+    if model.config.noise_codes > 1:
+        tokens = model.noise_head.noise_tokens.weight.detach()[: len(model.noise_head.noise_mlps)].clone()
+        model.noise_head.noise_tokens = nn.Embedding.from_pretrained(tokens, freeze=False)
+        model.config.noise_codes, model.config.tint_codes, model.config.faint_code = 1, None, None
+    model.config.turned_columns = None  # which training knows nothing of
 
 
 def _random(seed: int, epoch: int, number: int, rank: int) -> torch.Generator:

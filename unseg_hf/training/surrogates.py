@@ -131,10 +131,16 @@ class Surrogates(nn.ModuleList):
 
     Args:
         builders: each makes one surrogate, from torch's global random numbers where it makes weights.
+
+    Raises:
+        ValueError: a surrogate in place of what makes one.
     """
 
     def __init__(self, builders: Iterable[Callable[[], nn.Module]]):
         self._builders = list(builders)
+        if built := next((one for one in self._builders if isinstance(one, nn.Module)), None):
+            kind = type(built).__name__
+            raise ValueError(f"a {kind} was given: pass functions that make one, as lambda: {kind}(...)")
         super().__init__(build() for build in self._builders)
 
     def restart(self, index: int, seed: int, optimizer: torch.optim.Optimizer) -> None:
