@@ -783,6 +783,96 @@ def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known
         assert ("NOT checked: the generator found them" in capsys.readouterr().out) == unchecked
 
 
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_a_folder_with_metadata_is_what_it_says_and_needs_none_of_its_files(place, saved_generator, kind):
+    Path("in/train").mkdir(parents=True)
+    entries = []
+    for index in range(3):
+        (place / f"in/train/{index}.png").write_bytes(encoded(photo(index)))
+        (place / f"in/train/{index}_mask.png").write_bytes(encoded(mask(index)))
+        entries.append({"file_name": f"{index}.png", "mask_file_name": f"{index}_mask.png", "caption": f"no. {index}"})
+    (place / "in/train/metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    run({"inputs": ["in"], "mask_column": "mask"}, saved_generator, kind=kind)
+    protector = Protector.from_pretrained(saved_generator)
+    assert len(published()) == 3
+    for index, image in enumerate(published().values()):
+        expected = protector.protect(photo(index), mask=mask(index)).image
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
+    assert cli.main(["verify", "out", "--originals", "in"]) == 0
+    # Nothing leads back to this machine, and the masks are there without its files.
+    shutil.rmtree("in")
+    assert not any(str(place).encode() in content for content in files("out").values())
+    if kind == "parquet":
+        rows = Dataset.from_parquet("out/data/*.parquet")
+        assert rows["caption"][:] == ["no. 0", "no. 1", "no. 2"]
+        np.testing.assert_array_equal(np.asarray(rows[1]["mask"]), mask(1))
+    else:
+        beside = next(content for name, content in files("out").items() if name.endswith("00000001.mask.png"))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(beside))), mask(1))
+
+
+def test_files_that_rows_name_and_that_are_gone_leave_their_names(place, saved_generator):
+    (place / "b.png").write_bytes(encoded(photo(1)))
+    rows = {"image": [{"bytes": encoded(photo(0)), "path": None}] * 2}
+    rows["others"] = [[{"bytes": None, "path": str(place / "a.png")}], [{"bytes": None, "path": str(place / "b.png")}]]
+    features = Features({"image": ImageFeature(), "others": List(ImageFeature())})
+    pq.write_table(pa.Table.from_pydict(rows, features.arrow_schema), "in.parquet")
+    protect = ProtectImages(str(saved_generator), whole_image=True)
+    protect_dataset(open_source(["in.parquet"], Path("out")), Path("out"), "parquet", protect)
+    (table,) = (pq.read_table(path) for path in Path("out/data").glob("*.parquet"))
+    assert table["others"].to_pylist() == [
+        [{"bytes": None, "path": "a.png"}], [{"bytes": encoded(photo(1)), "path": "b.png"}]
+    ]  # fmt: skip
+
+
+def test_columns_of_kinds_that_cannot_be_described_can_be_left_out(place, saved_generator):
+    images = [{"bytes": encoded(photo(0)), "path": None}]
+    pairs = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"image": images, "pairs": pairs}), "in.parquet")
+    protect = ProtectImages(str(saved_generator), whole_image=True)
+    with pytest.raises(ValueError, match=r"map.* leave its column out with --drop_columns"):
+        protect_dataset(open_source(["in.parquet"], Path("out")), Path("out"), "parquet", protect)
+    source = open_source(["in.parquet"], Path("other"), drop_columns=["pairs"])
+    assert protect_dataset(source, Path("other"), "parquet", protect).failed == 0
+
+
+def test_verify_finds_what_was_taken_out_of_an_output_and_its_settings(place, saved_generator, capsys):
+    run(write_images(place), saved_generator)
+    request = ["verify", "out", "--originals", "in", "--masks", "masks"]
+    assert cli.main(request) == 0
+    settings = json.loads(Path("out/settings.json").read_text())
+    settings["output"]["shards"] -= 1
+    Path("out/settings.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert cli.main(request) == 1
+    assert "the originals are 3 shards, and settings.json says 2" in capsys.readouterr().err
+
+
+def test_verify_finds_clean_images_lines_and_counts_that_were_changed(place, saved_generator, capsys):
+    run(write_images(place), saved_generator, kind="folder", epsilon=8 / 255)
+    request = ["verify", "out", "--originals", "in", "--masks", "masks"]
+    (part,) = (path for path in Path("out/manifest").glob("000000.jsonl"))
+    entries = [json.loads(line) for line in part.read_text().splitlines()]
+    clean = next(entry for entry in entries if entry["status"] == "protected")
+    original = encoded(np.asarray(Image.open(Path("in", clean["source"]))))
+    Path("out", clean["output"]).write_bytes(original)
+    before, after = clean["output_sha256"], hashlib.sha256(original).hexdigest()
+    text = part.read_text()
+    part.write_text(text.replace(before, after))
+    mark_file = part.with_suffix(".json")
+    mark = mark_file.read_text().replace(before, after)
+    mark = mark.replace(hashlib.sha256(text.encode()).hexdigest(), hashlib.sha256(part.read_bytes()).hexdigest())
+    mark_file.write_text(mark)
+    capsys.readouterr()
+    assert cli.main(request) == 1
+    said = capsys.readouterr().err
+    assert f"{clean['output']}: it differs from its original by 0 of 255, and the manifest says" in said
+    values = json.loads(mark)
+    mark_file.write_text(json.dumps(values | {"failed": values["failed"] + 1}))
+    assert cli.main(["verify", "out"]) == 1
+    assert "shard 0: its mark and its lines differ in how many images failed" in capsys.readouterr().err
+
+
 def test_verify_says_which_shards_are_not_there_yet(place, saved_generator, capsys):
     run(write_images(place), saved_generator, process=(0, 2))
     assert cli.main(["verify", "out"]) == 1
@@ -850,6 +940,12 @@ def test_a_split_of_parquet_files_is_the_one_that_was_asked_for(place, saved_gen
         Path(f"in/{file}.parquet").rename(f"in/{split}-00000-of-00001.parquet")
     run({"inputs": ["in"], "mask_column": "mask", "split": "test"}, saved_generator)
     assert {line["source"].partition("#")[0] for line in lines()} == {"test-00000-of-00001.parquet"}
+    Path("plain").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(f"in/{split}-00000-of-00001.parquet", f"plain/{split}.parquet")
+    with pytest.raises(ValueError, match="several splits, test, train: name one with --split"):
+        open_source(["plain"], Path("other"))
+    assert len(open_source(["plain"], Path("other"), split="test").shards) == 1
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 

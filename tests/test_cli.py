@@ -301,7 +301,12 @@ def test_finished_images_are_skipped_until_overwrite(folder, saved_generator, ca
     (folder / "out/a.png").write_bytes(b"mine")
     assert run(*request) == 0
     assert (folder / "out/a.png").read_bytes() == b"mine"
-    assert "1 skipped" in capsys.readouterr().out
+    assert "1 skipped (already there, whatever the settings; --overwrite" in capsys.readouterr().out
+    os.utime(folder / "out/a.png", (1, 1))
+    assert run(*request) == 0
+    assert "1 skipped (already there, whatever the settings, 1 of them older than their photo or mask; " in (
+        capsys.readouterr().out
+    )
     assert run(*request, "--overwrite") == 0
     assert Image.open(folder / "out/a.png").size == (64, 48)
 

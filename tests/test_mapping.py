@@ -142,6 +142,40 @@ def test_boxes_of_detection_data_sets_are_fields_and_have_widths_and_heights(dat
         dataset.add_column("objects", objects).map(protect, batched=True)
 
 
+def test_what_boxes_are_not_is_named_with_the_option_that_is_meant(dataset, saved_generator):
+    for column, message in (
+        ({"bbox": [[1, 2, 3, 4]]}, "the boxes are a struct of bbox: name the field, as in 'objects.bbox'"),
+        ([[40, 30, 20, 10]], "needs x0 < x1 and y0 < y1, in pixels .*box_format='xywh' takes widths"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            dataset.add_column("boxes", [column] * 5).map(
+                ProtectImages(str(saved_generator), box_column="boxes"), batched=True
+            )
+
+
+def test_columns_that_would_be_lost_or_protected_twice_are_refused(dataset, saved_generator):
+    settings = {"mask_column": "mask", "on_error": "keep"}
+    once = dataset.map(ProtectImages(str(saved_generator), **settings), batched=True)
+    with pytest.raises(
+        ValueError, match="there is a column 'protection_error' already: if these images are protected"
+    ):
+        once.map(ProtectImages(str(saved_generator), **settings), batched=True)
+    again = ProtectImages(str(saved_generator), **settings, error_column="second")
+    assert once.map(again, batched=True)["protection_error"][:] == once["protection_error"][:]
+    reported = ProtectImages(str(saved_generator), mask_column="mask", report_columns=("psnr",))
+    with pytest.raises(ValueError, match="there is a column 'protection_psnr' already"):
+        dataset.map(reported, batched=True).map(reported, batched=True)
+
+
+def test_images_that_are_no_images_are_named_by_what_they_are(dataset, saved_generator):
+    protect = ProtectImages(str(saved_generator), image_column="other", whole_image=True)
+    with pytest.raises(ValueError, match=r"column 'other' holds paths or bytes: cast it to datasets.Image\(\)"):
+        dataset.add_column("other", ["a.png"] * 5).map(protect, batched=True)
+    listed = dataset.map(lambda row: {"other": [row["image"]]})
+    with pytest.raises(RecordError, match="the image is a list of images: map takes one a row"):
+        listed.map(protect, batched=True)
+
+
 def test_masks_may_be_fields_too_and_a_name_with_a_dot_is_a_name_first(dataset, saved_generator):
     expected = dataset.map(ProtectImages(str(saved_generator), mask_column="mask"), batched=True)
     nested = dataset.map(lambda row: {"objects": {"mask": row["mask"], "a": 1}})

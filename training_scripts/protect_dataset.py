@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="Elsewhere, with --epsilon (default: as much smaller as the model's is).",
     )
-    add("--split", help="Of a data set on disk or the Hub (default: train), or of parquet files named as there.")
+    add("--split", help="Of a data set on disk or the Hub (default: train), or of parquet files named so.")
     add("--name", help="Configuration of a data set of the Hub.")
     add("--revision", help="Of a data set of the Hub.")
     add("--shard_size", type=int, default=500, help="Images in a shard: what a killed process loses at most.")

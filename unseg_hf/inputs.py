@@ -89,7 +89,10 @@ class Prompt:
             object.__setattr__(self, "box_format", "xyxy")
         for x0, y0, x1, y1 in self.boxes or ():
             if not (x0 < x1 and y0 < y1):
-                raise ValueError(f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels")
+                raise ValueError(
+                    f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels (in Python, box_format='xywh' "
+                    "takes widths and heights)"
+                )
         labels = [1] * len(self.points or ()) if self.point_labels is None else np.ravel(self.point_labels).tolist()
         if len(labels) != len(self.points or ()):
             raise ValueError(f"{len(labels)} point_labels for {len(self.points or ())} points: pass one each")

@@ -147,8 +147,20 @@ class ProtectImages:
         """The columns of a batch that change; with "drop" all of them, as those of which rows are dropped have to."""
         if isinstance(rank, list):
             raise ValueError("map passes indices, which this has no use for: leave out with_indices")
+        added = [f"protection_{name}" for name in self.report_columns]
+        added += [self.error_column] if self.on_error in ("mark", "keep") else []
+        if there := [name for name in added if name in batch]:
+            raise ValueError(
+                f"there is a column {there[0]!r} already: if these images are protected, noise on noise is beyond the "
+                "bound; if it is of others, what it says would be lost: rename it, or pass another error_column"
+            )
         _one_thread_in_workers()
         images = _undecoded(batch, self.image_column)
+        if any(isinstance(image, str | bytes) for image in images):
+            raise ValueError(
+                f"column {self.image_column!r} holds paths or bytes: cast it to datasets.Image() before map "
+                "(cast_column)"
+            )
         column = self.mask_column or self.box_column
         masks = [None] * len(images) if column is None else _undecoded(batch, column)
         rows: list[Any] = []
@@ -225,7 +237,12 @@ class ProtectImages:
         try:
             budget = self.epsilon, self.epsilon_background
             if isinstance(image, list):
-                raise RecordError("the image is a list of numbers: cast its column to datasets.Image() before map")
+                listed = (
+                    "images: map takes one a row"
+                    if image and isinstance(image[0], Mapping)
+                    else ("numbers: cast its column to datasets.Image() before map")
+                )
+                raise RecordError(f"the image is a list of {listed}")
             return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *budget)
         except MemoryError:
             raise
@@ -350,6 +367,8 @@ def boxes_prompt(boxes: Any, box_format: str, **fields: Any) -> Prompt:
     """
     if boxes is None:
         raise RecordError("the boxes are missing; give them, or choose what happens to such records")
+    if isinstance(boxes, Mapping):
+        raise RecordError(f"the boxes are a struct of {', '.join(boxes)}: name the field, as in 'objects.bbox'")
     # As of a list of masks: an image without objects.
     given = {"boxes": boxes, "box_format": box_format} if len(boxes) else {"masks": []}
     return Prompt(**given, **fields)

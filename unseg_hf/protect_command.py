@@ -291,7 +291,7 @@ def _outcome(protector, model_turn, options, prompt, epsilon, background, measur
     try:
         # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
         if task.target.is_file() and not options.overwrite:
-            return {"status": "skipped"}
+            return {"status": "skipped", "older": _is_older(task.target, task.source, task.mask)}
         report = _protect_one(protector, model_turn, task, options, prompt, epsilon, background, measure)
         return {"status": "protected", "report": report}
     # One bad image must not stop the others, whatever is wrong with it.
@@ -410,10 +410,20 @@ class Report:
         if unchanged:
             summary += f", {unchanged} written as they were (the notes say why)"
         if skipped:
-            summary += f", {skipped} skipped (already there, whatever the settings; --overwrite does them again)"
+            older = sum(entry.get("older", False) for entry in self.entries)
+            than = f", {older} of them older than their photo or mask" if older else ""
+            summary += f", {skipped} skipped (already there, whatever the settings{than}; --overwrite does them again)"
         if failed:
             summary += f", {failed} failed"
         print(summary)
+
+
+def _is_older(target: Path, *sources: Path | None) -> bool:
+    """Whether something that an output was made of has been changed since."""
+    with contextlib.suppress(OSError):
+        made = target.stat().st_mtime
+        return any(source.stat().st_mtime > made for source in sources if source)
+    return False
 
 
 def _are_two(one: Path, other: Path) -> bool:

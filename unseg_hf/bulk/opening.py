@@ -14,7 +14,12 @@ from . import manifest
 from .records import Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet", re.IGNORECASE)
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Files that say more of the images beside them, masks included, as `load_dataset("imagefolder")` reads it."""
+
+_SPLIT = re.compile(
+    r"(?:(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?|(train|test|validation|valid|val|dev))\.parquet", re.IGNORECASE
+)
 _TREE_SETTINGS = "unseg-protected.json"  # of `unseg protect-dataset`, which needs packages that this does without
 
 
@@ -36,7 +41,7 @@ def open_source(
 
     Args:
         inputs: parquet files, tars, images, patterns for them, folders of any of these, a folder that `save_to_disk`
-            wrote, or a Hub id.
+            wrote, one of images with a `metadata.jsonl` or `metadata.csv`, or a Hub id.
         output: where the protected images go; nothing below it is taken for an input.
         masks: for images: a folder of masks, matched by name as `unseg protect` does.
         image_column: column of images, or the suffix of images in tars; by default `image`, and in tars the only image
@@ -44,8 +49,8 @@ def open_source(
         mask_column: the same of masks; in tars `json` reads SA-1B's annotations.
         box_column: of tables: column of lists of boxes, in place of masks.
         drop_columns: columns, in tars suffixes, that the output does not get.
-        split: of a data set on disk or on the Hub, `train` by default, or of parquet files that are named as those of
-            the Hub (`test-00000-of-00001.parquet`).
+        split: of a data set on disk or on the Hub, `train` by default, or of parquet files that are named so
+            (`test.parquet`, or as on the Hub `test-00000-of-00001.parquet`).
         name: configuration of a data set of the Hub.
         revision: of a data set of the Hub.
         shard_size: images in a shard; tars and files of streamed data sets are shards of their own.
@@ -62,11 +67,15 @@ def open_source(
     found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
     for path in found:
         _refuse_protected(path)
-    if len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        from .tables import SavedDataset
+    saved = len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+    # Of images that a table says more of, it is what counts, unless their masks are elsewhere.
+    if saved or (masks is None and any(_files([path], METADATA, output) for path in found if path.is_dir())):
+        from .tables import LocalDataset
 
         _refuse(masks=masks, name=name, revision=revision)
-        return SavedDataset(found[0], split or "train", shard_size, *columns)
+        if len(found) > 1:
+            raise ValueError(f"{', '.join(inputs)}: a folder with metadata stands alone; protect one by one")
+        return LocalDataset(found[0], split or "train", shard_size, *columns)
     if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
@@ -125,12 +134,12 @@ def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> li
 
 def _of_split(files: Sequence[Path], split: str | None) -> Sequence[Path]:
     """Those of a split, where file names say it as the Hub's do."""
-    splits = {path: match[1] for path in files if (match := _SPLIT.fullmatch(path.name))}
+    splits = {path: match[1] or match[2] for path in files if (match := _SPLIT.fullmatch(path.name))}
     there = sorted(set(splits.values()))
     if split is None and len(there) > 1:
         raise ValueError(f"the parquet files are those of several splits, {', '.join(there)}: name one with --split")
     if split is not None and split not in there:
-        raise ValueError(f"--split {split}: no parquet file is named so ({split}-00000-of-00001.parquet)")
+        raise ValueError(f"--split {split}: no parquet file is named so ({split}.parquet)")
     return files if split is None else [path for path, own in splits.items() if own == split]
 
 

@@ -1,6 +1,7 @@
 """Rows of parquet files, of data sets on disk and of streamed ones as a source."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,18 +80,27 @@ class Table:
     def schema(self) -> pa.Schema:
         from datasets import Features, Image
 
-        features = Features.from_arrow_schema(self._stored)
+        kept = pa.schema([f for f in self._stored if f.name not in self._dropped], self._stored.metadata)
+        try:
+            features = Features.from_arrow_schema(kept)
+        except ValueError as error:
+            raise ValueError(f"{error}; leave its column out with --drop_columns") from error
         features[self.image_column] = Image()
-        kept = {name: feature for name, feature in features.items() if name not in self._dropped}
         # A row that cannot be read has nothing but its mark.
         fields = [
-            pa.field(name, IMAGE_TYPE) if name == self.image_column else self._stored.field(name).with_nullable(True)
-            for name in kept
+            pa.field(name, IMAGE_TYPE) if name == self.image_column else kept.field(name).with_nullable(True)
+            for name in features
         ]
-        return pa.schema(fields, Features(kept).arrow_schema.metadata)
+        return pa.schema(fields, features.arrow_schema.metadata)
 
     def row(self, record: Record) -> pa.Table:
-        return record.rest.drop_columns([self.image_column, *self._dropped])
+        row = record.rest.drop_columns([self.image_column, *self._dropped])
+        for index, field in enumerate(row.schema):
+            if field.name in self._hold_files:
+                value = row[field.name][0].as_py()
+                if (embedded := _with_contents(value)) is not value:
+                    row = row.set_column(index, field, pa.array([embedded], field.type))
+        return row
 
     def other_images(self, record: Record) -> Mapping[str, int]:
         row = record.rest.select(self._may_hold_images).to_pylist()[0]
@@ -134,6 +144,20 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _with_contents(value: Any) -> Any:
+    """A value with the contents of the files that are named in it, at whatever depth: their paths mean nothing
+    elsewhere, and are nobody's business. The value itself if there are none."""
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"]:
+            return {"bytes": image_bytes(value)[0], "path": os.path.basename(value["path"])}
+        new = {key: _with_contents(one) for key, one in value.items()}
+        return new if any(new[key] is not value[key] for key in value) else value
+    if isinstance(value, list):
+        new = [_with_contents(one) for one in value]
+        return new if any(one is not old for one, old in zip(new, value, strict=True)) else value
+    return value
 
 
 def _taken_out(value: Any, name: str, files: dict[str, bytes]) -> Any:
@@ -233,13 +257,14 @@ class ParquetFiles(Table):
             yield _record(label, number, None, error=f"{label}: {problem}", rest=self._nothing)
 
 
-class SavedDataset(Table):
-    """A split of what `save_to_disk` wrote, memory-mapped; `columns` as for [`Table`]."""
+class LocalDataset(Table):
+    """A split of what `save_to_disk` wrote, or of a folder of images with metadata, memory-mapped; `columns` as for
+    [`Table`]."""
 
     def __init__(self, folder: Path, split: str, shard_size: int, *columns: Any):
-        from ..data.hf_datasets import open_saved
+        from ..data.hf_datasets import open_rows
 
-        rows = open_saved(folder, split)
+        rows = open_rows(str(folder), None, split)
         super().__init__(rows.features.arrow_schema, *columns)
         self._rows, self._split, self._size, count = rows.with_format("arrow"), split, shard_size, len(rows)
         self.shards = [

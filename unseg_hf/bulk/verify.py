@@ -1,6 +1,7 @@
 """Checks of an output that was published or copied: against its manifest, and against the originals."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,10 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
     source = _originals(settings, originals, masks, output) if originals else None
     if source is not None:
         result.unchecked = _unchecked(settings, masks)
+        if len(source.shards) != shards:
+            result.wrong.append(
+                f"the originals are {len(source.shards)} shards, and {manifest.SETTINGS} says {shards}"
+            )
     for shard in range(shards):
         mark = manifest.read_mark(output, shard)
         if mark is None:
@@ -70,6 +75,8 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
             continue
         lines = manifest.read_lines(output, shard)
         result.images += sum(line["status"] == "protected" for line in lines)
+        if mark["failed"] != sum(line["status"] == "failed" for line in lines):
+            result.wrong.append(f"shard {shard}: its mark and its lines differ in how many images failed")
         if source is not None:
             masks_given = masks is not None or settings["source"]["kind"] != "images"
             result.wrong += _broken_bounds(source, shard, lines, output, settings, masks_given)
@@ -141,8 +148,10 @@ def _broken_bounds(
             yield f"{where}: its mask is missing, so that the bound cannot be checked"
         elif _is_another(record.mask, line.get("mask_sha256")):
             yield f"{where}: its mask was changed since, so that the bound cannot be checked"
-        elif problem := _beyond(record.image, image, record.mask, settings["protection"]):
+        elif problem := _beyond(record.image, image, record.mask, settings["protection"], line):
             yield f"{where}: {problem}"
+    if next(records, None) is not None:
+        yield f"{source.shards[shard].name}: it has more images than the manifest lists"
 
 
 def _is_another(mask: Any, digest: str | None) -> bool:
@@ -150,7 +159,7 @@ def _is_another(mask: Any, digest: str | None) -> bool:
     return isinstance(mask, bytes) and digest is not None and hashlib.sha256(mask).hexdigest() != digest
 
 
-def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, Any]) -> str:
+def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, Any], line: dict[str, Any]) -> str:
     """What is wrong with a pair; nothing if all is as promised."""
     try:
         before, after = image_files.read(original), image_files.read(published)
@@ -164,6 +173,9 @@ def _beyond(original: bytes, published: bytes, mask: Any, protection: dict[str, 
     for where, largest, most in zip(("in", "outside"), found, allowed, strict=True):
         if largest > most:
             return f"it differs from its original by {largest} {where} the mask, where {most} is the most"
+    noise, said = max(found) * 255 / before.max_value, max(line["max_noise"], line["max_noise_background"])
+    if not math.isclose(noise, said):
+        return f"it differs from its original by {noise:g} of 255, and the manifest says {said:g}"
     return ""
 
 
