@@ -799,6 +799,8 @@ def test_a_folder_with_metadata_is_what_it_says_and_needs_none_of_its_files(plac
         expected = protector.protect(photo(index), mask=mask(index)).image
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
+    with pytest.raises(ValueError, match=r"in, in/train/0\.png: a folder with metadata stands alone"):
+        open_source(["in", "in/train/0.png"], Path("other"))
     # Nothing leads back to this machine, and the masks are there without its files.
     shutil.rmtree("in")
     assert not any(str(place).encode() in content for content in files("out").values())
@@ -809,6 +811,13 @@ def test_a_folder_with_metadata_is_what_it_says_and_needs_none_of_its_files(plac
     else:
         beside = next(content for name, content in files("out").items() if name.endswith("00000001.mask.png"))
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(beside))), mask(1))
+
+
+def test_a_folder_with_metadata_is_images_where_their_masks_are_elsewhere(place):
+    source = write_images(place)
+    Path("in/metadata.jsonl").write_text(json.dumps({"file_name": "p0.png", "caption": "a disc"}))
+    assert open_source(**source, output=Path("out")).description["kind"] == "images"
+    assert open_source(["in"], Path("out")).description["kind"] == "saved"
 
 
 def test_files_that_rows_name_and_that_are_gone_leave_their_names(place, saved_generator):

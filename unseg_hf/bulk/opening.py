@@ -67,14 +67,10 @@ def open_source(
     found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
     for path in found:
         _refuse_protected(path)
-    saved = len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
-    # Of images that a table says more of, it is what counts, unless their masks are elsewhere.
-    if saved or (masks is None and any(_files([path], METADATA, output) for path in found if path.is_dir())):
+    if len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         from .tables import LocalDataset
 
         _refuse(masks=masks, name=name, revision=revision)
-        if len(found) > 1:
-            raise ValueError(f"{', '.join(inputs)}: a folder with metadata stands alone; protect one by one")
         return LocalDataset(found[0], split or "train", shard_size, *columns)
     if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
@@ -97,6 +93,15 @@ def open_source(
 
         _refuse(masks=masks, box_column=box_column, split=split, name=name, revision=revision)
         return TarFiles(tars, image_column, mask_column, drop_columns)
+    folders = [path for path in found if path.is_dir()]
+    # Where masks are elsewhere, the images are all that is wanted of a folder.
+    if masks is None and any(file.name in METADATA for file in _files(folders, METADATA, output)):
+        from .tables import LocalDataset
+
+        _refuse(name=name, revision=revision)
+        if len(found) > 1:
+            raise ValueError(f"{', '.join(inputs)}: a folder with metadata stands alone; protect one by one")
+        return LocalDataset(found[0], split or "train", shard_size, *columns)
     if all(path.exists() for path in found):
         _refuse(image_column=image_column, mask_column=mask_column, drop_columns=" ".join(drop_columns) or None)
         _refuse(box_column=box_column, split=split, name=name, revision=revision)
