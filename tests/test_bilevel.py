@@ -113,6 +113,24 @@ def test_a_generator_of_many_noises_is_trained_as_one_of_the_first(build_generat
     assert not (tmp_path / "next").exists()
 
 
+def test_a_full_disk_ends_a_run_with_the_checkpoint_to_go_on_from(small_run, tmp_path, monkeypatch):
+    real = Accelerator.save_state
+
+    def full(self, folder, **options):
+        real(self, folder, **options)
+        if "step-00000004" in folder:
+            raise RuntimeError("[enforce fail] PytorchStreamWriter failed\nwriting file")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(
+        OSError, match=r"step-00000004 could not be written \(.*failed writing file\); make room, .*003$"
+    ):
+        small_run(tmp_path, save_every=1, batch_size=4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    monkeypatch.undo()
+    small_run(tmp_path, save_every=1, batch_size=4, resume=True)
+
+
 def test_surrogates_are_given_as_what_makes_them():
     with pytest.raises(ValueError, match="a UNetSurrogate was given: pass functions that make one"):
         Surrogates([UNetSurrogate(4, 32)])

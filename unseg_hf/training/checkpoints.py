@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from ..image_files import one_line
 
 SETTINGS = "settings.json"
 _UNFINISHED = ".unfinished-"
@@ -46,7 +49,11 @@ class Checkpoints:
         return max(self.folder.glob("step-*"), default=None)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, and remove those that are too many."""
+        """Write a checkpoint, and remove those that are too many.
+
+        Raises:
+            OSError: it cannot be written, on a full disk, say; those before it are whole.
+        """
         target = self.folder / f"step-{step:08d}"
         if target.exists():
             return
@@ -54,7 +61,14 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             self._sweep()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
+        try:
+            self.accelerator.save_state(str(unfinished))
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them, by who writes
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"{target} could not be written ({one_line(error)}); make room, or mend what is wrong there, and "
+                f"resume from {self.latest() or 'the beginning: there is no earlier checkpoint'}"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (unfinished / SETTINGS).write_text(json.dumps(self.settings, indent=2))
