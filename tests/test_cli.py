@@ -537,6 +537,13 @@ def test_inspect_measures_and_draws(folder, saved_generator, capsys):
     figures = json.loads(capsys.readouterr().out)
     difference = np.abs(np.asarray(Image.open(folder / "out/a.png")).astype(int) - photo())
     assert figures["max_noise"] == difference[mask() > 0].max()
+    Image.open(folder / "out/a.png").resize((32, 24)).save(folder / "site.jpg", quality=90)
+    assert run("inspect", *pair, "--published", folder / "site.jpg", "--json") == 0
+    left = json.loads(capsys.readouterr().out)["left_as_published"]
+    assert run("inspect", *pair, "--published", folder / "site.jpg") == 0
+    assert f"as published    {left:.0%} of the noise is left" in capsys.readouterr().out
+    assert run("inspect", *pair, "--published", folder / "look.png", "--picture", folder / "look.png") == 2
+    assert "would replace a file that is needed" in capsys.readouterr().err
     assert run("inspect", *pair, "--picture", folder / "in/a.png") == 2
     assert "would replace a file that is needed" in capsys.readouterr().err
     assert run("inspect", folder / "in/a.png", folder / "look.png") == 2

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unseg_hf.image_files import from_array
-from unseg_hf.inspection import amplified_noise, comparison_picture, inspect_pair, noise_left
+from unseg_hf.image_files import from_array, from_pil
+from unseg_hf.inspection import (
+    amplified_noise,
+    comparison_picture,
+    inspect_pair,
+    noise_left,
+    noise_left_as_published,
+)
 
 
 def photo(height=64, width=96):
@@ -30,15 +36,57 @@ def test_smooth_noise_survives_jpeg_and_pixel_noise_does_not():
 
 def test_share_left_is_the_projection_of_what_jpeg_leaves():
     original, protected = pair(np.random.default_rng(1).integers(-8, 9, (64, 96, 3)))
-
-    def recompressed(picture):
-        buffer = io.BytesIO()
-        Image.fromarray(picture.pixels).save(buffer, "JPEG", quality=75)
-        return np.asarray(Image.open(buffer)).astype(float).ravel()
-
+    before, after = (
+        np.asarray(recompressed(Image.fromarray(picture.pixels), 75)).astype(float).ravel()
+        for picture in (original, protected)
+    )
     noise = protected.pixels.astype(float).ravel() - original.pixels.ravel()
-    left = np.dot(recompressed(protected) - recompressed(original), noise) / np.dot(noise, noise)
+    left = np.dot(after - before, noise) / np.dot(noise, noise)
     assert noise_left(original, protected, quality=75) == pytest.approx(left, rel=1e-5)
+
+
+def stripes():
+    rows = np.mgrid[:64, :96][0]
+    return np.where(rows // 8 % 2, 6, -6)[..., None] * np.array([1, -1, 1])
+
+
+def recompressed(picture, quality):
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("treated", "left"),
+    [
+        (lambda picture: picture, 1.0),
+        (lambda picture: recompressed(picture, 75), None),
+        (lambda picture: picture.resize((192, 128)), 1.0),
+        (lambda picture: picture.resize((48, 32)), 0.95),
+        (lambda picture: picture.point(lambda value: value * 0.8 + 20), 0.8),
+        (lambda picture: picture.convert("L").convert("RGB"), 0.174),  # 0.299 - 0.587 + 0.114
+    ],
+)
+def test_what_a_site_left_of_the_noise_is_seen_in_what_it_serves(treated, left):
+    original, protected = pair(stripes())
+    found, clean = (
+        noise_left_as_published(original, protected, from_pil(treated(Image.fromarray(picture.pixels))))
+        for picture in (protected, original)
+    )
+    # Of JPEG it is what both pictures, treated alike, say.
+    left = noise_left(original, protected, quality=75) if left is None else left
+    assert found == pytest.approx(left, abs=0.06)
+    assert clean == pytest.approx(0, abs=0.03)
+
+
+def test_what_was_published_is_one_of_the_figures_and_has_the_same_proportions():
+    original, protected = pair(stripes())
+    half = from_pil(Image.fromarray(protected.pixels).resize((47, 32)))
+    assert inspect_pair(original, protected, published=half)["left_as_published"] > 0.8
+    assert inspect_pair(original, original, published=half)["left_as_published"] is None
+    for cropped in (protected.pixels[:60], protected.pixels.transpose(1, 0, 2)):
+        with pytest.raises(ValueError, match="the protected one 96 x 64: it was cropped or turned"):
+            inspect_pair(original, protected, published=from_array(np.ascontiguousarray(cropped)))
 
 
 def test_equal_pictures_have_no_noise_to_lose():

@@ -61,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("protected", type=Path)
     look.add_argument("--mask", type=Path, metavar="FILE", help="measure inside and outside this mask")
     look.add_argument(
+        "--published",
+        type=Path,
+        metavar="FILE",
+        help="the protected image as a web site serves it, resized or recompressed: how much of the noise is left",
+    )
+    look.add_argument(
         "--picture", type=Path, metavar="FILE", help="write original, protected and amplified noise as PNG"
     )
     look.add_argument("--json", action="store_true", help="print JSON")
@@ -100,12 +106,14 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.picture:
         if options.picture.suffix.lower() != ".png":
             raise ValueError(f"--picture {options.picture}: it is a PNG, so name it .png")
-        refuse_overwriting("--picture", [options.picture], [options.original, options.protected, options.mask])
+        given = [options.original, options.protected, options.mask, options.published]
+        refuse_overwriting("--picture", [options.picture], given)
     original, protected = image_files.read(options.original), image_files.read(options.protected)
     region = None
     if options.mask:
         region = read_region(image_files.read_mask(options.mask), (original.height, original.width))
-    figures = inspect_pair(original, protected, region)
+    published = image_files.read(options.published) if options.published else None
+    figures = inspect_pair(original, protected, region, published)
     if options.picture:
         picture = image_files.from_pil(comparison_picture(original, protected))
         image_files.write(picture, options.picture, "png")
@@ -113,11 +121,12 @@ def run_inspect(options: argparse.Namespace) -> int:
         print(json.dumps(figures, indent=2))
         return 0
     where = "" if region is None else f" in the mask, {figures['max_noise_background']:g} outside"
-    left = figures["left_after_jpeg75"]
+    after = {"after JPEG 75": "left_after_jpeg75", "as published": "left_as_published"}
     print(f"max |noise|     {figures['max_noise']:g} of 255{where}")
     print(f"PSNR            {decibels(figures['psnr'])}")
     print(f"SSIM            {figures['ssim']:.4f}")
-    print(f"after JPEG 75   {'no noise to begin with' if left is None else f'{left:.0%} of the noise is left'}")
+    for when, left in ((when, figures[name]) for when, name in after.items() if name in figures):
+        print(f"{when:15} {'no noise to begin with' if left is None else f'{max(left, 0):.0%} of the noise is left'}")
     if options.picture:
         print(f"picture         {options.picture}")
     return 0

@@ -6,23 +6,27 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .evaluation.post_processing import jpeg
-from .fidelity import compare
+from .fidelity import compare, strips
 from .image_files import Picture
 
 
-def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | None = None) -> dict[str, float | None]:
+def inspect_pair(
+    original: Picture, protected: Picture, region: np.ndarray | None = None, published: Picture | None = None
+) -> dict[str, float | None]:
     """Compare a protected picture with its original.
 
     Args:
         original, protected: of the same shape and type.
         region: `(height, width)` bool, where the full budget applied; everywhere by default.
+        published: what became of the protected picture where it was published.
 
     Returns:
         `max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`, and
-        `left_after_jpeg75`, the share of the noise that JPEG of quality 75 leaves (None for equal pictures).
+        `left_after_jpeg75`, the share of the noise that JPEG of quality 75 leaves (None for equal pictures); with
+        `published` also `left_as_published`.
 
     Raises:
-        ValueError: pictures of different size or kind.
+        ValueError: pictures of different size or kind, or a published one of another shape.
     """
     protected = grey_again(protected, original)
     if original.pixels.shape != protected.pixels.shape or original.pixels.dtype != protected.pixels.dtype:
@@ -35,7 +39,10 @@ def inspect_pair(original: Picture, protected: Picture, region: np.ndarray | Non
     figures = compare(original, protected, region)
     if region.all():
         figures["max_noise_background"] = None
-    return figures | {"left_after_jpeg75": noise_left(original, protected, quality=75)}
+    figures["left_after_jpeg75"] = noise_left(original, protected, quality=75)
+    if published is not None:
+        figures["left_as_published"] = noise_left_as_published(original, protected, published)
+    return figures
 
 
 def grey_again(picture: Picture, original: Picture) -> Picture:
@@ -67,6 +74,48 @@ def share_left(
         return None
     after = protected_after.astype(np.float32) - original_after
     return float((after * noise).sum(dtype=np.float64) / energy)
+
+
+def noise_left_as_published(original: Picture, protected: Picture, published: Picture) -> float | None:
+    """The share of the noise that is left in what a web site, say, made of a protected picture.
+
+    All three at the published size, and grey if it is: the published pixels are fitted (least squares) by the
+    original's, the noise and a constant, so that brightness and contrast may have changed. The noise's factor is the
+    share of what resizing and grey alone leave of it, and what these take counts as well.
+
+    Args:
+        original, protected: of the same shape and type.
+        published: the protected picture, resized, recompressed or recoloured; not cropped or turned.
+
+    Returns:
+        1 for all of the noise, 0 for nothing; None if there was none.
+
+    Raises:
+        ValueError: the published picture has other proportions.
+    """
+    height, width, size = original.height, original.width, (published.width, published.height)
+    if abs(size[0] * height - size[1] * width) > max(width, height) + max(size):  # a pixel more or less of each side
+        raise ValueError(
+            f"the published picture has {size[0]} x {size[1]} pixels, the protected one {width} x {height}: it was "
+            "cropped or turned, and where its noise lies is not known; take one that was not"
+        )
+    noise = protected.rgb8().astype(np.float32) - original.rgb8()
+    if not noise.any():
+        return None
+    target = published.rgb8()
+    mode = "L" if (target == target[..., :1]).all() else "RGB"
+    before, after = (
+        np.asarray(Image.fromarray(picture.rgb8()).convert(mode).convert("RGB").resize(size, Image.Resampling.LANCZOS))
+        for picture in (original, protected)
+    )
+    products = np.zeros((3, 4))
+    for part in strips(target):
+        own = before[part].ravel().astype(np.float64)
+        terms = np.stack([own, after[part].ravel() - own, np.ones(own.size)])
+        products += terms @ np.stack([*terms, target[part].ravel()], axis=1)
+    factor = np.linalg.lstsq(products[:, :3], products[:, 3], rcond=None)[0][1]
+    left = products[1, 1] / target.size  # of the noise's energy, for each value
+    return float(factor * np.sqrt(left / np.mean(noise**2, dtype=np.float64)))
 
 
 def amplified_noise(original: Picture, protected: Picture, factor: float | None = None) -> Image.Image:
