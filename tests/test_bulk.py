@@ -23,7 +23,7 @@ from datasets import Array2D, Array3D, Dataset, Features, List, Value, load_data
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from unseg_hf import ProtectImages, Protector, cli
+from unseg_hf import ProtectImages, Protector, UnSegProcessor, cli
 from unseg_hf.bulk import manifest, outputs
 from unseg_hf.bulk.opening import open_source
 from unseg_hf.bulk.progress import Progress, duration
@@ -716,6 +716,33 @@ def test_verify_reads_masks_of_array_columns_as_the_run_did(place, saved_generat
     assert capsys.readouterr().err.count("outside the mask, where 0 is the most") == 2
 
 
+def test_classes_of_a_table_choose_the_noises(place, build_generator, script, capsys):
+    build_generator(noise_codes=4).save_pretrained("coded")
+    UnSegProcessor.for_image_size(64).save_pretrained("coded")
+    objects = Features({"bbox": List(List(Value("float32"))), "category": List(Value("int64"))})
+    boxes, classes = [[3, 4, 9, 12], [14, 8, 20, 20]], [[2, 0], [1, 1], [0]]
+    rows = {
+        "image": [{"bytes": encoded(photo(i)), "path": None} for i in range(3)],
+        "objects": [{"bbox": boxes, "category": numbers} for numbers in classes],
+    }
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "objects": objects})).to_parquet("in.parquet")
+    request = ["in.parquet", "--output", "out", "--model", "coded", "--box_column", "objects.bbox", "--per_segment"]
+    assert script(*request, "--class_column", "objects.category") == 0
+    protector = Protector.from_pretrained("coded")
+    for index, image in enumerate(published().values()):
+        expected = protector.protect(photo(index), boxes=boxes, classes=classes[index], mode="per_segment").image
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
+    assert len(published()) == 2
+    assert "classes=[0] for 2 masks or boxes" in lines()[2]["error"]
+    assert "the boxes of the data set, each with the noise of its class" in Path("out/README.md").read_text()
+    assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 0
+    capsys.readouterr()
+    assert script(*request) == 2
+    assert "protection.classes" in capsys.readouterr().err
+    assert script(*request[:-1], "--class_column", "objects.category") == 2
+    assert "needs mode='per_segment'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_boxes_of_a_table_are_the_protectors_boxes_and_are_verified(place, saved_generator, script, capsys, kind):
     boxes = [[[3, 4, 9, 12.5]], [[1, 1, 4, 4], [10, 8, 12, 9]], [], [[5, 5, 0, 3]]]
@@ -920,6 +947,7 @@ def test_progress_counts_what_all_processes_have_finished(place, saved_generator
         (["images"], {"mask_column": "mask"}, "--mask_column mask is for tables and tars"),
         (["images"], {"box_column": "boxes"}, "--box_column boxes is for tables"),
         (["a.tar"], {"box_column": "boxes"}, "--box_column boxes is for tables"),
+        (["images"], {"class_column": "labels"}, "--class_column labels is for tables"),
         (["images"], {"split": "test"}, "--split test is for data sets with splits"),
         (["in"], {"revision": "v1"}, "--revision v1 is for the Hub"),
         (["in"], {"split": "test"}, "--split test: no parquet file is named so"),

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
-from unseg_hf import ProtectImages, Protector, cli
+from unseg_hf import ProtectImages, Protector, UnSegProcessor, cli
 from unseg_hf.mapping import RecordError, stored_prompt
 from unseg_hf.model_identity import model_identity
 
@@ -140,6 +140,30 @@ def test_boxes_of_detection_data_sets_are_fields_and_have_widths_and_heights(dat
     protect = ProtectImages(str(saved_generator), box_column="objects.boxes", on_error="mark")
     with pytest.raises(ValueError, match="no field 'boxes' in a column: there is bbox, category"):
         dataset.add_column("objects", objects).map(protect, batched=True)
+
+
+def test_a_column_says_of_which_class_each_mask_or_box_is(dataset, build_generator, tmp_path):
+    build_generator(noise_codes=4).save_pretrained(tmp_path)
+    UnSegProcessor.for_image_size(64).save_pretrained(tmp_path)
+    protector = Protector.from_pretrained(tmp_path)
+    boxes = [[0, 0, 20, 20], [20, 20, 40, 40]]
+    objects = [{"bbox": boxes, "category": [2, 1]}] * 2 + [{"bbox": boxes, "category": [1]}]
+    objects += [{"bbox": boxes, "category": None}, {"bbox": [], "category": []}]
+    settings = {"mode": "per_segment", "on_error": "mark"}
+    protect = ProtectImages(str(tmp_path), box_column="o.bbox", class_column="o.category", **settings)
+    mapped = dataset.add_column("o", objects).map(protect, batched=True)
+    image = rows()["image"][0]["bytes"]
+    expected = protector.protect(image, boxes=boxes, classes=[2, 1], mode="per_segment").image
+    np.testing.assert_array_equal(np.asarray(mapped[0]["image"]), np.asarray(expected))
+    errors = mapped["protection_error"][:]
+    assert [bool(error) for error in errors] == [False, False, True, True, False]
+    assert "classes=[1] for 2 masks or boxes" in errors[2]
+    assert "the classes are missing" in errors[3]
+    # One mask and its class, without lists.
+    protect = ProtectImages(str(tmp_path), mask_column="mask", class_column="class", **settings)
+    mapped = dataset.add_column("class", [2] * 5).map(protect, batched=True)
+    expected = protector.protect(image, masks=[rows()["mask"][0]["bytes"]], classes=[2], mode="per_segment").image
+    np.testing.assert_array_equal(np.asarray(mapped[0]["image"]), np.asarray(expected))
 
 
 def test_what_boxes_are_not_is_named_with_the_option_that_is_meant(dataset, saved_generator):
@@ -390,6 +414,8 @@ def test_metadata_are_kept(saved_generator):
         ({"mask_column": "mask", "box_column": "boxes"}, "mask_column='mask' and box_column='boxes' were given"),
         ({"box_column": "boxes", "box_format": "yolo"}, "box_format='yolo': must be one of xyxy, xywh"),
         ({"box_format": "xywh"}, "box_format='xywh' needs box_column"),
+        ({"box_column": "boxes", "class_column": "c"}, "class_column='c' needs mode='per_segment'"),
+        ({"class_column": "c", "mode": "per_segment"}, "class_column='c' needs .*mask_column or box_column"),
         ({"label_maps": True}, "needs mask_column"),
         ({"on_error": "ignore"}, "must be one of raise, keep, mark, drop"),
         ({"mode": "all"}, "must be one of union"),

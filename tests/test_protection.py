@@ -16,7 +16,7 @@ from PIL import Image
 
 from unseg_hf import ImageFileError, Prompt, Protector, UnSegProcessor, image_files, protection
 from unseg_hf.fidelity import compare
-from unseg_hf.inputs import given_masks, read_region
+from unseg_hf.inputs import given_masks, mask_of_box, read_region
 from unseg_hf.noise_choice import texture
 from unseg_hf.protection import ALL_OVER, apply_noise
 
@@ -498,6 +498,16 @@ def test_small_models_have_one_thread_and_the_caller_keeps_all(loud_protector, m
     assert counts == [1, 2]
 
 
+def test_boxes_have_classes_as_masks_have(coded_protector):
+    boxes, classes = [[5, 5, 30, 40], [40, 10, 70, 55]], [2, 0]
+    masks = [mask_of_box(box, (60, 80)) for box in boxes]
+    boxed = coded_protector.protect(photo(), boxes=boxes, classes=classes, mode="per_segment")
+    masked = coded_protector.protect(photo(), masks=list(boxed.region & masks), classes=classes, mode="per_segment")
+    np.testing.assert_array_equal(boxed.picture.pixels, masked.picture.pixels)
+    others = coded_protector.protect(photo(), boxes=boxes, classes=[0, 2], mode="per_segment")
+    assert (boxed.picture.pixels != others.picture.pixels).any()
+
+
 def test_masks_and_their_classes_may_be_arrays_or_tensors(coded_protector):
     masks = np.stack([box_mask(), ~box_mask()])
     expected, *others = (
@@ -677,9 +687,10 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
         ({"mask": np.ones((3, 4))}, r"mask of shape \(3, 4\).*\(60, 80\)"),
         ({"mask": np.full((60, 80), np.nan)}, "finite"),
         ({"mask": box_mask(), "boxes": [[0, 0, 1, 1]]}, "one kind of prompt"),
-        ({"masks": [box_mask()], "classes": [1, 2]}, r"classes=\[1, 2\] for 1 masks"),
+        ({"masks": [box_mask()], "classes": [1, 2]}, r"classes=\[1, 2\] for 1 masks or boxes"),
         ({"masks": [box_mask()], "classes": [0.5]}, "a whole number for each"),
-        ({"mask": box_mask(), "classes": [1]}, "for 0 masks: pass `masks`"),
+        ({"mask": box_mask(), "classes": [1]}, "for 0 masks or boxes: pass `masks` or `boxes`"),
+        ({"boxes": [[1, 2, 3, 4]], "classes": [1, 2]}, r"classes=\[1, 2\] for 1 masks or boxes"),
         ({"boxes": [[1, 2, 3]]}, "4 finite numbers"),
         ({"boxes": [5, 5, 30, 30]}, "4 finite numbers"),
         ({"boxes": [[0, 0, float("nan"), 9]]}, "finite"),

@@ -44,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="xyxy",
         help="Boxes are x0, y0, x1, y1 in pixels (the default), or x, y, width, height, as COCO's.",
     )
+    add(
+        "--class_column",
+        help="In tables: column of lists of their classes, with --per_segment a noise for each class.",
+    )
     add("--drop_columns", nargs="+", default=[], metavar="NAME", help="Columns, in tars suffixes, to leave out.")
     add("--masks", type=Path, help="Folder of masks for a folder of images, matched by name.")
     add("--labels", action="store_true", help="The masks are label maps: every label but the ignored is an object.")
@@ -139,6 +143,7 @@ def run(options: argparse.Namespace) -> int:
         image_column=options.image_column,
         mask_column=options.mask_column,
         box_column=options.box_column,
+        class_column=options.class_column,
         drop_columns=options.drop_columns,
         split=options.split,
         name=options.name,
@@ -150,6 +155,7 @@ def run(options: argparse.Namespace) -> int:
         mask_column="masks" if has_masks else None,
         box_column="boxes" if options.box_column else None,
         box_format=options.box_format,
+        class_column="classes" if options.class_column else None,
         revision=options.model_revision,
         label_maps=options.labels,
         ignore_labels=tuple(options.ignore_labels),

@@ -27,7 +27,7 @@ class Prompt:
             are inside where they are not 0, floats where they are at least 0.5, JPEG files where they are at least
             128.
         masks: several of those; none of them where nothing is to be protected.
-        classes: number of the class of each of `masks`, for "per_segment".
+        classes: number of the class of each of `masks` or `boxes`, for "per_segment".
         label_map: a label image; every label becomes a mask, except `ignore_labels`, and is its class.
         ignore_labels: labels of `label_map` that are no objects.
         boxes: `[x0, y0, x1, y1]` each, in pixels of the upright image. In each the object that SAM finds is protected;
@@ -77,7 +77,8 @@ class Prompt:
         if self.masks is not None and not hasattr(self.masks, "__len__"):
             object.__setattr__(self, "masks", list(self.masks))
         if self.classes is not None:
-            object.__setattr__(self, "classes", _class_numbers(self.classes, self.masks))
+            marked = self.boxes if self.masks is None else self.masks
+            object.__setattr__(self, "classes", _class_numbers(self.classes, marked))
         for name, width in (("boxes", 4), ("points", 2)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _coordinates(name, getattr(self, name), width))
@@ -126,10 +127,12 @@ class Prompt:
                 raise ValueError(f"point {[x, y]} lies outside the image of {width} x {height} pixels")
 
 
-def _class_numbers(classes, masks) -> list[int]:
-    numbers, count = np.asarray(classes), 0 if masks is None else len(masks)
-    if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
-        raise ValueError(f"classes={classes!r} for {count} masks: pass `masks`, and a whole number for each")
+def _class_numbers(classes, marked) -> list[int]:
+    numbers, count = np.asarray(classes), 0 if marked is None else len(marked)
+    if numbers.shape != (count,) or (count and numbers.dtype.kind not in "iu"):
+        raise ValueError(
+            f"classes={classes!r} for {count} masks or boxes: pass `masks` or `boxes`, and a whole number for each"
+        )
     return numbers.tolist()
 
 
@@ -215,7 +218,7 @@ def given_masks(
         if 255 in prompt.ignore_labels and masks.values[-1] > 255 and (labels == 255).any():
             notes = ("label 255 is ignored: if labels count objects here, ignore 0 alone (ignore_labels)",)
         return masks, list(masks.values), notes
-    return None, None, ()
+    return None, prompt.classes, ()
 
 
 def are_shares(coordinates: Sequence[float], size: tuple[int, int]) -> bool:

@@ -54,6 +54,8 @@ class ProtectImages:
         box_column: column, or field, of lists of boxes around objects, in pixels, in place of masks. An empty list, of
             boxes or of masks, is an image without objects: nothing in it is protected.
         box_format: "xyxy" or "xywh", as in [`Prompt`]; data sets made of COCO's json have `[x, y, width, height]`.
+        class_column: column, or field, of lists of whole numbers, the class of each mask or box of a row, which get
+            the noises of their classes; with mode="per_segment".
         revision: of a Hub id.
         label_maps: the masks are label maps, of which every label but `ignore_labels` is a mask.
         ignore_labels: labels that are no objects.
@@ -88,6 +90,7 @@ class ProtectImages:
     mask_column: str | None = None
     box_column: str | None = None
     box_format: str = "xyxy"
+    class_column: str | None = None
     revision: str | None = None
     label_maps: bool = False
     ignore_labels: tuple[int, ...] = (0, 255)
@@ -117,6 +120,11 @@ class ProtectImages:
             raise ValueError(f"{' and '.join(given)} were given: pass one kind of prompt")
         if self.box_format != "xyxy" and not self.box_column:
             raise ValueError(f"box_format={self.box_format!r} needs box_column")
+        if self.class_column and (self.mode != "per_segment" or self.label_maps or not columns):
+            raise ValueError(
+                f"class_column={self.class_column!r} needs mode='per_segment', and mask_column or box_column without "
+                "label_maps, which have their own classes"
+            )
         if self.label_maps and not self.mask_column:
             raise ValueError("label_maps needs mask_column")
         if self.on_error not in ON_ERROR:
@@ -163,10 +171,11 @@ class ProtectImages:
             )
         column = self.mask_column or self.box_column
         masks = [None] * len(images) if column is None else _undecoded(batch, column)
+        classes = _undecoded(batch, self.class_column) if self.class_column else [None] * len(images)
         rows: list[Any] = []
         errors: list[str] = []
         reports: dict[str, list] = {name: [] for name in self.report_columns}
-        outcomes = self.outcomes(zip(images, masks, strict=True), rank)
+        outcomes = self.outcomes(zip(images, masks, classes, strict=True), rank)
         for index, (image, outcome) in enumerate(zip(images, outcomes, strict=True)):
             if outcome.error and self.on_error == "raise":
                 file = image.get("path") if isinstance(image, Mapping) else None
@@ -208,19 +217,20 @@ class ProtectImages:
             added[self.error_column] = Value("string")
         return Features({**features, self.image_column: Image(), **added})
 
-    def outcomes(self, pairs: Iterable[tuple[Any, Any]], rank: int | None = None) -> Iterator[Outcome]:
+    def outcomes(self, rows: Iterable[tuple[Any, Any, Any]], rank: int | None = None) -> Iterator[Outcome]:
         """Protect images with their masks, in order; what is wrong with one is its `error`.
 
         Args:
-            pairs: an image, as in a column (`{"bytes": ..., "path": ...}`, or as [`Protector.protect`] takes it), and
-                its mask, a list of masks or of boxes, or None, which is an error where those were announced.
+            rows: an image, as in a column (`{"bytes": ..., "path": ...}`, or as [`Protector.protect`] takes it), its
+                mask, a list of masks or of boxes, and a list of their classes; None, of these, is an error where they
+                were announced.
             rank: of the process among those of this machine.
         """
         protector = self.protector(rank)
         size = 1 if protector.model.device.type == "cpu" else self.batch_size
         waiting: list[Job | Outcome] = []
-        for image, mask in pairs:
-            waiting.append(self._prepared(protector, image, mask))
+        for row in rows:
+            waiting.append(self._prepared(protector, *row))
             if len(waiting) == size:
                 yield from self._finished(protector, waiting)
                 waiting = []
@@ -233,7 +243,7 @@ class ProtectImages:
             device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
         return _load(self.model, self.revision, self.identity, device)
 
-    def _prepared(self, protector: Protector, image: Any, mask: Any) -> Job | Outcome:
+    def _prepared(self, protector: Protector, image: Any, mask: Any, classes: Any) -> Job | Outcome:
         try:
             budget = self.epsilon, self.epsilon_background
             if isinstance(image, list):
@@ -243,20 +253,24 @@ class ProtectImages:
                     else ("numbers: cast its column to datasets.Image() before map")
                 )
                 raise RecordError(f"the image is a list of {listed}")
-            return protector.prepare(stored_image(image, "the image"), self.prompt(mask), *budget)
+            return protector.prepare(stored_image(image, "the image"), self.prompt(mask, classes), *budget)
         except MemoryError:
             raise
         # Whatever reading a damaged file raises is that record's trouble alone.
         except Exception as error:
             return Outcome(error=without_folders(one_line(error), image, mask))
 
-    def prompt(self, mask: Any) -> Prompt:
-        """What to protect in an image with this mask, or these masks or boxes.
+    def prompt(self, mask: Any, classes: Any = None) -> Prompt:
+        """What to protect in an image with this mask, or these masks or boxes, of these classes.
 
         Raises:
             RecordError: there is none, though it was announced.
         """
         fields = self._of_all_prompts()
+        if self.class_column is not None:
+            if classes is None:
+                raise RecordError("the classes are missing; give them, or choose what happens to such records")
+            fields["classes"] = classes if isinstance(classes, list | np.ndarray) else [classes]
         if self.box_column is not None:
             return boxes_prompt(mask, self.box_format, **fields)
         if self.mask_column is None:
@@ -396,7 +410,11 @@ def stored_prompt(mask: Any, label_maps: bool, **fields: Any) -> Prompt:
         if label_maps:
             raise RecordError("a list of masks is no label map; leave label_maps out")
         return Prompt(masks=[_read_mask(one) for one in mask], **fields)
-    return Prompt(**{"label_map" if label_maps else "mask": _read_mask(mask)}, **fields)
+    one = _read_mask(mask)
+    if label_maps:
+        return Prompt(label_map=one, **fields)
+    # Of a class it is the only one of a list.
+    return Prompt(**({"masks": [one]} if "classes" in fields else {"mask": one}), **fields)
 
 
 def _read_mask(value: Any) -> Any:

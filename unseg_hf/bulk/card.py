@@ -87,6 +87,7 @@ def _what(protection: dict[str, Any]) -> str:
     if protection["whole_image"]:
         return "the whole image, which hardly protects: it does not say where objects are"
     each = "each with noise of its own" if protection["mode"] == "per_segment" else "together"
+    each = "each with the noise of its class" if protection.get("classes") else each
     if not protection["masks"]:
         return f"the objects that the generator found by itself, {each}"
     if protection["label_maps"]:

@@ -31,6 +31,7 @@ def open_source(
     image_column: str | None = None,
     mask_column: str | None = None,
     box_column: str | None = None,
+    class_column: str | None = None,
     drop_columns: Sequence[str] = (),
     split: str | None = None,
     name: str | None = None,
@@ -48,6 +49,7 @@ def open_source(
             of a sample.
         mask_column: the same of masks; in tars `json` reads SA-1B's annotations.
         box_column: of tables: column of lists of boxes, in place of masks.
+        class_column: of tables: column of lists of the classes of masks or boxes.
         drop_columns: columns, in tars suffixes, that the output does not get.
         split: of a data set on disk or on the Hub, `train` by default, or of parquet files that are named so
             (`test.parquet`, or as on the Hub `test-00000-of-00001.parquet`).
@@ -63,7 +65,7 @@ def open_source(
         raise ValueError(f"shard_size={shard_size}: must be at least 1")
     from .images import ImageFolder
 
-    columns = (image_column or "image", mask_column or box_column, drop_columns)  # of tables
+    columns = (image_column or "image", mask_column or box_column, class_column, drop_columns)  # of tables
     found = [Path(path) for pattern in inputs for path in (_matches(pattern) or [pattern])]
     for path in found:
         _refuse_protected(path)
@@ -91,7 +93,8 @@ def open_source(
     if tars:
         from .tars import TarFiles
 
-        _refuse(masks=masks, box_column=box_column, split=split, name=name, revision=revision)
+        _refuse(masks=masks, box_column=box_column, class_column=class_column)
+        _refuse(split=split, name=name, revision=revision)
         return TarFiles(tars, image_column, mask_column, drop_columns)
     folders = [path for path in found if path.is_dir()]
     # Where masks are elsewhere, the images are all that is wanted of a folder.
@@ -104,7 +107,7 @@ def open_source(
         return LocalDataset(found[0], split or "train", shard_size, *columns)
     if all(path.exists() for path in found):
         _refuse(image_column=image_column, mask_column=mask_column, drop_columns=" ".join(drop_columns) or None)
-        _refuse(box_column=box_column, split=split, name=name, revision=revision)
+        _refuse(box_column=box_column, class_column=class_column, split=split, name=name, revision=revision)
         return ImageFolder(found, shard_size, masks, output)
     from .tables import StreamedDataset
 
@@ -160,6 +163,7 @@ def _refuse(**options: Any) -> None:
     kinds = {
         "masks": "folders of images",
         "box_column": "tables",
+        "class_column": "tables",
         "split": "data sets with splits",
         "name": "the Hub",
         "revision": "the Hub",

@@ -31,6 +31,7 @@ class Record:
         mask: as [`unseg_hf.ProtectImages`] takes one.
         error: one line on why it cannot be read.
         rest: what else belongs to it, in whatever form its source holds it.
+        classes: of its masks or boxes, as [`unseg_hf.ProtectImages`] takes them.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Record:
     mask: Any = None
     error: str = ""
     rest: Any = field(default=None, repr=False)
+    classes: Any = None
 
 
 class Source(Protocol):

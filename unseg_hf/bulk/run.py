@@ -45,6 +45,7 @@ def run_settings(source: Source, kind: str, protect: ProtectImages, on_error: st
             "epsilon_background": background,
             "masks": protect.mask_column is not None or protect.box_column is not None,
             "boxes": protect.box_format if protect.box_column is not None else None,
+            "classes": True if protect.class_column is not None else None,
             "label_maps": protect.label_maps,
             "ignore_labels": list(protect.ignore_labels),
             "mode": protect.mode,
@@ -223,14 +224,14 @@ def _outcomes(
     """Every record with what became of it; a damaged end of the shard is a record of its own."""
     records: list[Record] = []  # those whose outcome is still to come: a few, where a GPU takes several at once
 
-    def pairs():
+    def rows():
         try:
             for record in source.read(shard):
                 records.append(record)
-                yield record.image, record.mask
+                yield record.image, record.mask, record.classes
         except SourceError as error:
             records.append(Record(source.shards[shard].name, "", None, error=str(error)))
-            yield None, None
+            yield None, None, None
 
-    for outcome in protect.outcomes(pairs(), rank):
+    for outcome in protect.outcomes(rows(), rank):
         yield records.pop(0), outcome

@@ -38,6 +38,7 @@ class Table:
         image_column: its values hold encoded images.
         mask_column: of masks, or lists of them, or of lists of boxes; `objects.bbox` is a field of the column
             `objects`. None where there are none.
+        class_column: of lists of the classes of these masks or boxes; None where there are none.
         dropped: columns that are not handed on.
 
     Raises:
@@ -46,18 +47,27 @@ class Table:
 
     shards: list[ShardPlan]
 
-    def __init__(self, stored: pa.Schema, image_column: str, mask_column: str | None, dropped: Sequence[str] = ()):
+    def __init__(
+        self,
+        stored: pa.Schema,
+        image_column: str,
+        mask_column: str | None,
+        class_column: str | None = None,
+        dropped: Sequence[str] = (),
+    ):
         refuse_dropped_images(image_column, dropped)
         for option, column in [("image_column", image_column), *(("drop_columns", c) for c in dropped)]:
             if column not in stored.names:
                 raise ValueError(f"no column {column!r}; there is {', '.join(stored.names)}: say which with {option}")
         self._stored, self.image_column = stored, image_column
-        self._masks, self._fields = (None, []) if mask_column is None else _place_of(mask_column, stored)
+        # Of masks or boxes, and of classes: the column, and the fields that lead to them.
+        self._marks = [None if name is None else _place_of(name, stored) for name in (mask_column, class_column)]
         self._dropped = sorted(set(dropped))
         self._hold_files = [field.name for field in stored if _holds_bytes(field.type)]
-        known = (image_column, self._masks, *dropped)
+        known = (image_column, *dropped, *(place[0] for place in self._marks if place))
         self._may_hold_images = [name for name in self._hold_files if name not in known]
         self.description = {"mask_column": mask_column, "drop_columns": self._dropped}
+        self.description |= {"class_column": class_column} if class_column else {}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, str, pa.Table]]:
         """Number of the first row and name of its file, for each table."""
@@ -69,13 +79,15 @@ class Table:
 
     def _records(self, first: int, label: str, table: pa.Table) -> Iterator[Record]:
         images = table[self.image_column].to_pylist()
-        masks = table[self._masks].to_pylist() if self._masks else [None] * len(images)
-        for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        masks, classes = (
+            [field_of(value, place[1]) for value in table[place[0]].to_pylist()] if place else [None] * len(images)
+            for place in self._marks
+        )
+        for index, (image, mask, numbers) in enumerate(zip(images, masks, classes, strict=True)):
             if isinstance(image, str | bytes):
                 image = {"bytes": image} if isinstance(image, bytes) else {"path": image}
             data, error = image_bytes(image)
-            mask = field_of(mask, self._fields)
-            yield _record(label, first + index, data, mask, error, table.slice(index, 1))
+            yield _record(label, first + index, data, mask, error, table.slice(index, 1), classes=numbers)
 
     def schema(self) -> pa.Schema:
         from datasets import Features, Image
