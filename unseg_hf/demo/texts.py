@@ -66,7 +66,8 @@ EXIF = "camera, date and place (GPS) are removed from the download unless you ti
 TYPED = "for clicks: x,y   for boxes: left,top,right,bottom"
 WEB = (
     "A detail of the protected photo after what web sites do to photos, and the share of the noise that is left, "
-    "measured on the whole photo (half size: enlarged again)."
+    "measured on the whole photo (half size: enlarged again). What a site made of yours, `unseg inspect original.jpg "
+    "protected.png --published downloaded.jpg` says."
 )
 COMMAND = (
     "The same pixels from a terminal (`pip install unseg-hf`); for a brushed mask, download it above. The command "
