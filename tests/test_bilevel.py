@@ -105,6 +105,8 @@ def test_a_generator_of_many_noises_is_trained_as_one_of_the_first(build_generat
     data = InteractiveSegmentation([Discs()], 64, (0.8, 1.2))
     settings = BilevelConfig(epochs=1, batch_size=4, points=64, alternation="joint")
     accelerator = Accelerator(cpu=True)
+    with pytest.raises(FileNotFoundError, match="start without resume"):  # which takes the same accelerator
+        train(generator, surrogates, data, settings, tmp_path / "run", accelerator, resume=True)
     assert train(generator, surrogates, data, settings, tmp_path / "run", accelerator, report=str)
     assert not torch.equal(generator.noise_head.noise_tokens.weight, first)
     # Its checkpoints would have the models of both.

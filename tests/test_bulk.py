@@ -740,7 +740,7 @@ def test_classes_of_a_table_choose_the_noises(place, build_generator, script, ca
     assert script(*request) == 2
     assert "protection.classes" in capsys.readouterr().err
     assert script(*request[:-1], "--class_column", "objects.category") == 2
-    assert "needs mode='per_segment'" in capsys.readouterr().err
+    assert "--class_column objects.category needs --per_segment, and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
@@ -810,55 +810,75 @@ def test_verify_looks_at_the_whole_folder_and_says_where_the_masks_are_not_known
         assert ("NOT checked: the generator found them" in capsys.readouterr().out) == unchecked
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_a_folder_with_metadata_is_what_it_says_and_needs_none_of_its_files(place, saved_generator, kind):
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_masks_that_metadata_names_are_not_protected_as_photos(place, saved_generator, suffix, capsys):
     Path("in/train").mkdir(parents=True)
-    entries = []
-    for index in range(3):
-        (place / f"in/train/{index}.png").write_bytes(encoded(photo(index)))
-        (place / f"in/train/{index}_mask.png").write_bytes(encoded(mask(index)))
-        entries.append({"file_name": f"{index}.png", "mask_file_name": f"{index}_mask.png", "caption": f"no. {index}"})
-    (place / "in/train/metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    run({"inputs": ["in"], "mask_column": "mask"}, saved_generator, kind=kind)
-    protector = Protector.from_pretrained(saved_generator)
-    assert len(published()) == 3
-    for index, image in enumerate(published().values()):
-        expected = protector.protect(photo(index), mask=mask(index)).image
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
-    assert cli.main(["verify", "out", "--originals", "in"]) == 0
-    with pytest.raises(ValueError, match=r"in, in/train/0\.png: a folder with metadata stands alone"):
-        open_source(["in", "in/train/0.png"], Path("other"))
-    # Nothing leads back to this machine, and the masks are there without its files.
+    (place / "in/train/a.png").write_bytes(encoded(photo(0)))
+    (place / "in/train/a_mask.png").write_bytes(encoded(mask(0)))
+    entry = {"file_name": "a.png", "mask_file_name": "a_mask.png"}
+    text = json.dumps(entry) if suffix == "jsonl" else "\n".join(map(",".join, (entry, entry.values())))
+    (place / f"in/train/metadata.{suffix}").write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"metadata.{suffix}: mask_file_name are images of this folder too, and would"
+    ):
+        open_source(["in"], Path("out"))
+    assert [len(open_source(["in/train/a.png"], Path("out")).shards)] == [1]
+    # As the message says; nothing leads back to this machine, and the masks are there without its files.
+    load_dataset("imagefolder", data_dir="in", split="train").save_to_disk("saved")
     shutil.rmtree("in")
+    run({"inputs": ["saved"], "mask_column": "mask"}, saved_generator)
+    expected = Protector.from_pretrained(saved_generator).protect(photo(0), mask=mask(0)).image
+    (image,) = published().values()
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(Dataset.from_parquet("out/data/*.parquet")[0]["mask"]), mask(0))
     assert not any(str(place).encode() in content for content in files("out").values())
-    if kind == "parquet":
-        rows = Dataset.from_parquet("out/data/*.parquet")
-        assert rows["caption"][:] == ["no. 0", "no. 1", "no. 2"]
-        np.testing.assert_array_equal(np.asarray(rows[1]["mask"]), mask(1))
-    else:
-        beside = next(content for name, content in files("out").items() if name.endswith("00000001.mask.png"))
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(beside))), mask(1))
 
 
-def test_a_folder_with_metadata_is_images_where_their_masks_are_elsewhere(place):
+def test_metadata_of_anything_else_leaves_a_folder_as_it_is(place, saved_generator):
     source = write_images(place)
-    Path("in/metadata.jsonl").write_text(json.dumps({"file_name": "p0.png", "caption": "a disc"}))
-    assert open_source(**source, output=Path("out")).description["kind"] == "images"
-    assert open_source(["in"], Path("out")).description["kind"] == "saved"
+    for name, text in (("metadata.jsonl", '{"file_name": "p0.png", "caption": "x"}'), ("sub/metadata.csv", "\xff\n")):
+        Path("in", name).parent.mkdir(exist_ok=True)
+        Path("in", name).write_text(text, encoding="latin-1")
+    run(source, saved_generator)
+    assert len(published()) == GOOD
+    # An output that was made of masks, too, can be verified.
+    Path("in/metadata.jsonl").write_text('{"file_name": "p0.png", "mask_file_name": "p1.jpg"}')
+    assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 
 def test_files_that_rows_name_and_that_are_gone_leave_their_names(place, saved_generator):
-    (place / "b.png").write_bytes(encoded(photo(1)))
-    rows = {"image": [{"bytes": encoded(photo(0)), "path": None}] * 2}
-    rows["others"] = [[{"bytes": None, "path": str(place / "a.png")}], [{"bytes": None, "path": str(place / "b.png")}]]
+    (place / "b").write_bytes(encoded(photo(1)))
+    (place / "secret.png").write_bytes(b"TOKEN=abc")
+    rows = {"image": [{"bytes": encoded(photo(0)), "path": None}] * 3}
+    rows["others"] = [[{"bytes": None, "path": str(place / name)}] for name in ("a.png", "b", "secret.png")]
     features = Features({"image": ImageFeature(), "others": List(ImageFeature())})
     pq.write_table(pa.Table.from_pydict(rows, features.arrow_schema), "in.parquet")
     protect = ProtectImages(str(saved_generator), whole_image=True)
     protect_dataset(open_source(["in.parquet"], Path("out")), Path("out"), "parquet", protect)
     (table,) = (pq.read_table(path) for path in Path("out/data").glob("*.parquet"))
     assert table["others"].to_pylist() == [
-        [{"bytes": None, "path": "a.png"}], [{"bytes": encoded(photo(1)), "path": "b.png"}]
-    ]  # fmt: skip
+        [{"bytes": None, "path": "a.png"}],
+        [{"bytes": encoded(photo(1)), "path": "b"}],
+        [{"bytes": None, "path": "secret.png"}],
+    ]
+    assert [line.get("unprotected") for line in lines()] == [{"others": 1}] * 3
+
+
+def test_images_beside_the_boxes_that_are_used_are_counted(place, saved_generator):
+    one = {"bytes": encoded(photo(1)), "path": None}
+    rows = {"image": [{"bytes": encoded(photo(0)), "path": None}]}
+    rows["objects"] = [
+        {"bbox": [[1, 2, 9, 9]], "crop": [one, one], "mask": [{"bytes": encoded(mask(0)), "path": None}]}
+    ]
+    objects = {"bbox": List(List(Value("float32"))), "crop": List(ImageFeature()), "mask": List(ImageFeature())}
+    features = Features({"image": ImageFeature(), "objects": objects})
+    Dataset.from_dict(rows, features=features).to_parquet("in.parquet")
+    for option, unprotected in (("box_column", 3), ("mask_column", 2)):
+        name = {"box_column": "objects.bbox", "mask_column": "objects.mask"}[option]
+        protect = ProtectImages(str(saved_generator), **{option: "given"})
+        source = open_source(["in.parquet"], Path(option), **{option: name})
+        protect_dataset(source, Path(option), "parquet", protect)
+        assert [line.get("unprotected") for line in lines(option)] == [{"objects": unprotected}]
 
 
 def test_columns_of_kinds_that_cannot_be_described_can_be_left_out(place, saved_generator):
@@ -906,7 +926,7 @@ def test_verify_finds_clean_images_lines_and_counts_that_were_changed(place, sav
     values = json.loads(mark)
     mark_file.write_text(json.dumps(values | {"failed": values["failed"] + 1}))
     assert cli.main(["verify", "out"]) == 1
-    assert "shard 0: its mark and its lines differ in how many images failed" in capsys.readouterr().err
+    assert "shard 0: its mark and its lines differ in failed" in capsys.readouterr().err
 
 
 def test_verify_says_which_shards_are_not_there_yet(place, saved_generator, capsys):
@@ -983,6 +1003,10 @@ def test_a_split_of_parquet_files_is_the_one_that_was_asked_for(place, saved_gen
     with pytest.raises(ValueError, match="several splits, test, train: name one with --split"):
         open_source(["plain"], Path("other"))
     assert len(open_source(["plain"], Path("other"), split="test").shards) == 1
+    # An output that was made of both before splits were known by these names.
+    both = open_source(["plain"], Path("both"), mask_column="mask", verifying=True)
+    protect_dataset(both, Path("both"), "parquet", ProtectImages(str(saved_generator), mask_column="masks"))
+    assert cli.main(["verify", "both", "--originals", "plain"]) == 0
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 

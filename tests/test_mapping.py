@@ -138,7 +138,7 @@ def test_boxes_of_detection_data_sets_are_fields_and_have_widths_and_heights(dat
         assert "[2.0, 2.0, 0.0, 18.0]: needs a width and a height above 0" in errors[3]
         assert mapped[name][:] == dataset.add_column(name, column)[name][:]
     protect = ProtectImages(str(saved_generator), box_column="objects.boxes", on_error="mark")
-    with pytest.raises(ValueError, match="no field 'boxes' in a column: there is bbox, category"):
+    with pytest.raises(ValueError, match="has no field 'boxes': there is bbox, category"):
         dataset.add_column("objects", objects).map(protect, batched=True)
 
 
@@ -169,7 +169,7 @@ def test_a_column_says_of_which_class_each_mask_or_box_is(dataset, build_generat
 def test_what_boxes_are_not_is_named_with_the_option_that_is_meant(dataset, saved_generator):
     for column, message in (
         ({"bbox": [[1, 2, 3, 4]]}, "the boxes are a struct of bbox: name the field, as in 'objects.bbox'"),
-        ([[40, 30, 20, 10]], "needs x0 < x1 and y0 < y1, in pixels .*box_format='xywh' takes widths"),
+        ([[40, 30, 20, 10]], "needs x0 < x1 and y0 < y1, in pixels .*box_format, xywh"),
     ):
         with pytest.raises(RecordError, match=message):
             dataset.add_column("boxes", [column] * 5).map(
@@ -203,6 +203,8 @@ def test_images_that_are_no_images_are_named_by_what_they_are(dataset, saved_gen
 def test_masks_may_be_fields_too_and_a_name_with_a_dot_is_a_name_first(dataset, saved_generator):
     expected = dataset.map(ProtectImages(str(saved_generator), mask_column="mask"), batched=True)
     nested = dataset.map(lambda row: {"objects": {"mask": row["mask"], "a": 1}})
+    with pytest.raises(ValueError, match=r"image_column='objects.mask' is a field of a column, in which the original"):
+        nested.map(ProtectImages(str(saved_generator), image_column="objects.mask"), batched=True)
     for name, rows_ in (("objects.mask", nested), ("a.b", dataset.rename_column("mask", "a.b"))):
         mapped = rows_.map(ProtectImages(str(saved_generator), mask_column=name), batched=True)
         assert stored(mapped) == stored(expected)

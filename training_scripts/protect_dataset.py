@@ -123,6 +123,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("pass one of masks, --box_column and --whole_image")
     if options.box_format != "xyxy" and not options.box_column:
         raise ValueError(f"--box_format {options.box_format} needs --box_column")
+    if options.class_column and not (options.per_segment and (options.mask_column or options.box_column)):
+        raise ValueError(
+            f"--class_column {options.class_column} needs --per_segment, and --mask_column or --box_column"
+        )
     if options.labels and not has_masks:
         raise ValueError("--labels needs --masks or --mask_column")
     from transformers.utils import logging

@@ -91,8 +91,8 @@ class Prompt:
         for x0, y0, x1, y1 in self.boxes or ():
             if not (x0 < x1 and y0 < y1):
                 raise ValueError(
-                    f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels (in Python, box_format='xywh' "
-                    "takes widths and heights)"
+                    f"box {[x0, y0, x1, y1]}: needs x0 < x1 and y0 < y1, in pixels (for widths and heights there is "
+                    "box_format, xywh)"
                 )
         labels = [1] * len(self.points or ()) if self.point_labels is None else np.ravel(self.point_labels).tolist()
         if len(labels) != len(self.points or ()):

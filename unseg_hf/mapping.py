@@ -162,6 +162,11 @@ class ProtectImages:
                 f"there is a column {there[0]!r} already: if these images are protected, noise on noise is beyond the "
                 "bound; if it is of others, what it says would be lost: rename it, or pass another error_column"
             )
+        if column_and_fields(self.image_column, batch)[1]:
+            raise ValueError(
+                f"image_column={self.image_column!r} is a field of a column, in which the original would stay: make "
+                "it a column of its own first (flatten)"
+            )
         _one_thread_in_workers()
         images = _undecoded(batch, self.image_column)
         if any(isinstance(image, str | bytes) for image in images):
@@ -369,7 +374,7 @@ def field_of(value: Any, fields: Sequence[str]) -> Any:
     known = list(value) if isinstance(value, Mapping) else []
     if fields[0] not in known:
         there = f"there is {', '.join(known)}" if known else f"it is {type(value).__name__}"
-        raise ValueError(f"no field {fields[0]!r} in a column: {there}")
+        raise ValueError(f"a column of masks, boxes or classes has no field {fields[0]!r}: {there}")
     return field_of(value[fields[0]], fields[1:])
 
 

@@ -215,8 +215,9 @@ class UnSegModel(UnSegPreTrainedModel):
             self.config.__dict__ |= named
         else:
             logger.warning(
-                "This model is saved without its pipeline: pipeline(...) will not find it there. Save or push the "
-                "pipeline that has the model, or use save_generator and push_generator of unseg_hf.training.publishing"
+                "This model is saved without its pipeline: where unseg_hf is not installed, pipeline(...) will not "
+                "find it. Save or push the pipeline that has the model, or use save_generator and push_generator of "
+                "unseg_hf.training.publishing"
             )
         try:
             super().save_pretrained(save_directory, **kwargs)

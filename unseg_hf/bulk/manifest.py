@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,19 +143,21 @@ def complete_shard(
     lines_file, mark_file = part_files(output, shard)
     write_in_place(data, lines_file, partial)
     names = f"{FOLDER}/{lines_file.name}"
-    failed = sum(line["status"] != "protected" for line in lines)
-    mark = {
-        "shard": shard,
+    mark = {"shard": shard, **counts_of(lines), "files": {**files, names: hashlib.sha256(data).hexdigest()}}
+    write_in_place(json.dumps(mark, indent=1).encode() + b"\n", mark_file, partial)
+    return mark
+
+
+def counts_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a mark says of a shard's lines."""
+    return {
         "records": len(lines),
-        "failed": failed,
+        "failed": sum(line["status"] != "protected" for line in lines),
         "max_noise": max((line["max_noise"] for line in lines if line["status"] == "protected"), default=0),
         **{name: sum(line.get("tinted") is tinted for line in lines) for name, tinted in TINTED.items()},
         "unchanged": sum(line["status"] == "protected" and _is_unchanged(line) for line in lines),
         "unprotected": _sum(line.get("unprotected", {}) for line in lines),
-        "files": {**files, names: hashlib.sha256(data).hexdigest()},
     }
-    write_in_place(json.dumps(mark, indent=1).encode() + b"\n", mark_file, partial)
-    return mark
 
 
 def _is_unchanged(line: Mapping[str, Any]) -> bool:

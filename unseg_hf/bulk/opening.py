@@ -1,5 +1,7 @@
 """Which kind of source a location is."""
 
+import csv
+import json
 import os
 import re
 from collections import Counter
@@ -14,9 +16,7 @@ from . import manifest
 from .records import Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-METADATA = ("metadata.jsonl", "metadata.csv")
-"""Files that say more of the images beside them, masks included, as `load_dataset("imagefolder")` reads it."""
-
+_METADATA = ("metadata.jsonl", "metadata.csv")  # of folders of images, as `datasets` reads them
 _SPLIT = re.compile(
     r"(?:(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?|(train|test|validation|valid|val|dev))\.parquet", re.IGNORECASE
 )
@@ -37,12 +37,13 @@ def open_source(
     name: str | None = None,
     revision: str | None = None,
     shard_size: int = 500,
+    verifying: bool = False,
 ) -> Source:
     """The source at a location.
 
     Args:
         inputs: parquet files, tars, images, patterns for them, folders of any of these, a folder that `save_to_disk`
-            wrote, one of images with a `metadata.jsonl` or `metadata.csv`, or a Hub id.
+            wrote, or a Hub id.
         output: where the protected images go; nothing below it is taken for an input.
         masks: for images: a folder of masks, matched by name as `unseg protect` does.
         image_column: column of images, or the suffix of images in tars; by default `image`, and in tars the only image
@@ -56,6 +57,7 @@ def open_source(
         name: configuration of a data set of the Hub.
         revision: of a data set of the Hub.
         shard_size: images in a shard; tars and files of streamed data sets are shards of their own.
+        verifying: the output is there already; what it was made of is not questioned.
 
     Raises:
         ValueError: nothing is there, or options do not fit; names them.
@@ -70,10 +72,10 @@ def open_source(
     for path in found:
         _refuse_protected(path)
     if len(found) == 1 and any((found[0] / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        from .tables import LocalDataset
+        from .tables import SavedDataset
 
         _refuse(masks=masks, name=name, revision=revision)
-        return LocalDataset(found[0], split or "train", shard_size, *columns)
+        return SavedDataset(found[0], split or "train", shard_size, *columns)
     if len(found) > 1 and (missing := next((path for path in found if not path.exists()), None)):
         raise ValueError(f"{missing}: no such file or folder; a Hub id stands alone")
     parquet, tars = (_files(found, suffixes, output) for suffixes in ((".parquet",), TAR_SUFFIXES))
@@ -87,7 +89,7 @@ def open_source(
         from .tables import ParquetFiles
 
         _refuse(masks=masks, name=name, revision=revision)
-        source = ParquetFiles(_of_split(parquet, split), shard_size, *columns)
+        source = ParquetFiles(_of_split(parquet, split, verifying), shard_size, *columns)
         source.description |= {} if split is None else {"split": split}
         return source
     if tars:
@@ -96,15 +98,8 @@ def open_source(
         _refuse(masks=masks, box_column=box_column, class_column=class_column)
         _refuse(split=split, name=name, revision=revision)
         return TarFiles(tars, image_column, mask_column, drop_columns)
-    folders = [path for path in found if path.is_dir()]
-    # Where masks are elsewhere, the images are all that is wanted of a folder.
-    if masks is None and any(file.name in METADATA for file in _files(folders, METADATA, output)):
-        from .tables import LocalDataset
-
-        _refuse(name=name, revision=revision)
-        if len(found) > 1:
-            raise ValueError(f"{', '.join(inputs)}: a folder with metadata stands alone; protect one by one")
-        return LocalDataset(found[0], split or "train", shard_size, *columns)
+    if masks is None and not verifying:
+        _refuse_masks_among(_files([path for path in found if path.is_dir()], _METADATA, output))
     if all(path.exists() for path in found):
         _refuse(image_column=image_column, mask_column=mask_column, drop_columns=" ".join(drop_columns) or None)
         _refuse(box_column=box_column, class_column=class_column, split=split, name=name, revision=revision)
@@ -140,15 +135,32 @@ def _files(found: Sequence[Path], suffixes: tuple[str, ...], output: Path) -> li
     return [path for path in files if output.resolve() not in path.resolve().parents]
 
 
-def _of_split(files: Sequence[Path], split: str | None) -> Sequence[Path]:
+def _of_split(files: Sequence[Path], split: str | None, verifying: bool) -> Sequence[Path]:
     """Those of a split, where file names say it as the Hub's do."""
     splits = {path: match[1] or match[2] for path in files if (match := _SPLIT.fullmatch(path.name))}
     there = sorted(set(splits.values()))
-    if split is None and len(there) > 1:
+    if split is None and len(there) > 1 and not verifying:
         raise ValueError(f"the parquet files are those of several splits, {', '.join(there)}: name one with --split")
     if split is not None and split not in there:
         raise ValueError(f"--split {split}: no parquet file is named so ({split}.parquet)")
     return files if split is None else [path for path, own in splits.items() if own == split]
+
+
+def _refuse_masks_among(metadata: Sequence[Path]) -> None:
+    """ValueError where metadata says that images of a folder are masks, say: they would be protected as photos are."""
+    for file in metadata:
+        try:
+            with file.open(encoding="utf-8") as lines:
+                first = next(lines, "")
+            names = json.loads(first) if file.suffix == ".jsonl" else next(csv.reader([first]))
+        except (OSError, ValueError):
+            continue  # of whatever else it is
+        if other := [name for name in names if str(name).endswith(("_file_name", "_file_names"))]:
+            raise ValueError(
+                f"{file}: {other[0]} are images of this folder too, and would be protected as photos are. Name the "
+                "photos alone, or their masks with --masks; or make a data set of all, load_dataset('imagefolder', "
+                "data_dir=...).save_to_disk(...), for --mask_column"
+            )
 
 
 def _refuse_protected(path: Path) -> None:

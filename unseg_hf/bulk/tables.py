@@ -64,7 +64,7 @@ class Table:
         self._marks = [None if name is None else _place_of(name, stored) for name in (mask_column, class_column)]
         self._dropped = sorted(set(dropped))
         self._hold_files = [field.name for field in stored if _holds_bytes(field.type)]
-        known = (image_column, *dropped, *(place[0] for place in self._marks if place))
+        known = (image_column, *dropped, *(place[0] for place in self._marks if place and not place[1]))
         self._may_hold_images = [name for name in self._hold_files if name not in known]
         self.description = {"mask_column": mask_column, "drop_columns": self._dropped}
         self.description |= {"class_column": class_column} if class_column else {}
@@ -116,7 +116,10 @@ class Table:
 
     def other_images(self, record: Record) -> Mapping[str, int]:
         row = record.rest.select(self._may_hold_images).to_pylist()[0]
-        return {column: count for column, value in row.items() if (count := count_images(value))}
+        for top, fields in filter(None, self._marks):
+            if top in row:
+                row[top] = _without(row[top], fields)
+        return {column: count for column, value in row.items() if (count := count_images(_with_contents(value)))}
 
     def files(self, record: Record) -> Mapping[str, bytes]:
         files, plain = {}, {}
@@ -158,12 +161,24 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
+def _without(value: Any, fields: Sequence[str]) -> Any:
+    """A value without what [`unseg_hf.mapping.field_of`] finds in it."""
+    if isinstance(value, list):
+        return [_without(one, fields) for one in value]
+    if not isinstance(value, dict):
+        return value
+    first, *rest = fields
+    return {key: _without(one, rest) if key == first else one for key, one in value.items() if key != first or rest}
+
+
 def _with_contents(value: Any) -> Any:
-    """A value with the contents of the files that are named in it, at whatever depth: their paths mean nothing
-    elsewhere, and are nobody's business. The value itself if there are none."""
+    """A value with the images that are named in it, at whatever depth: their paths mean nothing elsewhere, and are
+    nobody's business. The value itself if there are none."""
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"]:
-            return {"bytes": image_bytes(value)[0], "path": os.path.basename(value["path"])}
+            data, _ = image_bytes(value)
+            # A row may name any file that there is: nothing but images goes along.
+            return {"bytes": data if data and image_kind(data) else None, "path": os.path.basename(value["path"])}
         new = {key: _with_contents(one) for key, one in value.items()}
         return new if any(new[key] is not value[key] for key in value) else value
     if isinstance(value, list):
@@ -269,14 +284,13 @@ class ParquetFiles(Table):
             yield _record(label, number, None, error=f"{label}: {problem}", rest=self._nothing)
 
 
-class LocalDataset(Table):
-    """A split of what `save_to_disk` wrote, or of a folder of images with metadata, memory-mapped; `columns` as for
-    [`Table`]."""
+class SavedDataset(Table):
+    """A split of what `save_to_disk` wrote, memory-mapped; `columns` as for [`Table`]."""
 
     def __init__(self, folder: Path, split: str, shard_size: int, *columns: Any):
-        from ..data.hf_datasets import open_rows
+        from ..data.hf_datasets import open_saved
 
-        rows = open_rows(str(folder), None, split)
+        rows = open_saved(folder, split)
         super().__init__(rows.features.arrow_schema, *columns)
         self._rows, self._split, self._size, count = rows.with_format("arrow"), split, shard_size, len(rows)
         self.shards = [

@@ -75,8 +75,9 @@ def verify(output: Path, originals: list[str] | None = None, masks: Path | None 
             continue
         lines = manifest.read_lines(output, shard)
         result.images += sum(line["status"] == "protected" for line in lines)
-        if mark["failed"] != sum(line["status"] == "failed" for line in lines):
-            result.wrong.append(f"shard {shard}: its mark and its lines differ in how many images failed")
+        counts = manifest.counts_of(lines)
+        if differing := [name for name in counts if mark.get(name, counts[name]) != counts[name]]:
+            result.wrong.append(f"shard {shard}: its mark and its lines differ in {', '.join(differing)}")
         if source is not None:
             masks_given = masks is not None or settings["source"]["kind"] != "images"
             result.wrong += _broken_bounds(source, shard, lines, output, settings, masks_given)
@@ -105,7 +106,7 @@ def _originals(settings: dict[str, Any], originals: list[str], masks: Path | Non
     else:
         columns = {"image_column": described["image_column"], "mask_column": described["mask_column"]}
     columns |= {key: described[key] for key in _SAME if key in described}
-    source = open_source(originals, output, masks=masks, **columns)
+    source = open_source(originals, output, masks=masks, verifying=True, **columns)
     if source.listing != described["listing"] or source.description["kind"] != described["kind"]:
         raise ValueError(
             f"{', '.join(originals)}: these are not the originals of {output}, or files were added, removed or "

@@ -57,7 +57,7 @@ class DatasetSource:
         self.location = str(self.location)
         if self.masks not in MASK_KINDS:
             raise ValueError(f"masks={self.masks!r} of {self.location}: must be one of {', '.join(MASK_KINDS)}")
-        rows = open_rows(self.location, self.config, self.split).with_format(None)
+        rows = _open(self.location, self.config, self.split).with_format(None)
         for column in (self.image_column, self.mask_column):
             if column not in rows.column_names:
                 raise ValueError(
@@ -150,8 +150,8 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, ImageFeature) or (isinstance(feature, dict) and {"bytes", "path"} >= feature.keys())
 
 
-def open_rows(location: str, config: str | None, split: str):
-    """A `datasets.Dataset` of a file, a folder or a Hub id."""
+def _open(location: str, config: str | None, split: str):
+    """A `datasets.Dataset`, its images not decoded."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -162,7 +162,7 @@ def open_rows(location: str, config: str | None, split: str):
                 raise ValueError("not a parquet file; give one, a folder, or a Hub id")
             return load_dataset("parquet", data_files=str(path), split=split)
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            return _open_saved(path, split)
+            return open_saved(path, split)
         if path.is_dir():
             return load_dataset(str(path.resolve()), config, split=split)
         return _open_from_hub(location, config, split)
@@ -172,7 +172,7 @@ def open_rows(location: str, config: str | None, split: str):
         raise ValueError(f"{location}: {error.__cause__ or error}") from error
 
 
-def _open_saved(folder: Path, split: str):
+def open_saved(folder: Path, split: str):
     from datasets import Dataset, load_from_disk
 
     saved = load_from_disk(folder)

@@ -29,7 +29,7 @@ from ..data.interactive import InteractiveSegmentation
 from ..evaluation.augmentation import strong_augmentation
 from ..evaluation.victims.base import Batch
 from ..modeling_unseg import UnSegModel
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, latest_in
 from .configuration_bilevel import BilevelConfig
 from .losses import interactive_loss, point_loss
 from .postprocessing import random_postprocess
@@ -142,6 +142,12 @@ def train(
             "surrogates; raise epochs or max_steps"
         )
 
+    folder = output_dir / "checkpoints"
+    latest = latest_in(folder)
+    if resume and latest is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint to resume from; start without resume")
+    if latest and not resume:
+        raise FileExistsError(f"{latest} is an earlier run's: resume it, or choose another output folder")
     _SERVED.add(accelerator)
     wrapped = _Generator(generator)
     adam_g = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), config.learning_rate)
@@ -151,17 +157,12 @@ def train(
     accelerator.register_for_checkpointing(progress)
     decisive = {name: value for name, value in asdict(config).items() if name not in _FREE_SETTINGS}
     checkpoints = Checkpoints(
-        output_dir / "checkpoints",
+        folder,
         accelerator,
         decisive | {"processes": world} | (settings or {}),
         config.keep_checkpoints,
         generator.sam if generator.config.freeze_sam else None,
     )
-    latest = checkpoints.latest()
-    if resume and latest is None:
-        raise FileNotFoundError(f"{checkpoints.folder}: no checkpoint to resume from; start without resume")
-    if latest and not resume:
-        raise FileExistsError(f"{latest} is an earlier run's: resume it, or choose another output folder")
     if resume:
         checkpoints.load(latest)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked

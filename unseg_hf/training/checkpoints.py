@@ -46,7 +46,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint."""
-        return max(self.folder.glob("step-*"), default=None)
+        return latest_in(self.folder)
 
     def save(self, step: int) -> None:
         """Write a checkpoint, and remove those that are too many.
@@ -63,6 +63,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(unfinished))
+            if self.accelerator.is_main_process:
+                (unfinished / SETTINGS).write_text(json.dumps(self.settings, indent=2))
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them, by who writes
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
@@ -71,7 +73,6 @@ class Checkpoints:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (unfinished / SETTINGS).write_text(json.dumps(self.settings, indent=2))
             unfinished.rename(target)
             # Renamed before they are emptied: a checkpoint with files missing must not look like one.
             for old in sorted(self.folder.glob("step-*"))[: -self.keep] if self.keep else ():
@@ -128,6 +129,11 @@ class Checkpoints:
                 for name, tensor in own.items():
                     tensor.copy_(stored[name])
         models.clear()
+
+
+def latest_in(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder."""
+    return max(folder.glob("step-*"), default=None)
 
 
 def fingerprint(module: nn.Module) -> str:
