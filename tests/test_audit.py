@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
 
+from unseg_hf import default_checkpoint
 from unseg_hf.cli import main
 from unseg_hf.evaluation import audit as audit_module
 from unseg_hf.evaluation.audit import Audit, AuditConfig, Cell, plan
 from unseg_hf.evaluation.labelled_images import DatasetRows, LabelledImages
-from unseg_hf.evaluation.published_images import published_files
+from unseg_hf.evaluation.published_images import TREATMENTS, Measured, published_files
+from unseg_hf.evaluation.tasks import trivial_score
+from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.worker_processes import alone as alone_in
 
 SMALL = {"noises": ["clean", "random"], "treatments": ["none", "jpeg75"], "victims": ["unet"], "seeds": [0, 1]}
@@ -472,3 +476,345 @@ def test_processes_share_the_cells_and_get_the_same_figures(files: dict[str, str
         assert len(figures[name]) == 8
         assert done.stdout.count("wrote ") == 1
     assert figures["spawned"] == figures["one"] == figures["launched"]
+
+
+def test_a_cells_file_follows_all_that_decides_its_figures(make_audit, files, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Audit, "_victim", lambda self, name: Mock(size_multiple=1))
+    base = {"noises": ["clean"], "treatments": ["none"], "trainings": ["plain", "strong"], "seeds": [0]}
+
+    def names(audit: Audit) -> list[Path]:
+        return [audit._file(cell) for cell in plan(audit.config)]
+
+    first = names(make_audit(**base))
+    assert names(make_audit(**base)) == first
+    for changes in (
+        {"batch_size": 8},
+        {"lr": 1e-4},
+        {"preset": "full"},
+        {"device": "cuda"},
+        {"bf16": True},
+        {"epochs": 2},
+        {"size": 64},
+    ):
+        assert not set(names(make_audit(**base | changes))) & set(first), changes
+    audit = make_audit(**base)
+    fewer = Audit(audit.config, audit.train, audit.test.first(3))
+    assert not set(names(fewer)) & set(first), "other test images"
+    monkeypatch.setattr(audit_module, "STRONG_VERSION", audit_module.STRONG_VERSION + 1)
+    plain, strong = names(make_audit(**base))
+    assert plain == first[0]
+    assert strong != first[1]
+
+
+def test_what_is_treated_is_known_by_attacker_rounds_and_versions(make_audit, files, tmp_path: Path, monkeypatch):
+    audit = make_audit(noises=["random"], treatments=["none"])
+    other = Audit(audit.config, audit.train, audit.test, audit.test.first(2))
+
+    def names(one: Audit) -> dict[str, Path]:
+        return {name: one._treated("random", name) for name in ("none", "removal:denoiser", "removal:generator")}
+
+    def changed(one: Audit, first: dict[str, Path]) -> set[str]:
+        return {name for name, file in names(one).items() if file != first[name]}
+
+    first = names(audit)
+    assert changed(other, first) == {"removal:denoiser"}
+    monkeypatch.setattr(audit_module, "PUBLIC_ROUNDS", 4)
+    assert changed(audit, first) == {"removal:generator"}
+    monkeypatch.setattr(audit_module, "version", lambda package: "1" if package == "pillow" else "0")
+    first = names(audit)
+    for package in ("torch", "transformers", "pillow", "numpy", "kornia"):
+        monkeypatch.setattr(audit_module, "version", lambda name, package=package: "2" if name == package else "0")
+        assert changed(audit, first) == set(first), package
+
+
+def test_victims_are_trained_as_their_cell_and_the_settings_say(make_audit, monkeypatch):
+    watched = Mock(side_effect=lambda build, data, **settings: build().eval())
+    monkeypatch.setattr(audit_module, "train_victim", watched)
+    settings = {"epochs": 3, "batch_size": 5, "lr": 0.004, "bf16": True}
+    trainings = ["plain", "strong", "adversarial"]
+    make_audit(noises=["clean"], treatments=["none"], trainings=trainings, seeds=[2], **settings).run()
+    assert [call.kwargs for call in watched.call_args_list] == [
+        settings | {"seed": 2, "training": training, "device": "cpu"} for training in trainings
+    ]
+
+
+def test_a_denoiser_learns_from_the_attackers_images_and_never_from_the_training_images(make_audit, monkeypatch):
+    fitted = {}
+
+    def fit(name, published, pairs):
+        fitted[published[0].parent.name.partition("-")[0]] = pairs
+        return lambda image: image
+
+    monkeypatch.setattr("unseg_hf.evaluation.published_images.fit_removal", fit)
+    monkeypatch.setattr(audit_module, "train_victim", lambda build, data, **settings: build().eval())
+    audit = make_audit(treatments=["removal:denoiser"], seeds=[0])
+    for attacker in (None, audit.test.first(2)):
+        fitted.clear()
+        one = Audit(audit.config, audit.train, audit.test, attacker, say=lambda line: None)
+        one.run()
+        theirs = attacker or audit.test
+        assert set(fitted) == {"clean", "random"}
+        for noise, pairs in fitted.items():
+            assert len(pairs) == len(theirs)
+            for (noisy, original), labelled in zip(pairs, theirs, strict=True):
+                np.testing.assert_array_equal(original, np.asarray(labelled.image))
+                assert np.abs(noisy.astype(int) - original).max() == (8 if noise == "random" else 0)
+
+
+def test_the_generator_is_asked_with_the_settings_of_the_audit(make_audit, saved_generator, monkeypatch):
+    published, protection = Mock(return_value=Measured()), Mock()
+    monkeypatch.setattr(audit_module, "publish", published)
+    monkeypatch.setattr(audit_module, "protection_of", protection)
+    settings = {"model": str(saved_generator), "tint": "never"}
+    audit = make_audit(noises=["clean", "generator"], epsilon=6.0, epsilon_background=1.5, **settings)
+    audit._publish("generator", audit.attacker)
+    assert published.call_args.args[:2] == (audit.attacker, "generator")
+    budget = {"epsilon": 6 / 255, "epsilon_background": 1.5 / 255}
+    assert published.call_args.kwargs == settings | budget | {"device": "cpu"}
+    # Where there is no noise of the generator's, there is none to subtract.
+    for noise, way in (("generator-boxes", "generator-boxes"), ("random", "clean"), ("clean", "clean")):
+        audit._public_protection(noise)
+        assert protection.call_args.args == (audit.train, way, *budget.values(), *settings.values(), "cpu")
+
+
+def test_the_budget_is_that_of_the_model_under_audit(build_generator, tmp_path: Path):
+    build_generator(epsilon=4 / 255, epsilon_background=1 / 255).save_pretrained(tmp_path / "model")
+    small = config(model=str(tmp_path / "model"))
+    assert (small.epsilon, small.epsilon_background) == (4, 1)
+    twice = config(model=str(tmp_path / "model"), epsilon=8)
+    assert (twice.epsilon, twice.epsilon_background) == (8, 2)
+
+
+def test_what_was_measured_of_another_budget_is_not_reported(make_audit, monkeypatch):
+    monkeypatch.setattr(audit_module, "train_victim", lambda build, data, **settings: build().eval())
+    base = {"treatments": ["none"], "seeds": [0]}
+    assert make_audit(**base).run()["noises"]["random"]["measured"]["max_inside"] == 8
+    assert make_audit(**base, epsilon=4).run()["noises"]["random"]["measured"]["max_inside"] == 4
+
+
+def test_an_audit_of_objects_is_scored_by_its_objects(make_audit, monkeypatch):
+    built, tested = Mock(return_value=Victim()), Mock(return_value={"pq": 0.5})
+    built.return_value.size_multiple = 1
+    monkeypatch.setattr("unseg_hf.evaluation.victims.build_victim", built)
+    monkeypatch.setattr(audit_module, "train_victim", lambda build, data, **settings: build())
+    monkeypatch.setattr(audit_module, "evaluate_victim", tested)
+    changes = {"noises": ["clean"], "treatments": ["none"], "seeds": [0], "preset": "full"}
+    audit = make_audit(task="panoptic", victims=["mask2former"], **changes)
+    audit.run()
+    named = {"pretrained": None, "preset": "full", "image_size": 32, "things": (1,)}
+    assert built.call_args.args == ("mask2former", "panoptic", 2)
+    assert built.call_args.kwargs == named
+    assert tested.call_args.args[3:] == (audit._test_data.instances, 2, (1,))
+
+
+def test_the_trivial_score_of_prompted_objects_is_that_of_each_object(make_audit):
+    audit = make_audit(task="interactive", victims=["sam"], noises=["clean"], treatments=["none"])
+    audit._measured = lambda noise: {}
+    data = audit._test_data
+    expected = trivial_score("interactive", data.labels, 2, data.instances)
+    assert expected != trivial_score("interactive", data.labels, 2)
+    assert audit.results()["trivial_score"] == expected
+
+
+def test_the_clean_part_of_a_mixture_is_treated_as_the_rest(make_audit, trained):
+    audit = make_audit(treatments=["greyscale", "none"], clean_shares=[0.0, 0.5], seeds=[0])
+    audit.run()
+    mixed = next(
+        call.args[1].images
+        for cell, call in zip(plan(audit.config), trained.call_args_list, strict=True)
+        if (cell.noise, cell.clean_share) == ("random", 0.5)
+    )
+    assert (mixed[:, 0] == mixed[:, 1]).all()
+
+
+def test_the_examples_show_the_images_they_are_of(make_audit, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "unseg_hf.inspection.captioned", lambda rows, *given, **options: shown.extend(rows) or Image.new("L", (9, 9))
+    )
+    audit = make_audit()
+    for noise in audit.config.noises:
+        audit._publish(noise, audit.train)
+    audit._write_examples()
+    assert len(shown) == 4
+    for index, (clean, random) in enumerate(shown[::2]):
+        original = np.asarray(audit.train[index].image)
+        height, width = original.shape[:2]
+        np.testing.assert_array_equal(np.asarray(clean)[:height, :width], original)
+        assert np.abs(np.asarray(random)[:height, :width].astype(int) - original).max() == 8
+
+
+def test_what_was_left_out_of_the_test_images_is_said(files, tmp_path: Path):
+    images, numbers = discs(3, 44, 52, seed=9)
+    masks = [encoded((number > 0).astype(np.uint8)) for number in numbers]
+    columns = {"name": list("abc"), "image": [encoded(image) for image in images], "mask": [*masks[:2], None]}
+    train = LabelledImages(DatasetRows(files["train"]))
+    test = LabelledImages(DatasetRows(write_parquet(tmp_path / "some.parquet", columns)), like=train)
+    audit = Audit(
+        config(output=tmp_path / "out", noises=["clean"], treatments=["none"]), train, test, say=lambda line: None
+    )
+    (note,) = audit.results()["notes"]
+    assert note.startswith(f"1 images of {test.name} were left out, the first: ")
+
+
+@pytest.fixture
+def asked(files: dict[str, str], tmp_path: Path, monkeypatch):
+    """A function: what the command asks `Audit` for; nothing is trained."""
+
+    def run(*words: str, data: str | None = None) -> SimpleNamespace:
+        made = Mock()
+        made.return_value.run.return_value = made.return_value.report.return_value = {}
+        monkeypatch.setattr(audit_module, "Audit", made)
+        words = ("audit", data or files["train"], "-o", str(tmp_path / "out"), "--processes", "1", *words)
+        assert main(list(words)) == 0
+        names = ("config", "train", "test", "attacker", "notes")
+        return SimpleNamespace(audit=made.return_value, **dict(zip(names, made.call_args.args[:5], strict=True)))
+
+    return run
+
+
+def test_every_setting_of_the_command_reaches_the_audit(asked, saved_generator):
+    settings = {
+        "epochs": 3,
+        "size": 64,
+        "batch_size": 5,
+        "lr": 0.004,
+        "preset": "full",
+        "epsilon": 6.0,
+        "tint": "never",
+    }
+    settings |= {"epsilon_background": 0.0, "examples": 0, "model": str(saved_generator), "task": "semantic"}
+    settings |= {"noises": ["clean", "random"], "treatments": ["half"], "victims": ["unetpp"], "seeds": [4]}
+    settings |= {"trainings": ["strong"], "clean_shares": [0.0, 0.5]}
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    config = asked(*words, "--bf16").config
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert config.bf16
+    assert not asked().config.bf16
+
+
+def test_quick_and_full_are_what_is_said_of_them(asked):
+    quick = asked("--quick").config
+    assert (quick.victims, quick.seeds) == (["unet"], [0])
+    assert quick.noises == ["clean", "generator", "random", "stripes", "bands", "colour"]
+    assert quick.treatments == ["none", "jpeg75", "half", "greyscale"]
+    assert asked("--quick", "--seeds", "3", "--victims", "segformer").config.seeds == [3]
+    full = asked("--full").config
+    assert full.treatments == list(TREATMENTS)
+    assert full.trainings == ["plain", "strong", "adversarial"]
+    assert full.clean_shares == [0, 0.25, 0.5, 0.75]
+    assert (full.victims, full.seeds) == (["unet", "segformer"], [0, 1, 2])
+
+
+def test_limits_are_for_their_own_side_and_quick_has_some(asked, files, monkeypatch):
+    from unseg_hf.evaluation import audit_command
+
+    def sizes(*words: str) -> tuple[int, int]:
+        found = asked(*words)
+        return len(found.train), len(found.test)
+
+    held_out = ["--test", files["test"]]
+    assert sizes() == (8, 2)
+    assert sizes("--max-train", "5", "--max-test", "1") == (5, 1)
+    assert sizes(*held_out) == (10, 4)
+    assert sizes(*held_out, "--max-train", "5", "--max-test", "3") == (5, 3)
+    monkeypatch.setattr(audit_command, "QUICK_IMAGES", {"max_train": 6, "max_test": 2})
+    assert sizes(*held_out, "--quick") == (6, 2)
+    assert sizes(*held_out, "--quick", "--max-train", "7") == (7, 2)
+
+
+def test_what_masks_mean_is_said_once_for_training_and_test_images(asked, files, tmp_path: Path):
+    numbers = ["--mask-column", "instances", "--test", files["test"]]
+    words = ["--mask-kind", "classes", "--ignore-labels", "1", "--background-labels", "0"]
+    found = asked(*numbers, *words, "--instance-column", "instances")
+    for images in (found.train, found.test):
+        assert (images.classes, images.binary) == ((0, 2), False)
+        assert set(np.unique(images[0].labels)) == {0, 1, 255}
+        np.testing.assert_array_equal(images[0].region, images[0].labels == 1)
+        assert images[0].instances is not None
+    binary = asked(*numbers, "--mask-kind", "binary")
+    for images in (binary.train, binary.test):
+        assert images.binary
+        np.testing.assert_array_equal(images[0].region, images[0].labels == 1)
+    assert binary.test[0].instances is None
+    # Test images that lack a class have the numbers of the training images all the same.
+    pictures, discs_of = discs(1, 44, 52, seed=3)
+    columns = {"image": [encoded(pictures[0])], "instances": [encoded(discs_of[0] // 2 * np.uint8(2))]}
+    found = asked("--mask-column", "instances", "--test", write_parquet(tmp_path / "second.parquet", columns))
+    assert found.train.classes == found.test.classes == (0, 1, 2)
+    np.testing.assert_array_equal(found.test[0].labels, discs_of[0] // 2 * 2)
+
+
+def test_the_test_split_and_the_attackers_images_are_those_that_were_named(asked, files, tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, count in (("train", 9), ("test", 5)):
+        write_discs(folder / f"{split}.parquet", count, seed=20 + count)
+    found = asked("--test-split", "test", data=str(folder))
+    assert (len(found.train), len(found.test), found.attacker) == (9, 5, None)
+    found = asked("--test", files["test"], "--attacker", write_discs(tmp_path / "other.parquet", 3, seed=7))
+    assert len(found.attacker) == 3
+    assert found.attacker.classes == found.train.classes
+
+
+def test_report_only_trains_nothing(asked):
+    found = asked("--report-only")
+    found.audit.report.assert_called_once()
+    found.audit.run.assert_not_called()
+
+
+def test_the_masks_and_the_generator_that_were_named_are_used_for_folders_of_photos(
+    asked, tmp_path: Path, monkeypatch
+):
+    images, numbers = discs(12, 44, 52, seed=5)
+    for name, count, first in (("photos", 8, 0), ("test", 2, 8), ("attacker", 2, 10)):
+        (tmp_path / name / "masks").mkdir(parents=True)
+        for index in range(first, first + count):
+            Image.fromarray(images[index]).save(tmp_path / name / f"{index}.png")
+            mask = (numbers[index] > 0) * np.uint8(255)
+            Image.fromarray(mask).save(tmp_path / name / "masks" / f"{index}.png")
+    words = ["--masks", str(tmp_path / "photos" / "masks")]
+    for name, option in (("test", "--test-masks"), ("attacker", "--attacker-masks")):
+        words += [f"--{name}", str(tmp_path / name), option, str(tmp_path / name / "masks")]
+    found = asked(*words, data=str(tmp_path / "photos"))
+    for part, count in ((found.train, 8), (found.test, 2), (found.attacker, 2)):
+        assert len(part) == count
+        assert not part.left_out
+        for labelled in part:
+            np.testing.assert_array_equal(labelled.region, numbers[int(labelled.name[:-4])] > 0)
+    given = []
+
+    class Finds:
+        def propose_masks(self, picture):
+            return [picture.rgb8()[..., 0] > 140]
+
+    monkeypatch.setattr("unseg_hf.protection.load_generator", lambda *names: given.append(names) or Finds())
+    (tmp_path / "bare").mkdir()
+    for index in range(4):
+        Image.fromarray(images[index]).save(tmp_path / "bare" / f"{index}.png")
+    model = str(default_checkpoint())
+    found = asked("--model", model, data=str(tmp_path / "bare"))
+    assert set(given) == {(model, "cpu")}
+    assert "No masks were given" in found.notes[0]
+
+
+def test_jsons_that_number_categories_otherwise_are_not_compared(asked, tmp_path: Path, capsys):
+    images, _ = discs(6, 44, 52, seed=5)
+    words = []
+    for folder, names in (("train", {1: "cup", 2: "dog"}), ("test", {1: "dog", 2: "cup"})):
+        (tmp_path / folder).mkdir()
+        numbers = range(4) if folder == "train" else range(4, 6)
+        for index in numbers:
+            Image.fromarray(images[index]).save(tmp_path / folder / f"{index}.png")
+        content = {
+            "images": [{"id": index, "file_name": f"{index}.png", "height": 44, "width": 52} for index in numbers],
+            "annotations": [{"image_id": index, "category_id": 1, "bbox": [4, 4, 9, 9]} for index in numbers],
+            "categories": [{"id": category, "name": name} for category, name in names.items()],
+        }
+        (tmp_path / f"{folder}.json").write_text(json.dumps(content))
+    words = ["audit", str(tmp_path / "train"), "--masks", str(tmp_path / "train.json"), "-o", str(tmp_path / "out")]
+    words += ["--test", str(tmp_path / "test"), "--test-masks", str(tmp_path / "test.json"), "--size", "32"]
+    assert main(words) == 2
+    assert "number them alike" in capsys.readouterr().err

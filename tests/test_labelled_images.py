@@ -361,3 +361,101 @@ def test_no_coco_category_becomes_255(tmp_path: Path):
     (tmp_path / "objects.json").write_text(json.dumps(content))
     raw = CocoImages(tmp_path / "objects.json", {tmp_path / "a.png": Path("a.png")}, tmp_path).load(0)
     assert sorted(set(raw.labels.ravel().tolist())) == [0, 254, 256, 257]  # 255 is no class
+
+
+def test_the_fingerprint_follows_each_thing_that_decides_noise_or_labels():
+    class Given:
+        name = "given"
+
+        def __init__(self, pixels=IMAGES[0], labels=NUMBERS[0], instances=NUMBERS[0], name="0") -> None:
+            self.raw = Raw(name, Image.fromarray(pixels), labels, instances)
+
+        def __len__(self) -> int:
+            return 1
+
+        def load(self, index: int) -> Raw:
+            return self.raw
+
+    def of(kind: str = "classes", ignore=(), background=(), **changes) -> str:
+        return LabelledImages(Given(**changes), kind, ignore, background).fingerprint()
+
+    merged = np.minimum(NUMBERS[0], 1).astype(np.uint8)
+    border = np.where(NUMBERS[0] == 2, 255, NUMBERS[0]).astype(np.uint8)
+    found = [
+        of(),
+        of(pixels=IMAGES[1]),
+        of(instances=NUMBERS[0] * np.uint8(3)),
+        of(instances=merged),
+        of(name="1"),
+        of(background=(0,)),
+        of(ignore=(2,)),
+        of(labels=merged),
+        of("binary"),
+        of("binary", labels=border),
+        of("binary", labels=border, ignore=(255,)),
+    ]
+    assert len(set(found)) == len(found)
+    assert of() == found[0]
+
+
+def test_a_crowd_takes_nothing_of_the_objects_that_lie_in_it(tmp_path: Path):
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 0, "file_name": "a.png", "height": 30, "width": 40}],
+        "annotations": [
+            {"image_id": 0, "category_id": 1, "bbox": [5, 6, 4, 3]},
+            {"image_id": 0, "category_id": 2, "bbox": [0, 0, 20, 20], "iscrowd": 1},
+        ],
+        "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "people"}],
+    }
+    (tmp_path / "objects.json").write_text(json.dumps(content))
+    source = CocoImages(tmp_path / "objects.json", {tmp_path / "a.png": Path("a.png")}, tmp_path)
+    labelled = LabelledImages(source, background=(0,))[0]
+    cup = np.zeros((30, 40), bool)
+    cup[6:9, 5:9] = True
+    np.testing.assert_array_equal(labelled.region, cup)
+    np.testing.assert_array_equal(labelled.instances, cup)
+    assert set(labelled.labels[cup]) == {1}
+    assert set(labelled.labels[:20, :20][~cup[:20, :20]]) == {2}
+
+
+def test_maps_of_another_size_and_masks_of_fractions_are_left_out():
+    masks = [NUMBERS[0] > 0, (NUMBERS[1] > 0).astype(np.float32), NUMBERS[2] > 0]
+    images = LabelledImages(InMemory(masks, [NUMBERS[0], NUMBERS[1], NUMBERS[2][:9]]))
+    assert [labelled.name for labelled in images] == ["0"]
+    assert images.left_out == [
+        "1: the mask is float32; give whole numbers, one for each class",
+        "2: the map of instances is (9, 40), the image (30, 40); both must be the same",
+    ]
+
+
+def test_test_images_ignore_what_the_training_images_ignore():
+    labels = (NUMBERS > 0).astype(np.uint8)
+    labels[:, :4] = 255
+    train = LabelledImages(InMemory(list(labels)))
+    test = LabelledImages(InMemory(list(labels), list(NUMBERS)), like=train)
+    np.testing.assert_array_equal(test[1].labels, labels[1])
+    np.testing.assert_array_equal(test[1].region, labels[1] == 1)
+    trimaps = np.where(NUMBERS > 0, 1, 0).astype(np.uint8)
+    trimaps[:, :4] = 3
+    train = LabelledImages(InMemory(list(trimaps)), kind="binary", ignore=[3])
+    test = LabelledImages(InMemory(list(trimaps)), like=train)
+    np.testing.assert_array_equal(test[1].labels == 255, trimaps[1] == 3)
+
+
+def test_proposed_segments_are_those_of_the_generator_that_was_named(tmp_path: Path, monkeypatch):
+    asked = []
+
+    class Finds:
+        def propose_masks(self, picture):
+            return [NUMBERS[0] > 0]
+
+    monkeypatch.setattr("unseg_hf.protection.load_generator", lambda *given: asked.append(given) or Finds())
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
+    assert len(LabelledImages(ProposedSegments([tmp_path / "0.png"], tmp_path, "mine", "cuda"))) == 1
+    assert asked == [("mine", "cuda")]
+
+
+def test_objects_of_a_mask_of_0_and_255_are_things():
+    masks = list((NUMBERS > 0) * np.uint8(255))
+    assert LabelledImages(InMemory(masks, list(NUMBERS))).things == (1,)

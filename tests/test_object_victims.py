@@ -1,14 +1,24 @@
 """The victims for objects and masks, each on a toy set that it has to learn: coloured squares on noise."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from unseg_hf.evaluation.tasks import evaluate_victim
-from unseg_hf.evaluation.victims.base import Batch
+from unseg_hf.evaluation.victims.base import Batch, boxes_of
 from unseg_hf.evaluation.victims.interactive import SamHQVictim, SamVictim, _jittered
-from unseg_hf.evaluation.victims.objects import DFineVictim, Mask2FormerVictim, MaskFormerVictim, RTDetrVictim
+from unseg_hf.evaluation.victims.objects import (
+    VOID_LOGIT,
+    DFineVictim,
+    Mask2FormerVictim,
+    MaskFormerVictim,
+    RTDetrVictim,
+)
+from unseg_hf.training.losses import dice_loss
+from unseg_hf.training.surrogates import normalise
 
 SIZE = 64
 TASKS = {
@@ -281,3 +291,182 @@ def test_boxes_that_a_sam_is_trained_with_are_off_by_a_tenth_at_most():
     assert (shifts.abs().amax(0) > 0.9 * largest).all()
     whole = torch.stack([_jittered(torch.tensor([0.0, 0.0, 96.0, 96.0]), 96) for _ in range(50)])
     assert (whole.min(), whole.max()) == (0, 96)
+
+
+def watched(model, name: str) -> list:
+    """Arguments and keywords of each call of a method."""
+    calls, method = [], getattr(model, name)
+
+    def remembered(*arguments, **options):
+        calls.append((arguments, options))
+        return method(*arguments, **options)
+
+    setattr(model, name, remembered)
+    return calls
+
+
+@pytest.mark.parametrize("victim_class", [SamVictim, SamHQVictim])
+def test_boxes_are_given_in_pixels_of_the_models_own_input(victim_class):
+    labels = torch.zeros(1, 2 * SIZE, 2 * SIZE, dtype=torch.int64)
+    labels[0, 40:60, 20:44] = 1
+    victim = build(victim_class)
+    calls = watched(victim.model, "forward")
+    images = torch.rand(1, 3, 2 * SIZE, 2 * SIZE)
+    assert victim.predict(Batch(images, labels))[0].shape == (1, 2 * SIZE, 2 * SIZE)
+    assert calls[0][1]["input_boxes"].tolist() == [[[10, 20, 22, 30]]]
+
+
+def test_any_object_is_asked_for_by_its_own_box():
+    batch, victim = squares(1), build(SamVictim)
+    boxes = boxes_of(torch.stack([batch.instances[0] == number for number in (3, 4)]))
+    asked = []
+
+    def perfect(embeddings, given, size, **options):
+        nearest = int((boxes - given[0, 0]).abs().sum(1).argmin())
+        asked.append((nearest, (given[0, 0] == boxes[nearest]).all().item()))
+        return (batch.instances == 3 + nearest).float()[:, None] * 80 - 40
+
+    victim._masks = perfect
+    assert max(victim.loss(batch).item() for _ in range(20)) < 0.01
+    assert {nearest for nearest, _ in asked} == {0, 1}
+    assert not any(exact for _, exact in asked), "boxes are jittered"
+
+
+def test_an_interactive_loss_is_the_mean_over_labelled_pixels_and_images_with_objects():
+    batch, victim = squares(2), build(SamVictim)
+    batch.instances[batch.instances == 4] = 0
+    batch.instances[1] = 0
+    batch.labels[:, :, : SIZE // 4] = 255  # some of the object's too
+    logits = torch.randn(2, 1, SIZE, SIZE)
+    victim._masks = lambda *arguments, **options: logits
+    counted = batch.labels[0] != 255
+    found, wanted = logits[0, 0][counted], (batch.instances[0] == 3)[counted].float()
+    assert 0 < wanted.sum() < (batch.instances[0] == 3).sum()
+    expected = F.binary_cross_entropy_with_logits(found, wanted) + dice_loss(found.sigmoid()[None], wanted[None])
+    assert victim.loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sam_hq_trains_its_own_mask_alone_from_a_checkpoint_and_predicts_the_sum(tmp_path):
+    build(SamHQVictim).model.save_pretrained(tmp_path)
+    for pretrained in (None, tmp_path):
+        victim = build(SamHQVictim, pretrained=pretrained)
+        calls = watched(victim.model, "forward")
+        victim.loss(squares(1))
+        victim.predict(squares(1))
+        assert [options["hq_token_only"] for _, options in calls] == [pretrained is not None, False]
+    trained = {name.split(".")[1] for name, value in victim.model.named_parameters() if value.requires_grad}
+    assert trained == {
+        "hq_token", "hq_mask_mlp", "compress_vit_conv1", "compress_vit_conv2", "compress_vit_norm", "encoder_conv1",
+        "encoder_conv2", "encoder_norm", "mask_conv1", "mask_conv2", "mask_norm",
+    }  # fmt: skip
+
+
+def test_victims_of_imagenets_kind_see_normalised_images():
+    batch = squares(1)
+    for victim_class, part in (
+        (SamVictim, "vision_encoder"),
+        (Mask2FormerVictim, "model"),
+        (MaskFormerVictim, "model"),
+    ):
+        victim, seen = build(victim_class), []
+        getattr(victim.model, part).register_forward_pre_hook(
+            lambda module, given, named, seen=seen: seen.extend([*given, *named.values()][:1]), with_kwargs=True
+        )
+        victim.predict(batch)
+        torch.testing.assert_close(seen[0], normalise(batch.images))
+
+
+@MASK_CLASSIFIERS
+@pytest.mark.parametrize(("task", "classes"), [("semantic", [0, 2, 5]), ("instance", [0, 0]), ("panoptic", [2, 2, 0])])
+def test_the_segments_of_a_task_are_learned_and_what_has_no_class_is_left_out(victim_class, task, classes):
+    """Two objects of class 2, and a crowd of class 5 at the bottom; from column 30 on nothing is labelled."""
+    batch = squares(1)
+    labels, instances = torch.zeros_like(batch.labels), torch.zeros_like(batch.labels)
+    labels[:, 4:20, 2:12] = labels[:, 4:20, 18:30] = 2
+    instances[:, 4:20, 2:12], instances[:, 4:20, 18:30] = 3, 4
+    labels[:, 48:] = 5
+    labels[:, :, 30:] = 255
+    victim = build(victim_class, task)
+    calls = watched(victim.model, "get_loss_dict")
+    victim.loss(Batch(batch.images, labels, instances))
+    (logits, _, masks, found, layers), _ = calls[0]
+    assert found[0].tolist() == classes
+    # Cells of 4 pixels, of which one that is cut by the edge is left out whole.
+    void = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    void[:, 28:] = True
+    if task != "semantic":
+        void[48:] = True
+    cells = void[::4, ::4]
+    for layer in (logits, *(layer["masks_queries_logits"] for layer in layers)):
+        assert (layer[0][:, cells] == VOID_LOGIT).all()
+        assert (layer[0][:, ~cells] != VOID_LOGIT).all()
+    assert not masks[0][:, void].any()
+    assert layers
+    number = torch.cat([masks[0], torch.zeros(1, SIZE, SIZE)]).sum(0)
+    expected = (instances[0] > 0) if task == "instance" else torch.ones_like(void)
+    assert torch.equal(number > 0, expected & ~void)
+
+
+def test_semantic_maps_weigh_mask_probabilities_by_class_probabilities():
+    victim = build(Mask2FormerVictim, "semantic", num_classes=2)
+    probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9]])
+    logits = torch.tensor([20.0, 3.0])[:, None, None].expand(2, 4, 4)
+    # 0.6 + 0.1 * 0.95 of class 0, 0.4 + 0.9 * 0.95 of class 1.
+    assert (victim._class_map(probabilities, logits) == 1).all()
+
+
+def test_objects_are_scored_by_class_and_by_how_sure_the_mask_is_of_itself():
+    victim = build(Mask2FormerVictim)
+    logits = torch.full((3, 8, 8), -9.0)
+    logits[0, :2, :2], logits[1, :4] = 0.4, 9.0
+    probabilities = torch.tensor([[0.9, 0.0], [0.0, 0.6], [0.5, 0.5]])
+    found = victim._objects(probabilities, logits)
+    best = found["scores"].argsort(descending=True)[:2]
+    assert found["labels"][best].tolist() == [5, 2]
+    assert found["masks"][best].sum((1, 2)).tolist() == [32, 4]
+    assert found["scores"][best].tolist() == pytest.approx([0.6, 0.9 * 0.5987], abs=1e-3)
+    assert found["masks"].any((1, 2)).all(), "masks without a pixel are none"
+
+
+def test_panoptic_segments_lose_to_surer_ones_and_go_where_little_of_them_is_left():
+    victim = build(Mask2FormerVictim, "panoptic")
+    logits = torch.full((3, 8, 8), -9.0)
+    logits[0, :, :4], logits[1, :, 1:4], logits[2, :, 3:] = 3.0, 2.0, 4.0
+    probabilities = torch.zeros(3, 6)
+    probabilities[[0, 1, 2], [2, 5, 0]] = torch.tensor([0.9, 0.95, 0.55])
+    found = victim._panoptic_map(probabilities, logits)
+    # The second has 0.95 * 0.88 of what the first has 0.9 * 0.95 of: nothing is left of it. The third is more sure of
+    # its pixels in column 3, but less of its class.
+    assert found[:, :4, 0].unique().tolist() == [2]
+    assert found[:, 4:, 0].unique().tolist() == [0]
+    logits[2, :, 2:] = 4.0
+    probabilities[2, 0] = 0.99
+    found = victim._panoptic_map(probabilities, logits)
+    # Half of the first is left, which is less than 0.8 of it: it goes, and nothing is in its place.
+    assert found[:, :2, 0].unique().tolist() == [255]
+    assert found[:, 2:, 0].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("victim_class", [RTDetrVictim, DFineVictim])
+def test_detectors_learn_centres_and_sides_as_shares_of_the_image(victim_class):
+    batch = squares(1)
+    labels, instances = torch.zeros_like(batch.labels), torch.zeros_like(batch.labels)
+    labels[:, 8:24, 32:64], instances[:, 8:24, 32:64] = 5, 7
+    victim = build(victim_class)
+    calls = watched(victim.model, "forward")
+    victim.loss(Batch(batch.images, labels, instances))
+    (target,) = calls[0][1]["labels"]
+    assert target["class_labels"].tolist() == [1]
+    assert target["boxes"].tolist() == [[0.75, 0.25, 0.5, 0.25]]
+
+
+@pytest.mark.parametrize("victim_class", [RTDetrVictim, DFineVictim])
+def test_detected_boxes_are_in_pixels_and_end_at_the_edge(victim_class):
+    victim, batch = build(victim_class), squares(1)
+    logits = torch.tensor([[[-3.0, 2.0], [4.0, -5.0]]])
+    boxes = torch.tensor([[[0.5, 0.25, 0.5, 0.25], [0.9, 0.9, 0.4, 0.4]]])
+    victim.model.forward = lambda images: SimpleNamespace(logits=logits, pred_boxes=boxes)
+    (found,) = victim.predict(batch)
+    assert found["labels"][:2].tolist() == [2, 5]
+    assert found["scores"][:2].tolist() == pytest.approx([0.982, 0.881], abs=1e-3)
+    assert found["boxes"][:2].flatten().tolist() == pytest.approx([44.8, 44.8, 64, 64, 16, 8, 48, 24])

@@ -298,7 +298,8 @@ class LabelledImages(Sequence):
         self._annotations: list[bytes] = []
         values: set[int] = set()
         objects: set[int] = set()
-        unclassed = [IGNORED, *(ignore if like is None else like._ignored)]
+        counting_255: set[int] = set()
+        unclassed = list(ignore if like is None else like._ignored)
         for index in range(len(source)):
             try:
                 raw = source.load(index)
@@ -312,7 +313,8 @@ class LabelledImages(Sequence):
             self._annotations.append(b"".join(hashlib.sha256(part).digest() for part in parts))
             values |= set(np.unique(raw.labels).tolist())
             if raw.instances is not None:
-                objects |= set(_classes_of_objects(raw.labels, raw.instances, unclassed))
+                objects |= set(_classes_of_objects(raw.labels, raw.instances, [IGNORED, *unclassed]))
+                counting_255 |= set(_classes_of_objects(raw.labels, raw.instances, unclassed))
             if len(self._indices) == limit:
                 break
         if not self._indices:
@@ -340,7 +342,9 @@ class LabelledImages(Sequence):
                 self.classes = self.classes[::-1]  # the second is the one that is scored
         if len(self.classes) > IGNORED:
             raise ValueError(f"{source.name} has {len(self.classes)} classes; at most {IGNORED} fit into a label map")
-        objects = {int(value != 0) for value in objects} if self.binary else objects
+        if self.binary:
+            # There 255 is the object, unless it is the border of one.
+            objects = {int(value != 0) for value in (objects if IGNORED in self._ignored else counting_255)}
         self.things = tuple(i for i, value in enumerate(self.classes) if value in objects)
 
     def __len__(self) -> int:
