@@ -429,6 +429,18 @@ def test_maps_of_another_size_and_masks_of_fractions_are_left_out():
     ]
 
 
+@pytest.mark.parametrize(("kind", "border"), [("auto", 255), ("binary", 1)])
+def test_a_border_that_the_test_images_alone_have_is_one_unless_255_was_said_to_be_the_object(kind: str, border: int):
+    plain = (NUMBERS > 0).astype(np.uint8)
+    bordered = plain.copy()
+    bordered[:, :4] = 255
+    train = LabelledImages(InMemory(list(plain)), kind=kind)
+    test = LabelledImages(InMemory(list(bordered)), like=train)
+    assert set(np.unique(test[1].labels[:4])) == {border}
+    np.testing.assert_array_equal(test[1].labels[4:], plain[1][4:])
+    assert train[1].labels.max() == 1
+
+
 def test_test_images_ignore_what_the_training_images_ignore():
     labels = (NUMBERS > 0).astype(np.uint8)
     labels[:, :4] = 255

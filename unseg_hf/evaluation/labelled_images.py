@@ -321,13 +321,15 @@ class LabelledImages(Sequence):
             reason = f": {self.left_out[0]}" if self.left_out else ""
             raise ValueError(f"{source.name} has no image that can be used{reason}")
         if like is not None:
-            self.classes, self.binary = like.classes, like.binary
+            self.classes, self.binary, self._kind = like.classes, like.binary, like._kind
             self._ignored, self._background = like._ignored, like._background
+            if self.binary and self._kind == "auto" and _has_border(values - self._ignored):
+                self._ignored |= {IGNORED}
         else:
-            self._ignored = frozenset(ignore)
+            self._kind, self._ignored = kind, frozenset(ignore)
             values -= self._ignored
-            if kind == "auto" and len(values) == 3 and {0, IGNORED} < values:
-                self._ignored |= {IGNORED}  # an object, and a border that is neither
+            if kind == "auto" and _has_border(values):
+                self._ignored |= {IGNORED}
                 values -= self._ignored
             self.binary = kind == "binary" or (kind == "auto" and len(values - {0}) <= 1)
             # The one class of a binary mask is everything but 0, whatever its number: 1 and 255 are both in use.
@@ -410,6 +412,11 @@ class LabelledImages(Sequence):
 
     def __iter__(self) -> Iterator[LabelledImage]:
         return (self[index] for index in range(len(self)))
+
+
+def _has_border(values: set[int]) -> bool:
+    """Whether labels are those of an object, of what is none, and of a border that is neither."""
+    return len(values) == 3 and {0, IGNORED} < values
 
 
 def _classes_of_objects(labels: np.ndarray, instances: np.ndarray, unclassed: Sequence[int]) -> list[int]:
