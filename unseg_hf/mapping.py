@@ -252,12 +252,9 @@ class ProtectImages:
         try:
             budget = self.epsilon, self.epsilon_background
             if isinstance(image, list):
-                listed = (
-                    "images: map takes one a row"
-                    if image and isinstance(image[0], Mapping)
-                    else ("numbers: cast its column to datasets.Image() before map")
-                )
-                raise RecordError(f"the image is a list of {listed}")
+                if image and isinstance(image[0], Mapping):
+                    raise RecordError("the image is a list of images: map takes one a row")
+                raise RecordError("the image is a list of numbers: cast its column to datasets.Image() before map")
             return protector.prepare(stored_image(image, "the image"), self.prompt(mask, classes), *budget)
         except MemoryError:
             raise

@@ -311,10 +311,14 @@ class LabelledImages(Sequence):
             self.digests.append(hashlib.sha256(str(raw.image.size).encode() + raw.image.tobytes()).hexdigest())
             parts = raw.name.encode(), raw.labels.tobytes(), b"" if raw.instances is None else raw.instances.tobytes()
             self._annotations.append(b"".join(hashlib.sha256(part).digest() for part in parts))
-            values |= set(np.unique(raw.labels).tolist())
+            own = set(np.unique(raw.labels).tolist())
+            values |= own
             if raw.instances is not None:
-                objects |= set(_classes_of_objects(raw.labels, raw.instances, [IGNORED, *unclassed]))
-                counting_255 |= set(_classes_of_objects(raw.labels, raw.instances, unclassed))
+                found = set(_classes_of_objects(raw.labels, raw.instances, [IGNORED, *unclassed]))
+                objects |= found
+                # Each object is looked at once where there is no 255 to count.
+                has_255 = IGNORED in own
+                counting_255 |= set(_classes_of_objects(raw.labels, raw.instances, unclassed)) if has_255 else found
             if len(self._indices) == limit:
                 break
         if not self._indices:
