@@ -29,6 +29,7 @@ from unseg_hf.bulk.opening import open_source
 from unseg_hf.bulk.progress import Progress, duration
 from unseg_hf.bulk.run import protect_dataset, where_pids_hold
 from unseg_hf.mapping import RecordError
+from unseg_hf.protection import PROTECTED_BEFORE
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "protect_dataset.py"
 
@@ -1331,3 +1332,16 @@ def test_verify_ignores_the_labels_that_the_run_ignored(place, saved_generator, 
     capsys.readouterr()
     assert cli.main(["verify", "out", "--originals", "in.parquet"]) == 1
     assert "outside the mask, where 0 is the most" in capsys.readouterr().err
+
+
+def test_what_was_protected_before_is_counted(script, place, capsys):
+    example = SCRIPT.parent.parent / "spaces_demo/examples/coffee.png"
+    assert cli.main(["protect", str(example), "-o", "photos/again.png"]) == 0
+    shutil.copy(example, "photos/coffee.png")
+    assert script("photos", "--output", "out") == 0
+    assert f"note: 1 images: {PROTECTED_BEFORE}" in capsys.readouterr().out
+    again, first = manifest.read_lines(place / "out", 0)
+    assert 0.8 < again["noise_before"] < 1.1
+    assert again["notes"] == [PROTECTED_BEFORE]
+    assert "noise_before" not in first
+    assert cli.main(["verify", "out", "--originals", "photos"]) == 0

@@ -136,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
     from unseg_hf.bulk.manifest import unprotected_images
     from unseg_hf.bulk.opening import open_source
     from unseg_hf.bulk.run import protect_dataset, wait_for_others
+    from unseg_hf.protection import PROTECTED_BEFORE
     from unseg_hf.training.publishing import check_hub
 
     logging.disable_progress_bar()
@@ -205,6 +206,8 @@ def run(options: argparse.Namespace) -> int:
             f"change {summary.max_noise:g} of 255; manifest/ lists all"
         )
         say_of_tints(summary.with_tint, summary.without_tint)
+        if summary.protected_before:
+            print(f"note: {summary.protected_before} images: {PROTECTED_BEFORE}")
     elif speaks:
         print(
             f"{options.output}: {summary.finished_shards} of {summary.shards} shards are complete; this process has "

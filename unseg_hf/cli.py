@@ -11,7 +11,7 @@ from .demo.serving import add_demo
 from .evaluation.audit_command import add_audit
 from .image_tasks import refuse_overwriting
 from .layouts.command import add_protect_dataset
-from .protect_command import add_protect, add_strength_options, decibels
+from .protect_command import add_protect, add_strength_options, decibels, load_protector
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,11 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     look = commands.add_parser(
-        "inspect", help="compare a protected image with its original", description="Compare a pair of images."
+        "inspect",
+        help="compare a protected image with its original, or look for the noise in one image",
+        description="Compare a pair of images; or, of one, tell whether it carries the generator's noise.",
     )
     look.set_defaults(run=run_inspect)
-    look.add_argument("original", type=Path)
-    look.add_argument("protected", type=Path)
+    look.add_argument("original", type=Path, help="or the only image, in which the noise is looked for")
+    look.add_argument("protected", type=Path, nargs="?")
     look.add_argument("--mask", type=Path, metavar="FILE", help="measure inside and outside this mask")
     look.add_argument(
         "--published",
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--picture", type=Path, metavar="FILE", help="write original, protected and amplified noise as PNG"
     )
     look.add_argument("--json", action="store_true", help="print JSON")
+    _add_model_options(look)
 
     check = commands.add_parser(
         "verify",
@@ -99,6 +102,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 
 def run_inspect(options: argparse.Namespace) -> int:
+    if options.protected is None:
+        return _look_for_noise(options)
     from . import image_files
     from .inputs import read_region
     from .inspection import comparison_picture, inspect_pair
@@ -129,6 +134,27 @@ def run_inspect(options: argparse.Namespace) -> int:
         print(f"{when:15} {'no noise to begin with' if left is None else f'{max(left, 0):.0%} of the noise is left'}")
     if options.picture:
         print(f"picture         {options.picture}")
+    return 0
+
+
+def _look_for_noise(options: argparse.Namespace) -> int:
+    """`unseg inspect` of one image."""
+    from . import image_files
+
+    if given := [f"--{name}" for name in ("published", "picture") if getattr(options, name)]:
+        raise ValueError(f"{' and '.join(given)} needs two images: the original, and the protected one after it")
+    mask = image_files.read_mask(options.mask) if options.mask else None
+    protected = load_protector(options.model, options.device).protect(options.original, mask=mask)
+    found, levels = protected.before, protected.epsilon * 255
+    noise, error = (None, None) if found is None else (found.share * levels, found.error * levels)
+    if options.json:
+        print(json.dumps({"noise": noise, "standard_error": error, "sure": found and found.sure}, indent=2))
+    elif found is None:
+        why = "it would get a tint, which may be its own colour" if protected.tinted else "too little of it has colour"
+        print(f"{options.original}: whether it carries this generator's noise cannot be told: {why}")
+    else:
+        said = "it carries this generator's noise" if found.sure else "no sign of this generator's noise"
+        print(f"{options.original}: {said} ({noise:.1f} of 255, standard error {error:.1f})")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,12 @@ from .configuration_unseg import check_epsilon
 from .image_files import ImageFileError, encode_verified, one_line, read_mask
 from .inputs import Prompt
 from .model_identity import model_identity
-from .protection import Job, Protected, Protector, load_generator
+from .protection import PROTECTED_BEFORE, Job, Protected, Protector, load_generator
 
 ON_ERROR = ("raise", "keep", "mark", "drop")
-REPORT_COLUMNS = ("max_noise", "max_noise_background", "psnr", "ssim", "masks", "tinted", "protected_share", "notes")
+REPORT_COLUMNS = (
+    "max_noise", "max_noise_background", "psnr", "ssim", "masks", "tinted", "protected_share", "noise_before", "notes",
+)  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -190,6 +193,8 @@ class ProtectImages:
                     "pass on_error='mark', 'drop' or 'keep'"
                 )
             errors.append(outcome.error)
+            if outcome.protected is not None and PROTECTED_BEFORE in outcome.protected.notes:
+                warnings.warn(f"images of column {self.image_column!r}: {PROTECTED_BEFORE}", stacklevel=2)
             if outcome.png is not None:
                 rows.append({"bytes": outcome.png, "path": None})
             else:

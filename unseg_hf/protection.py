@@ -25,6 +25,7 @@ from .noise_choice import SMALL_BUDGET, ceiling_of, needs_tint, standing_out
 from .object_finder import find_objects
 from .processing_unseg import FullSizeNoise, UnSegProcessor
 from .proposals import PROMPT_CHUNK, TRUSTED_IOU, masks_at, propose, segment
+from .recognition import Recognition, recognise
 from .recorded_encoder import RecordedEncoder
 
 ALL_OVER = (
@@ -34,6 +35,10 @@ ALL_OVER = (
 UNSURE = (
     "no object stands out: what is most likely one is protected; look at where the noise is, and mark the objects if "
     "it is not on them"
+)
+PROTECTED_BEFORE = (
+    "it seems to carry this noise already, and noise on noise is beyond the bound: if it was protected before, take "
+    "its original"
 )
 SMALL_MODEL = 512  # pixels of its input's side
 SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # by model and processor
@@ -102,6 +107,8 @@ class Protected:
         tinted: whether the noise of masks without a class is a tint (see [`Prompt`]); None where there is no such.
         seconds: time it took, reading included.
         notes: what a user should know, in plain words.
+        before: how much of this noise the original carried already ([`Recognition`]), if it was protected before, say;
+            None where that cannot be told: of tints, grey images, budgets below 2/255 and regions of a few pixels.
     """
 
     original: Picture
@@ -113,6 +120,7 @@ class Protected:
     tinted: bool | None
     seconds: float
     notes: tuple[str, ...] = ()
+    before: Recognition | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -148,7 +156,8 @@ class Protected:
     @functools.cached_property
     def report(self) -> dict[str, Any]:
         """Measured on the pixels, ready for JSON: `max_noise` and `max_noise_background` in grey levels of 255
-        (inside and outside the region), `psnr` in dB (None when nothing changed), `ssim`, and the settings."""
+        (inside and outside the region), `psnr` in dB (None when nothing changed), `ssim`, the settings, and
+        `noise_before`, the share of this noise that the original carried (None where it cannot be told)."""
         return {
             **compare(self.original, self.picture, self.region),
             "epsilon": self.epsilon * 255,
@@ -156,6 +165,7 @@ class Protected:
             "masks": self.masks,
             "tinted": self.tinted,
             "protected_share": self.share,
+            "noise_before": None if self.before is None else self.before.share,
             "height": self.picture.height,
             "width": self.picture.width,
             "seconds": self.seconds,
@@ -386,6 +396,11 @@ class Protector:
         notes = decoded.notes
         if decoded.region.any() and not largest:
             notes = (*notes, "no pixel was changed: the image is too small, or its budget below one level")
+        # A tint may be the colour of anything.
+        told = not decoded.tinted and whole_levels(255, *budget)[0] >= 2
+        before = recognise(job.picture.pixels, protected, decoded.region) if told else None
+        if before is not None and before.sure:
+            notes = (*notes, PROTECTED_BEFORE)
         return Protected(
             original=job.picture,
             picture=job.picture.with_pixels(protected),
@@ -396,6 +411,7 @@ class Protector:
             tinted=decoded.tinted if decoded.region.any() else None,
             seconds=job.seconds + time.perf_counter() - start,
             notes=notes,
+            before=before,
         )
 
     @_in_one_thread

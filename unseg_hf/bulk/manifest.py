@@ -156,6 +156,7 @@ def counts_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "max_noise": max((line["max_noise"] for line in lines if line["status"] == "protected"), default=0),
         **{name: sum(line.get("tinted") is tinted for line in lines) for name, tinted in TINTED.items()},
         "unchanged": sum(line["status"] == "protected" and _is_unchanged(line) for line in lines),
+        "protected_before": sum("noise_before" in line for line in lines),
         "unprotected": _sum(line.get("unprotected", {}) for line in lines),
     }
 
@@ -218,8 +219,9 @@ class Summary:
     """What is in an output: `complete` once all shards are; `failed` records are listed in the manifest.
 
     `with_tint` and `without_tint` count images, but for those in which nothing is protected or each class has a noise,
-    `unchanged` those of which not one pixel was changed, because there was nothing in them to protect, and
-    `unprotected`, by column or suffix of the source, those that lay beside the ones that were protected.
+    `unchanged` those of which not one pixel was changed, because there was nothing in them to protect,
+    `protected_before` those that carried the noise already, and `unprotected`, by column or suffix of the source,
+    those that lay beside the ones that were protected.
     """
 
     shards: int
@@ -230,6 +232,7 @@ class Summary:
     with_tint: int
     without_tint: int
     unchanged: int
+    protected_before: int
     unprotected: dict[str, int]
 
     @property
@@ -247,7 +250,7 @@ def summarize(output: Path, shards: int) -> Summary:
         failed=sum(mark["failed"] for mark in marks),
         max_noise=max((mark["max_noise"] for mark in marks), default=0),
         **{name: sum(mark.get(name, 0) for mark in marks) for name in TINTED},
-        unchanged=sum(mark.get("unchanged", 0) for mark in marks),
+        **{name: sum(mark.get(name, 0) for mark in marks) for name in ("unchanged", "protected_before")},
         unprotected=_sum(mark["unprotected"] for mark in marks),
     )
 

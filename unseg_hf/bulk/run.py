@@ -193,6 +193,8 @@ def _protect_shard(
                 digest = hashlib.sha256(outcome.png).hexdigest()
                 line |= {"status": "protected", "output": file, "at": at, "output_sha256": digest}
                 line |= _noise(outcome.protected)
+                if outcome.protected.before is not None and outcome.protected.before.sure:
+                    line["noise_before"] = outcome.protected.before.share
                 if outcome.protected.notes:
                     line["notes"] = list(outcome.protected.notes)
                 written = True
