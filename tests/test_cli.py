@@ -1,5 +1,6 @@
 """The `unseg` command on real files."""
 
+import contextlib
 import json
 import os
 import signal
@@ -257,6 +258,16 @@ def test_a_device_on_which_nothing_can_be_encoded_is_said_in_one_line(folder, mo
     error = capsys.readouterr().err
     assert error == "unseg: the generator does not run on 'cuda': CUDA out of memory. Tried to allocate 2 GiB\n"
     assert not list(folder.glob("out/**/*.png"))
+
+
+def test_one_thread_at_a_time_uses_the_gpu_of_a_mac():
+    for device, together in (("cpu", 3), ("cuda", 2), ("mps", 1)):
+        model = SimpleNamespace(device=torch.device(device))
+        protector = SimpleNamespace(model=model, record_encoder=lambda: None, uses_all_threads=False)
+        with protect_command._shared_processor(protector, 9) as (_, turn), contextlib.ExitStack() as others:
+            for _ in range(together):
+                others.enter_context(turn)
+            assert device == "cpu" or not turn.acquire(blocking=False)
 
 
 def test_bf16_encodes_in_bfloat16(folder, saved_generator, monkeypatch):

@@ -7,6 +7,8 @@ import pytest
 from labelled_discs import discs, encoded, write_discs, write_parquet
 from PIL import Image
 
+from unseg_hf import cli
+from unseg_hf.evaluation import audit_command
 from unseg_hf.evaluation.labelled_images import (
     CocoImages,
     DatasetRows,
@@ -464,8 +466,12 @@ def test_proposed_segments_are_those_of_the_generator_that_was_named(tmp_path: P
 
     monkeypatch.setattr("unseg_hf.protection.load_generator", lambda *given: asked.append(given) or Finds())
     Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
-    assert len(LabelledImages(ProposedSegments([tmp_path / "0.png"], tmp_path, "mine", "cuda"))) == 1
-    assert asked == [("mine", "cuda")]
+    arguments = ["audit", str(tmp_path), "-o", str(tmp_path / "out"), "--model", "mine", "--device", "cuda"]
+    options = cli.build_parser().parse_args(arguments)
+    assert len(LabelledImages(audit_command._source(options, str(tmp_path), None, "train"))) == 1
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert len(LabelledImages(audit_command._source(options, str(tmp_path), None, "train"))) == 1
+    assert asked == [("mine", "cuda"), ("mine", "cuda:3")]
 
 
 def test_objects_of_a_mask_of_0_and_255_are_things():

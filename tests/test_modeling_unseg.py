@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import SamConfig, SamModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, SamConfig, SamModel, Trainer, TrainingArguments
 
 from unseg_hf import UnSegConfig, UnSegImageEmbeddings, UnSegModel, UnSegProcessor
 
@@ -537,6 +537,19 @@ def test_embeddings_of_an_image_that_is_not_there_are_an_error(generator, pixels
     assert torch.equal(embeddings.of_image(-1).image_embeddings, embeddings.image_embeddings[-1:])
     with pytest.raises(IndexError):
         embeddings.of_image(len(pixels))
+
+
+def test_it_is_not_spread_over_devices(saved_generator, monkeypatch):
+    given, load = [], PreTrainedModel.from_pretrained.__func__
+
+    def watched(cls, *arguments, **options):
+        given.append(options.pop("device_map"))
+        return load(cls, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
+    for device_map in ("auto", "balanced", {"": "cpu"}):
+        UnSegModel.from_pretrained(saved_generator, device_map=device_map)
+    assert given == ["sequential", "sequential", {"": "cpu"}]
 
 
 def test_rounded_weights_are_not_saved(generator, tmp_path):

@@ -242,10 +242,37 @@ def test_what_needs_one_process_is_refused_in_two(parquet, saved_generator, tmp_
 
 def test_processes_that_do_not_work_together_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(
-        processes, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device=torch.device("mps"))
-    )
-    with pytest.raises(ValueError, match="2 processes were started, and 1 work together on mps"):
+    given = accelerator_of(monkeypatch)
+    with pytest.raises(ValueError, match="2 processes were started, and 1 work together on cpu"):
+        processes.build_accelerator()
+    (patience,) = given["kwargs_handlers"]
+    assert patience.timeout.days == 1  # one process may validate as long as that
+
+
+def accelerator_of(monkeypatch, precision="no"):
+    """What the next `build_accelerator` tells accelerate."""
+    given = {}
+
+    def accelerator(**options):
+        given.update(options)
+        return SimpleNamespace(num_processes=1, device=torch.device("cpu"), mixed_precision=precision)
+
+    monkeypatch.setattr(processes, "Accelerator", accelerator)
+    return given
+
+
+def test_a_mac_trains_on_its_processor(monkeypatch):
+    given = accelerator_of(monkeypatch)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for is_a_mac in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: is_a_mac)  # noqa: B023
+        processes.build_accelerator()
+        assert given["cpu"] is is_a_mac
+
+
+def test_float16_is_refused(monkeypatch):
+    accelerator_of(monkeypatch, "fp16")
+    with pytest.raises(ValueError, match="mixed precision fp16: must be no or bf16"):
         processes.build_accelerator()
 
 

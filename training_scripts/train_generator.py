@@ -301,9 +301,6 @@ def accelerator_of(model_args: ModelArguments, run: RunArguments, config):
         # With one kind of prompt in a step, some parameters have no gradient in it.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        # fp16 scales the loss, and the scaler's overflows would look like a run that went wrong.
-        raise ValueError(f"mixed precision {accelerator.mixed_precision}: must be no or bf16")
     model_args.mixed_precision = accelerator.mixed_precision
     return accelerator
 

@@ -104,7 +104,8 @@ def main() -> None:
         share = step / options.steps
         rate = min(1, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
         optimizer.param_groups[0]["lr"] = options.learning_rate * rate
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        pinned = accelerator.device.type == "cuda"
+        batch = {name: value.to(accelerator.device, non_blocking=pinned) for name, value in batch.items()}
         with accelerator.autocast():
             loss = sam_loss(sam, batch, step, options.points, random)
         if not torch.isfinite(loss):

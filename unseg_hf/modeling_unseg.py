@@ -198,6 +198,9 @@ class UnSegModel(UnSegPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
+        # It fits on one device; spread over several, the decoder and the noise head would not find each other.
+        if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0"):
+            kwargs["device_map"] = "sequential"
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading replaces the parameters, and with them whether they are trained.
@@ -400,7 +403,7 @@ class UnSegModel(UnSegPreTrainedModel):
         tokens = self.noise_head.noise_tokens.weight.unflatten(0, (-1, 3))
         if codes is None:
             return tokens[0].expand(batch, prompts, -1, -1)
-        codes = torch.as_tensor(codes, device=tokens.device)
+        codes = torch.as_tensor(codes)  # where it is: to look at it elsewhere would be to wait for the device
         if codes.dtype == torch.bool or codes.is_floating_point():
             raise ValueError(f"codes are {codes.dtype}: needs whole numbers")
         if codes.shape != (batch, prompts) or not 0 <= codes.min() <= codes.max() < len(tokens):
@@ -408,7 +411,7 @@ class UnSegModel(UnSegPreTrainedModel):
                 f"codes of shape {tuple(codes.shape)} from {codes.min()} to {codes.max()}: needs shape "
                 f"{(batch, prompts)}, and this generator has codes 0 to {len(tokens) - 1}"
             )
-        return tokens[codes.long()]
+        return tokens[codes.to(tokens.device).long()]
 
     def _decode(
         self, embeddings: UnSegImageEmbeddings, sparse, dense, noise_tokens: torch.Tensor, boxes

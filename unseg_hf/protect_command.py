@@ -223,10 +223,12 @@ def _shared_processor(protector, images: int) -> Iterator[tuple[int, Any]]:
             from .image_files import one_line
 
             raise ValueError(f"the generator does not run on {str(device)!r}: {one_line(error)}") from error
-    # One thread of torch's an image, also for its figures. The device has one image on its way there or back while it
-    # works on another.
+    # A GPU has one image on its way there or back while it works on another; a Mac's ends a process whose threads use
+    # it at a time.
+    turns = {"cpu": contextlib.nullcontext(), "cuda": threading.Semaphore(2)}
+    # One thread of torch's an image, also for its figures.
     with one_thread():
-        yield at_a_time, contextlib.nullcontext() if device.type == "cpu" else threading.Semaphore(2)
+        yield at_a_time, turns.get(device.type) or threading.Lock()
 
 
 def shares_of(

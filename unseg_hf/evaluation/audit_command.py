@@ -224,9 +224,11 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
         return DatasetRows(location, split, *columns, options.mask_kind, bool(options.ignore_labels))
     if options.instance_column is not None:
         raise ValueError(f"{location} is a folder of image files; --instance-column needs a data set with columns")
-    apart = {"-o": options.output, "--masks": masks}
+    elsewhere = {"-o": options.output, "--masks": masks}
     if same := [
-        name for name, path in apart.items() if path is not None and os.path.realpath(path) == os.path.realpath(folder)
+        name
+        for name, path in elsewhere.items()
+        if path is not None and os.path.realpath(path) == os.path.realpath(folder)
     ]:
         raise ValueError(f"{location} is the folder of the images and that of {same[0]}: keep them apart")
     unreadable: list[str] = []
@@ -236,7 +238,10 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
     if unreadable or not images:
         raise ValueError(unreadable[0] if unreadable else f"{location} holds no images")
     if masks is None:
-        return ProposedSegments(list(images), folder, options.model, options.device)
+        # Each process has a GPU of its own, which torch is told of only when the audit runs.
+        apart = options.device == "cuda" and "LOCAL_RANK" in os.environ
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if apart else options.device
+        return ProposedSegments(list(images), folder, options.model, device)
     if is_json(masks):
         return CocoImages(masks, images, folder)
     return ImageFiles(list(match_masks(masks, images).items()), folder)

@@ -33,6 +33,7 @@ from .checkpoints import Checkpoints, latest_in
 from .configuration_bilevel import BilevelConfig
 from .losses import interactive_loss, point_loss
 from .postprocessing import random_postprocess
+from .processes import check_precision
 from .prompts import choose_kinds, make_prompts
 from .run_log import RunLog
 from .surrogates import Surrogates, frozen, normalise
@@ -277,6 +278,7 @@ def _check_trainable(generator: UnSegModel, surrogates: Surrogates, accelerator:
             f"the generator has noise_codes={generator.config.noise_codes} and turned_columns="
             f"{generator.config.turned_columns}, and the loop trains one noise: call keep_first_noise(generator) first"
         )
+    check_precision(accelerator)
     if accelerator in _SERVED:
         raise ValueError("the accelerator holds the models of an earlier run: make a new Accelerator for each run")
 
@@ -426,8 +428,9 @@ def _signals():
 
     def ask(number, frame):
         asked.set()
-        for caught, handler in before.items():
-            signal.signal(caught, handler)  # the second one ends the process at once
+        # A second Ctrl-C ends the process at once. Not a second SIGTERM: a scheduler sends one to every process, and
+        # the launcher among them passes its own on.
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -63,7 +63,7 @@ def objects_of(labels: torch.Tensor, instances: torch.Tensor) -> Segments:
         values = labels[mask & (labels != IGNORED)]
         if len(values):
             masks.append(mask)
-            classes.append(values.mode().values)
+            classes.append(torch.bincount(values).argmax())  # `mode` is not there on all devices
     if not masks:
         empty = torch.zeros(0, dtype=torch.int64, device=labels.device)
         return Segments(torch.zeros(0, *labels.shape, dtype=torch.bool, device=labels.device), empty, empty.bool())
