@@ -25,11 +25,12 @@ from transformers import SamModel
 from unseg_hf import UnSegConfig, UnSegImageEmbeddings, UnSegModel, default_checkpoint
 from unseg_hf.data.interactive import InteractiveSegmentation
 from unseg_hf.data.records import Record
+from unseg_hf.evaluation.victims.base import normalise
 from unseg_hf.training.bilevel import apply_budget, train
 from unseg_hf.training.configuration_bilevel import BilevelConfig
 from unseg_hf.training.losses import point_loss
 from unseg_hf.training.prompts import make_prompts
-from unseg_hf.training.surrogates import Surrogates, UNetSurrogate, normalise
+from unseg_hf.training.surrogates import Surrogates, UNetSurrogate
 
 STEPS = 3  # after one that is not counted
 

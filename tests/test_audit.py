@@ -170,7 +170,7 @@ def test_processes_with_a_gpu_each_know_each_others_cells(make_audit, monkeypatc
     audit = make_audit(noises=["clean"], device="cuda")
     cells = plan(audit.config)
     for cell in cells:
-        audit_module.put_in_place(b'{"scores": {"foreground_iou": 0.5}, "seconds": 1}', audit._file(cell), "a cell")
+        audit_module.put_in_place(b'{"scores": {"foreground_iou": 0.5}, "seconds": 1}', audit._file(cell))
     second = Mock(process_index=1, num_processes=2, device="cuda:1")
     monkeypatch.setattr("accelerate.PartialState", lambda **options: second)
     assert audit.run() == {}
@@ -574,7 +574,8 @@ def test_the_generator_is_asked_with_the_settings_of_the_audit(make_audit, saved
     # Where there is no noise of the generator's, there is none to subtract.
     for noise, way in (("generator-boxes", "generator-boxes"), ("random", "clean"), ("clean", "clean")):
         audit._public_protection(noise)
-        assert protection.call_args.args == (audit.train, way, *budget.values(), *settings.values(), "cpu")
+        assert protection.call_args.args == (audit.train, way)
+        assert protection.call_args.kwargs == settings | budget | {"device": "cpu"}
 
 
 def test_the_budget_is_that_of_the_model_under_audit(build_generator, tmp_path: Path):

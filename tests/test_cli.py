@@ -518,8 +518,8 @@ def test_the_report_of_a_run_that_is_killed_has_what_was_done(folder, saved_gene
     monkeypatch.setattr("unseg_hf.protect_command.WRITE_EVERY", 0)
     seen, write = [], image_files.put_in_place
 
-    def look(data, target, name):
-        write(data, target, name)
+    def look(data, target):
+        write(data, target)
         if target.name == "r.json":
             seen.append(len(json.loads(target.read_text())["images"]))
 
@@ -611,10 +611,10 @@ def test_a_pipe_among_the_images_is_passed_over(folder, saved_generator):
 def test_what_was_done_is_said_also_where_the_report_cannot_be_written(folder, saved_generator, monkeypatch, capsys):
     put_in_place = image_files.put_in_place
 
-    def full(data, target, name):
-        if name.endswith(".json") and (folder / "out").exists():
+    def full(data, target):
+        if target.suffix == ".json" and (folder / "out").exists():
             raise image_files.ImageFileError("r.json: it cannot be written (no space left)")
-        put_in_place(data, target, name)
+        put_in_place(data, target)
 
     monkeypatch.setattr(image_files, "put_in_place", full)
     request = ("protect", folder / "in/sub", "-o", folder / "out", "--whole-image", "--model", saved_generator)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from unseg_hf.evaluation.tasks import evaluate_victim
-from unseg_hf.evaluation.victims.base import Batch, boxes_of
+from unseg_hf.evaluation.victims.base import Batch, boxes_of, dice_loss, normalise
 from unseg_hf.evaluation.victims.interactive import SamHQVictim, SamVictim, _jittered
 from unseg_hf.evaluation.victims.objects import (
     VOID_LOGIT,
@@ -17,8 +17,6 @@ from unseg_hf.evaluation.victims.objects import (
     MaskFormerVictim,
     RTDetrVictim,
 )
-from unseg_hf.training.losses import dice_loss
-from unseg_hf.training.surrogates import normalise
 
 SIZE = 64
 TASKS = {

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import SamConfig, SamModel, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
+from unseg_hf.evaluation.victims.base import normalise
+from unseg_hf.evaluation.victims.checkpoints import sam_config_at
 from unseg_hf.training.surrogates import (
     SamSurrogate,
     Surrogates,
@@ -16,8 +18,6 @@ from unseg_hf.training.surrogates import (
     checkpoint_activations,
     frozen,
     load_mae_encoder,
-    normalise,
-    sam_config_at,
 )
 
 

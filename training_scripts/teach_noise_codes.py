@@ -69,10 +69,10 @@ def main() -> None:
     from unseg_hf import UnSegModel, UnSegProcessor
     from unseg_hf.data.interactive import InteractiveSegmentation
     from unseg_hf.data.sources import parse_source
+    from unseg_hf.evaluation.victims.base import normalise
     from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS, code_noise
     from unseg_hf.training.prompts import make_prompts
     from unseg_hf.training.publishing import save_generator
-    from unseg_hf.training.surrogates import normalise
 
     torch.manual_seed(options.seed)
     codes = [options.mask_code or MASK, *(options.class_codes or CLASSES)]
@@ -131,7 +131,8 @@ def with_codes(model, count: int, image_size: int):
     import torch
 
     from unseg_hf import UnSegModel
-    from unseg_hf.training.surrogates import load_resized, sam_config_at
+    from unseg_hf.evaluation.victims.checkpoints import sam_config_at
+    from unseg_hf.training.surrogates import load_resized
 
     config = copy.deepcopy(model.config)
     config.noise_codes, config.tint_codes, config.faint_code = count, None, None

@@ -171,7 +171,7 @@ def sam_config(image_size: int, hidden_size: int, layers: int, heads: int, decod
     """A small SAM without relative positions, every second layer with global attention."""
     from transformers import SamConfig
 
-    from unseg_hf.training.surrogates import sam_config_at
+    from unseg_hf.evaluation.victims.checkpoints import sam_config_at
 
     config = SamConfig(
         vision_config={
@@ -241,13 +241,13 @@ def sharpness_of(args: ModelArguments, stretch: bool) -> float:
 
 def build_surrogates(args: ModelArguments, generator):
     """The surrogates, those of SAM's architecture shaped like the generator's."""
+    from unseg_hf.evaluation.victims.checkpoints import sam_config_at
     from unseg_hf.training.surrogates import (
         SamSurrogate,
         Surrogates,
         UNetSurrogate,
         VictimSurrogate,
         load_mae_encoder,
-        sam_config_at,
     )
 
     if len(args.surrogate) != len(args.surrogate_size):

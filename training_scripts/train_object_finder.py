@@ -52,10 +52,10 @@ def main() -> None:
     import torch
 
     from unseg_hf import UnSegModel, UnSegProcessor
+    from unseg_hf.evaluation.victims.base import normalise
     from unseg_hf.evaluation.victims.deeplab import imagenet_weights_file, load_torchvision_mobilenet
     from unseg_hf.training.processes import build_accelerator
     from unseg_hf.training.publishing import save_generator
-    from unseg_hf.training.surrogates import normalise
 
     accelerator = build_accelerator()
     if accelerator.num_processes > 1:
@@ -216,16 +216,15 @@ def validate(finder, photos, regions) -> float:
     import torch
     import torch.nn.functional as F
 
+    from unseg_hf.evaluation.victims.base import ious_of, normalise
     from unseg_hf.object_finder import above_threshold
-    from unseg_hf.training.surrogates import normalise
 
     finder.eval()
     ious = []
     with torch.no_grad():
         for some, true in zip(photos.split(16), regions.split(16), strict=True):
             found = above_threshold(finder(normalise(some / 255)))
-            found, true = F.interpolate(found, true.shape[2:], mode="bilinear") > 0, true > 127
-            ious.append((found & true).flatten(1).sum(1) / (found | true).flatten(1).sum(1).clamp(min=1))
+            ious.append(ious_of(F.interpolate(found, true.shape[2:], mode="bilinear") > 0, true > 127))
     return torch.cat(ious).mean().item()
 
 

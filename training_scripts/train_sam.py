@@ -193,8 +193,8 @@ def sam_loss(sam, batch: dict, step: int, points: int, random):
     """That of a first prompt, and of the click that corrects the answer to it."""
     import torch
 
+    from unseg_hf.evaluation.victims.base import normalise
     from unseg_hf.training.losses import interactive_loss
-    from unseg_hf.training.surrogates import normalise
 
     choice = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
     if choice[0] < BOX_SHARE:
@@ -236,8 +236,10 @@ def correcting_click(logits, ious, masks, random):
     """
     import torch
 
+    from unseg_hf.evaluation.victims.base import shrunk
+
     best = logits.detach()[torch.arange(len(logits)), ious.detach().argmax(1)] > 0
-    true = torch.nn.functional.interpolate(masks[:, None], best.shape[-2:], mode="area")[:, 0] > 0.5
+    true = shrunk(masks, best.shape[-2:])
     wrong = (best != true).flatten(1).float()
     # A cell in a thousand stands in for masks without a wrong cell, or without any.
     weights = wrong + 1e-3 * true.flatten(1) + 1e-9
@@ -253,7 +255,7 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
     """Mean IoU, at SAM's own resolution, of the masks that it trusts most for a loose box and for one point."""
     import torch
 
-    from unseg_hf.training.surrogates import normalise
+    from unseg_hf.evaluation.victims.base import ious_of, normalise, shrunk
 
     ious = {"box": [], "point": []}
     sam.eval()
@@ -271,10 +273,7 @@ def validate(sam, held_out: Prompted, batch_size: int, accelerator) -> str:
             ):
                 logits, expected = ask(sam, embeddings, batch["image"].shape[-1], prompts)
                 masks = logits[torch.arange(len(point)), expected.argmax(1)] > 0
-                true = torch.nn.functional.interpolate(batch["mask"][:, None], masks.shape[-2:], mode="area")[:, 0]
-                true = true > 0.5
-                union = (masks | true).sum((1, 2)).clamp(min=1)
-                ious[name].append((masks & true).sum((1, 2)) / union)
+                ious[name].append(ious_of(masks, shrunk(batch["mask"], masks.shape[-2:])))
     sam.train()
     return ", ".join(f"IoU for a {name} {torch.cat(values).mean():.3f}" for name, values in ious.items())
 

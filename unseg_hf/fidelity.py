@@ -25,27 +25,34 @@ def max_noise(original: np.ndarray, protected: np.ndarray, region: np.ndarray) -
     return largest[0], largest[1]
 
 
-def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
-    """`max_noise`, `max_noise_background` in grey levels of 255, `psnr` in dB (None for equal pictures), `ssim`."""
-    scale = 255 / original.max_value
+def noise_levels(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float]:
+    """`max_noise` and `max_noise_background`: the largest change inside and outside a region, in levels of 255."""
     inside, outside = max_noise(original.pixels, protected.pixels, region)
-    squares = 0.0
-    for part in strips(original.pixels):
-        difference = (original.pixels[part].astype(np.float32) - protected.pixels[part]) * np.float32(scale)
+    scale = 255 / original.max_value
+    return {"max_noise": inside * scale, "max_noise_background": outside * scale}
+
+
+def compare(original: Picture, protected: Picture, region: np.ndarray) -> dict[str, float | None]:
+    """What `noise_levels` says, `psnr` in dB (None for equal pictures), and `ssim`."""
+    pixels = original.pixels, protected.pixels, original.max_value
+    return {**noise_levels(original, protected, region), "psnr": psnr(*pixels), "ssim": ssim(*pixels)}
+
+
+def psnr(original: np.ndarray, protected: np.ndarray, max_value: int = 255) -> float | None:
+    """In dB, of two arrays of one shape in [0, max_value]; None if they are equal."""
+    squares, scale = 0.0, np.float32(255 / max_value)
+    for part in strips(original):
+        difference = (original[part].astype(np.float32) - protected[part]) * scale
         squares += float(np.square(difference).sum(dtype=np.float64))
-    return {
-        "max_noise": inside * scale,
-        "max_noise_background": outside * scale,
-        "psnr": None if squares == 0 else float(10 * np.log10(255**2 * original.pixels.size / squares)),
-        "ssim": _ssim(original.pixels, protected.pixels, scale),
-    }
+    return None if squares == 0 else float(10 * np.log10(255**2 * original.size / squares))
 
 
-def _ssim(original: np.ndarray, protected: np.ndarray, scale: float) -> float:
-    """SSIM of two `(height, width, channels)` arrays that `scale` brings to [0, 255].
+def ssim(original: np.ndarray, protected: np.ndarray, max_value: int = 255) -> float:
+    """SSIM of two `(height, width, channels)` arrays in [0, max_value].
 
     The mean over pixels and channels, with a Gaussian window of 11 pixels and sigma 1.5; pictures end in reflections.
     """
+    scale = 255 / max_value
     # The window must fit; smaller pictures are continued at their edges.
     short = [(0, max(0, 11 - side)) for side in original.shape[:2]]
     pictures = [

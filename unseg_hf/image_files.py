@@ -351,7 +351,7 @@ def write(picture: Picture, path: str | Path, format: str | None = None, quality
     data, written = _verified(picture, format, quality, name)
     if format == "webp" and picture.pixels.shape[2] == 1:
         written = replace(written, notes=(*written.notes, "WebP has no grey: stored as RGB, without a grey profile"))
-    put_in_place(data, target, name)
+    put_in_place(data, target)
     return written
 
 
@@ -410,7 +410,7 @@ def _identify(data: bytes, name: str) -> Image.Image:
         raise _error(name, "this is a HEIC photo, which pillow cannot read by itself", fix)
     fix = "download or export it again, as PNG, JPEG, WebP or TIFF"
     if damage is not None:
-        raise _error(name, f"it is damaged or cut short ({damage or type(damage).__name__})", fix) from damage
+        raise _error(name, f"it is damaged or cut short ({one_line(damage)})", fix) from damage
     raise _error(name, "this is not an image of a kind that is read here", fix)
 
 
@@ -444,7 +444,7 @@ def _decode(image: Image.Image, name: str) -> tuple[Image.Image, str, int]:
         raise
     except Exception as error:
         # Each format's decoder has its own errors, and a damaged file can raise any of them.
-        problem = f"its pixels are damaged or cut short ({error or type(error).__name__})"
+        problem = f"its pixels are damaged or cut short ({one_line(error)})"
         raise _error(name, problem, "download or export it again") from error
     try:
         orientation = image.getexif().get(_ORIENTATION, orientation)
@@ -654,7 +654,7 @@ def _encode(picture: Picture, format: str, quality: int, name: str) -> bytes:
         raise
     except Exception as error:
         # Mostly EXIF: too long for JPEG, or made by hand and broken, which any error of its parsing can say.
-        problem = f"{format} cannot hold this picture ({error or type(error).__name__})"
+        problem = f"{format} cannot hold this picture ({one_line(error)})"
         raise _error(name, problem, "leave its EXIF out or use .png") from error
     return buffer.getvalue()
 
@@ -715,15 +715,22 @@ def _same(picture: Picture, written: Picture) -> bool:
     return bool((alphas[0] == alphas[1]).all())
 
 
-def put_in_place(data: bytes, target: Path, name: str) -> None:
-    with _replacing(target, name) as file:
+def put_in_place(data: bytes, target: Path) -> None:
+    """Write a file, whole or not at all; ImageFileError where it cannot be written."""
+    with replacing(target) as file:
         file.write(data)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_in_place(source: Path, target: Path) -> str:
     """Copy a file of any kind and size, whole or not at all; returns its sha256. Raises OSError, ImageFileError."""
     digest = hashlib.sha256()
-    with open(source, "rb") as original, _replacing(target, str(target)) as file:
+    with open(source, "rb") as original, replacing(target) as file:
 
         def read() -> bytes:
             try:
@@ -744,10 +751,10 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path, name: str) -> Iterator[BinaryIO]:
-    """An open file that becomes `target` when all was written."""
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """An open file that becomes `target` when all was written; ImageFileError where it cannot be."""
     # Through links, so that a linked file is replaced and not the link.
-    target = Path(os.path.realpath(target))
+    name, target = str(target), Path(os.path.realpath(target))
     temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

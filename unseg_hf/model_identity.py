@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from .image_files import one_line
+from .image_files import one_line, sha256_of
 from .protection import check_model_name, default_checkpoint
 
 
@@ -21,9 +21,7 @@ def checkpoint_digest(folder: str | os.PathLike) -> str:
         raise FileNotFoundError(f"{folder} holds no .json, .safetensors or .bin files: it is no checkpoint")
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").digest()
-        digest.update(file.name.encode() + content)
+        digest.update(file.name.encode() + bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()
 
 

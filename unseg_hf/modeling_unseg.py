@@ -44,7 +44,7 @@ class UnSegOutput(ModelOutput):
 
     Args:
         noise (`torch.Tensor` of shape `(batch, prompts, 3, 4 * grid, 4 * grid)`):
-            Noise in [-1, 1] in RGB order, over the padded square the model sees; [`UnSegProcessor`] brings it to the
+            Noise in [-1, 1] in RGB order, over the square the model sees; [`UnSegProcessor`] brings it to the
             image's size and a budget scales it.
         image_embeddings (`UnSegImageEmbeddings`):
             The embeddings of the images, for further prompts.

@@ -163,7 +163,7 @@ class UnSegProcessor(SamProcessor):
             noise = F.interpolate(noise, size, mode="bilinear", align_corners=False, antialias=True)[0]
             steps = []
         else:
-            # The padded square of the model's input, and the image, which is only a part of it.
+            # The square of the model's input, and the image, which is only a part of it.
             steps = [(noise.shape[1:], square), ((height, width), size)]
         return FullSizeNoise(noise.permute(1, 2, 0).clamp(-1, 1).cpu().numpy(), steps, self.sharpness)
 
@@ -179,7 +179,7 @@ class UnSegProcessor(SamProcessor):
         Args:
             extent: (top, bottom, left, right) of the part, in pixels of the image.
             original_size: (height, width) of the image.
-            reshaped_input_size: (height, width) of the image inside the padded square.
+            reshaped_input_size: (height, width) of the image inside the square.
             cell: pixels of the model's input to a side of a cell.
         """
         limit = self.target_size // cell

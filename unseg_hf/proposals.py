@@ -28,7 +28,7 @@ def segment(
         prompts: `input_points` `(1, prompts, points, 2)` with `input_labels`, or `input_boxes` `(1, prompts, 4)`.
 
     Returns:
-        Mask logits `(prompts, 4 * grid, 4 * grid)` over the padded square, positive inside, and the predicted IoU
+        Mask logits `(prompts, 4 * grid, 4 * grid)` over the square, positive inside, and the predicted IoU
         `(prompts,)` of each.
     """
     logits, ious = _decode(model, embeddings, prompts)
@@ -47,7 +47,7 @@ def propose(model: UnSegModel, embeddings: UnSegImageEmbeddings, size: tuple[int
     Args:
         model: the generator.
         embeddings: of one image.
-        size: (height, width) of the image in the padded square, in pixels of the model's input.
+        size: (height, width) of the image in the square, in pixels of the model's input.
 
     Returns:
         Mask logits `(segments, 4 * grid, 4 * grid)`, best first; there may be none.
@@ -101,8 +101,8 @@ def masks_at(logits: torch.Tensor, square: int, reshaped: tuple[int, int], size:
     """Yields one bool array `(height, width)` a mask, at the image's own size, so that few are in memory at once.
 
     Args:
-        logits: `(masks, h, w)` over the padded square.
-        square: side of the padded square, in pixels of the model's input.
+        logits: `(masks, h, w)` over the square.
+        square: side of the square, in pixels of the model's input.
         reshaped: (height, width) of the image in it.
         size: (height, width) of the image.
     """

@@ -381,7 +381,7 @@ class Report:
             from .image_files import put_in_place
 
             entries = self.earlier | {entry["output"]: entry for entry in self.entries}
-            put_in_place(json.dumps({"images": list(entries.values())}, indent=2).encode(), self.path, str(self.path))
+            put_in_place(json.dumps({"images": list(entries.values())}, indent=2).encode(), self.path)
 
     def print_summary(self) -> None:
         reports = [entry["report"] for entry in self.entries if entry["status"] == "protected"]

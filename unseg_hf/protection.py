@@ -561,7 +561,7 @@ class Protector:
     def _decoded(
         self, embeddings, masks: torch.Tensor, codes: list[int], boxes: list[tuple[int, int, int, int]] | None
     ) -> torch.Tensor:
-        """Noise `(prompts, 3, h, w)` over the padded square for mask prompts `(prompts, h, w)` and their codes."""
+        """Noise `(prompts, 3, h, w)` over the square for mask prompts `(prompts, h, w)` and their codes."""
         prompts = {"input_masks": masks[None].to(self.model.device), "codes": torch.tensor([codes])}
         return self.model(image_embeddings=embeddings, noise_boxes=boxes, **prompts).noise[0].cpu()
 

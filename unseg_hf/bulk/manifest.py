@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..image_files import sha256_of
+
 SETTINGS = "settings.json"
 FOLDER = "manifest"
 PARTIAL = ".partial"
@@ -206,9 +208,8 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
     wrong = []
     for name, digest in mark["files"].items():
         try:
-            with open(output / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    wrong.append(f"{name}: its sha256 is not the manifest's: it was changed")
+            if sha256_of(output / name) != digest:
+                wrong.append(f"{name}: its sha256 is not the manifest's: it was changed")
         except OSError as error:
             wrong.append(f"{name}: it cannot be read ({error.strerror})")
     return wrong

@@ -13,9 +13,8 @@ from typing import Any
 
 import psutil
 
-from ..fidelity import max_noise
+from ..fidelity import noise_levels
 from ..mapping import Outcome, ProtectImages, RecordError
-from ..protection import Protected
 from . import manifest
 from .card import data_card
 from .outputs import KINDS, WRITERS, ShardWriter, put_shard_in_place
@@ -192,11 +191,13 @@ def _protect_shard(
             else:
                 digest = hashlib.sha256(outcome.png).hexdigest()
                 line |= {"status": "protected", "output": file, "at": at, "output_sha256": digest}
-                line |= _noise(outcome.protected)
-                if outcome.protected.before is not None and outcome.protected.before.sure:
-                    line["noise_before"] = outcome.protected.before.share
-                if outcome.protected.notes:
-                    line["notes"] = list(outcome.protected.notes)
+                protected = outcome.protected
+                line |= noise_levels(protected.original, protected.picture, protected.region)
+                line["tinted"] = protected.tinted
+                if protected.before is not None and protected.before.sure:
+                    line["noise_before"] = protected.before.share
+                if protected.notes:
+                    line["notes"] = list(protected.notes)
                 written = True
         if error:
             if on_error == "raise":
@@ -210,14 +211,6 @@ def _protect_shard(
     writer.close()
     files = put_shard_in_place(writer.partial, output, writer.names)
     manifest.complete_shard(output, shard, lines, files, writer.partial)
-
-
-def _noise(protected: Protected) -> dict[str, float | bool | None]:
-    """Largest changes inside and outside the masks, in grey levels of 255, and whether they are a tint."""
-    original = protected.original
-    scale = 255 / original.max_value
-    inside, outside = max_noise(original.pixels, protected.picture.pixels, protected.region)
-    return {"max_noise": inside * scale, "max_noise_background": outside * scale, "tinted": protected.tinted}
 
 
 def _outcomes(

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import image_files
 from ..fidelity import max_noise
+from ..image_files import one_line
 from ..inputs import given_masks, mask_of_box, union_of
 from ..mapping import boxes_prompt, stored_prompt
 from ..protection import whole_levels
@@ -139,7 +140,7 @@ def _broken_bounds(
         try:
             image = next(images)
         except Exception as error:  # of whatever reads parquet files and tars that were damaged
-            yield f"{where}: it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+            yield f"{where}: it cannot be read ({one_line(error)})"
             return
         if hashlib.sha256(image).hexdigest() != line["output_sha256"]:
             yield f"{where}: its image is not the one in the manifest"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from unseg_hf.demo.session import Marks, percent
+from unseg_hf.protect_command import decibels
 
 HEAD = """# Protect a photo
 Adds noise of a few grey levels that spoils segmentation models which are trained on the photo. The photo and what is
@@ -141,9 +142,9 @@ def batch_table(entries: Sequence[dict[str, Any]]) -> str:
             result = f"**failed**: {entry['error']}"
         else:
             figures = entry["report"]
-            psnr = "no difference" if figures["psnr"] is None else f"{figures['psnr']:.1f} dB"
             figure = (
-                f"largest change {figures['max_noise']:g}; PSNR {psnr}; noise on {percent(figures['protected_share'])}"
+                f"largest change {figures['max_noise']:g}; PSNR {decibels(figures['psnr'])}; noise on "
+                f"{percent(figures['protected_share'])}"
             )
             result = "; ".join([figure, *figures["notes"]])
         lines.append(f"| {_cell(entry['input'])} | {_cell(result)} |")

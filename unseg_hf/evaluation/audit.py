@@ -50,7 +50,7 @@ from unseg_hf.evaluation.report import RESULTS, write_report
 from unseg_hf.evaluation.tasks import check_scorable, evaluate_victim, score_name, trivial_score
 from unseg_hf.evaluation.victims.base import Victim
 from unseg_hf.evaluation.victims.training import TRAININGS, TrainingData, steps_an_epoch, train_victim
-from unseg_hf.image_files import put_in_place
+from unseg_hf.image_files import put_in_place, sha256_of
 from unseg_hf.inputs import TINTS
 from unseg_hf.model_identity import model_identity
 from unseg_hf.protection import default_checkpoint
@@ -395,7 +395,7 @@ class Audit:
             ) from error
         for place, kept in figures.items():
             if not place.is_file():
-                put_in_place(json.dumps(kept).encode(), place, str(place))
+                put_in_place(json.dumps(kept).encode(), place)
 
     def _run_cells(self, cells: list[Cell], pending: list[Cell], rank: int, world: int) -> None:
         seconds: list[float] = []
@@ -407,7 +407,7 @@ class Audit:
                 # The others of the grid can be trained all the same.
                 self.say(f"{cell}: not trained, {error}")
                 continue
-            put_in_place(json.dumps(figures).encode(), self._file(cell), str(self._file(cell)))
+            put_in_place(json.dumps(figures).encode(), self._file(cell))
             seconds.append(figures["seconds"])
             left = sum(not self._file(other).is_file() for other in pending)
             score = next(iter(figures["scores"].values()))
@@ -503,23 +503,18 @@ class Audit:
         # Kept, since reading the generator's weights for it is not free and every cell asks.
         key = (noise, images is self.train)
         if key not in self._settings:
-            config = self.config
-            bounds = config.epsilon / 255, config.epsilon_background / 255
-            self._settings[key] = noise_settings(images, noise, *bounds, config.model, config.tint)
+            self._settings[key] = noise_settings(images, noise, **self._asked)
         return self._settings[key]
 
-    def _publish(self, noise: str, images: LabelledImages) -> Measured:
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What every noise is asked for with."""
         config = self.config
-        return publish(
-            images,
-            noise,
-            self._published(noise, images),
-            epsilon=config.epsilon / 255,
-            epsilon_background=config.epsilon_background / 255,
-            model=config.model,
-            tint=config.tint,
-            device=self._device,
-        )
+        bounds = {"epsilon": config.epsilon / 255, "epsilon_background": config.epsilon_background / 255}
+        return {**bounds, "model": config.model, "tint": config.tint}
+
+    def _publish(self, noise: str, images: LabelledImages) -> Measured:
+        return publish(images, noise, self._published(noise, images), **self._asked, device=self._device)
 
     def _measured(self, noise: str) -> dict[str, Any]:
         """What the noise did to the published files; of noises of which results say it nothing is published."""
@@ -531,9 +526,8 @@ class Audit:
     def _public_protection(self, noise: str) -> Callable[[LabelledImage], Image.Image]:
         """What the generator does to images, asked as for this noise; nothing to those that it did not protect, where
         there is nothing to subtract."""
-        config, way = self.config, noise if noise in GENERATORS else "clean"
-        bounds = config.epsilon / 255, config.epsilon_background / 255
-        return protection_of(self.train, way, *bounds, config.model, config.tint, self._device)
+        way = noise if noise in GENERATORS else "clean"
+        return protection_of(self.train, way, **self._asked, device=self._device)
 
     def _published(self, noise: str, images: LabelledImages) -> Path:
         return self.config.output / "published" / f"{noise}-{_key(self._noise_settings(noise, images))}"
@@ -601,7 +595,7 @@ class Audit:
         sheet = captioned(rows, list(self.config.noises), gap=6, caption=20, font_size=12)
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG")
-        put_in_place(buffer.getvalue(), self.config.output / EXAMPLES, EXAMPLES)
+        put_in_place(buffer.getvalue(), self.config.output / EXAMPLES)
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -611,10 +605,7 @@ def _key(settings: dict[str, Any]) -> str:
 @cache
 def _identity_of(checkpoint: str) -> str:
     """Of a victim's checkpoint, a folder, file or Hub id; read once, and not for every cell."""
-    if not Path(checkpoint).is_file():
-        return model_identity(checkpoint)[0]
-    with open(checkpoint, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(checkpoint) if Path(checkpoint).is_file() else model_identity(checkpoint)[0]
 
 
 def _versions() -> dict[str, str]:

@@ -90,9 +90,15 @@ def _recoloured(batch: Batch) -> Batch:
     images = adjust_hue(adjust_saturation(images, factors[2]), hue)
     if blurred.any():
         images[blurred] = gaussian_blur2d(images[blurred], 9, sigma[blurred])
-    weights = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)
-    images[grey] = (images[grey] * weights).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+    images[grey] = greyscale(images[grey])
     return Batch(images.clamp(0, 1), batch.labels, batch.instances)
+
+
+def greyscale(images: torch.Tensor) -> torch.Tensor:
+    """Luma (ITU-R BT.601, as Pillow's "L") of `(batch, 3, height, width)` in all three channels."""
+    # Not kornia's, whose last bit differs: audits of before are gone on with.
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True).expand_as(images)
 
 
 def adversarial(victim: Victim, batch: Batch, radius: float = 4 / 255) -> Batch:
@@ -115,5 +121,5 @@ def adversarial(victim: Victim, batch: Batch, radius: float = 4 / 255) -> Batch:
     loss = victim.loss(Batch(images, batch.labels, batch.instances))
     (gradient,) = torch.autograd.grad(loss, images)
     moved = images.detach() + 1.25 * radius * gradient.sign()
-    images = torch.max(torch.min(moved, batch.images + radius), batch.images - radius).clamp(0, 1)
+    images = moved.clamp(batch.images - radius, batch.images + radius).clamp(0, 1)
     return Batch(images, batch.labels, batch.instances)

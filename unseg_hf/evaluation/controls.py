@@ -173,8 +173,8 @@ def control_noise(name: str, labels: np.ndarray, seed: int, code: str = MASK) ->
         name: one of [`CONTROLS`].
         labels: class of each pixel, shape `(height, width)`: bool for a mask (True = inside), or whole numbers from 0
             on, 255 = ignored. A mask of 0 and 255 goes in as `mask != 0`.
-        seed: seed of the image, at least 0. `stripes`, `colour` and `patches` depend on the labels alone: they are the
-            same in every image.
+        seed: seed of the image, at least 0. `stripes`, `bands`, `colour` and `patches` depend on the labels alone:
+            they are the same in every image.
         code: of a mask's `bands` (see [`unseg_hf.noise_codes`]).
 
     Returns:

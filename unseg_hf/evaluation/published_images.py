@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,8 @@ from unseg_hf.evaluation.controls import BANDS, CONTROLS, UNWEIGHTED, control_no
 from unseg_hf.evaluation.labelled_images import LabelledImage, LabelledImages
 from unseg_hf.evaluation.post_processing import POST_PROCESSINGS
 from unseg_hf.evaluation.removal import REMOVALS, fit_removal
+from unseg_hf.fidelity import max_noise, psnr, ssim
+from unseg_hf.image_files import replacing
 from unseg_hf.model_identity import model_identity
 from unseg_hf.noise_codes import CLASSES, FAINT, MASK, TINTS
 
@@ -74,23 +75,22 @@ class Measured:
 
     def add(self, original: np.ndarray, published: np.ndarray, region: np.ndarray) -> None:
         """Count one image: two arrays of shape `(height, width, 3)`, uint8, and its region `(height, width)`, bool."""
-        difference = np.abs(original.astype(np.int16) - published)
-        self.max_inside = max(self.max_inside, int(difference[region].max(initial=0)))
-        self.max_outside = max(self.max_outside, int(difference[~region].max(initial=0)))
-        changed = self.images - self.unchanged
-        self.images += 1
+        inside, outside = max_noise(original, published, region)
+        self.max_inside, self.max_outside = max(self.max_inside, inside), max(self.max_outside, outside)
         if self.ssim_images < SSIM_IMAGES:
-            from unseg_hf.fidelity import compare
-            from unseg_hf.image_files import from_array
-
-            ssim = compare(from_array(original), from_array(published), region)["ssim"]
-            self.mean_ssim = ((self.mean_ssim or 0.0) * self.ssim_images + ssim) / (self.ssim_images + 1)
+            self.mean_ssim = _mean_with(self.mean_ssim, self.ssim_images, ssim(original, published))
             self.ssim_images += 1
-        if not difference.any():
+        decibels = psnr(original, published)
+        if decibels is None:
             self.unchanged += 1
-            return
-        psnr = 10 * float(np.log10(255**2 / np.mean(np.square(difference, dtype=np.float64))))
-        self.mean_psnr = psnr if self.mean_psnr is None else (self.mean_psnr * changed + psnr) / (changed + 1)
+        else:
+            self.mean_psnr = _mean_with(self.mean_psnr, self.images - self.unchanged, decibels)
+        self.images += 1
+
+
+def _mean_with(mean: float | None, count: int, value: float) -> float:
+    """The mean of so many values and one more."""
+    return ((mean or 0.0) * count + value) / (count + 1)
 
 
 def noise_budget(noise: str, epsilon: float, epsilon_background: float) -> tuple[float, float]:
@@ -291,11 +291,8 @@ def treat(
             seen = image.convert("RGB")
         seen = without_public_noise(seen, images[index], protect) if apply is None else apply(seen)
         pixels[index] = _square(seen, size)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    with replacing(file) as stream:
         np.save(stream, pixels)
-    os.replace(partial, file)
 
 
 def without_public_noise(

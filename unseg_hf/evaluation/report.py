@@ -494,7 +494,7 @@ def write_report(folder: Path, results: Results) -> list[Path]:
     files["report.md"] = report_markdown(results, pictures).encode()
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        put_in_place(data, folder / name, str(folder / name))
+        put_in_place(data, folder / name)
     return [folder / name for name in files]
 
 

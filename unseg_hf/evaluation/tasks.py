@@ -11,7 +11,7 @@ import torch
 
 from unseg_hf.evaluation.detection_metrics import AveragePrecision, PanopticQuality
 from unseg_hf.evaluation.metrics import BoundaryIoU, SemanticSegmentation
-from unseg_hf.evaluation.victims.base import IGNORED, TASKS, Victim, boxes_of, segments_of
+from unseg_hf.evaluation.victims.base import IGNORED, TASKS, Victim, boxes_of, ious_of, segments_of
 from unseg_hf.evaluation.victims.training import TrainingData
 
 SCORE_NAMES = {"instance": "ap", "detection": "ap", "panoptic": "pq", "interactive": "object_iou"}
@@ -201,10 +201,9 @@ def _interactive(found: Found, num_classes: int, things: Collection[int]) -> dic
     ious, boundary = [], BoundaryIoU()
     for prediction, labels, instances in found:
         counted = labels != IGNORED
-        for mask, target in zip(
-            prediction & counted, prompted_objects(labels, instances).masks & counted, strict=True
-        ):
-            ious.append(((mask & target).sum() / (mask | target).sum()).item())
+        masks, targets = prediction & counted, prompted_objects(labels, instances).masks & counted
+        ious += ious_of(masks, targets).tolist()
+        for mask, target in zip(masks, targets, strict=True):
             boundary.add(prediction=mask, reference=target)
     return {"object_iou": float(np.mean(ious))} | boundary.compute()
 

@@ -1,6 +1,6 @@
 """JPEG that keeps a protected picture's bound after decoding as well as JPEG can, and says what is lost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,4 +61,4 @@ def encode_within_bound(protected: Protected, quality: int) -> BoundedJpeg:
             best = BoundedJpeg(data, decoded, float((over > 0).mean()), max(0, int(over.max())), None)
     clean = read(encode(protected.original, "jpeg", quality)).rgb8()
     left = share_left(protected.original, protected.picture, clean, best.picture.rgb8())
-    return BoundedJpeg(best.data, best.picture, best.over_share, best.over_levels, left)
+    return replace(best, noise_left=left)

@@ -17,7 +17,7 @@ import torch
 
 import unseg_hf
 from unseg_hf import image_files
-from unseg_hf.fidelity import max_noise
+from unseg_hf.fidelity import noise_levels
 from unseg_hf.protection import Protector
 from unseg_hf.worker_processes import end_with_parent
 
@@ -109,7 +109,7 @@ class Journal:
 
     def _write(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for _, entry in sorted(self.entries.items()))
-        image_files.put_in_place(lines.encode(), self.path, str(self.path))
+        image_files.put_in_place(lines.encode(), self.path)
 
 
 @dataclass(frozen=True)
@@ -167,31 +167,28 @@ class Worker:
         costs = {}
         if settings.jpeg_names == "jpeg" and target.suffix.lower() in JPEG_SUFFIXES:
             jpeg = encode_within_bound(protected, settings.quality)
-            image_files.put_in_place(jpeg.data, target, str(target))
+            image_files.put_in_place(jpeg.data, target)
             written = jpeg.picture
             costs = {"noise_left": jpeg.noise_left, "over_bound_share": jpeg.over_share}
             costs["over_bound_levels"] = jpeg.over_levels
         else:
             format = "png" if target.suffix.lower() in JPEG_SUFFIXES else None
             written = image_files.write(protected.picture, target, format)
-        scale = 255 / original.max_value
-        inside, outside = max_noise(original.pixels, written.pixels, protected.region)
         difference = np.abs(written.pixels.astype(np.int32) - original.pixels)
         return {
             "status": "protected",
             "bytes": target.stat().st_size,
             **state,
-            "sha256": _sha256(target),
-            "input_sha256": _sha256(source),
+            "sha256": image_files.sha256_of(target),
+            "input_sha256": image_files.sha256_of(source),
             "epsilon": settings.epsilon,
             "epsilon_background": settings.epsilon_background,
             "masks": protected.masks,
             "tinted": protected.tinted,
             "unchanged": protected.unchanged,
-            "mask_share": float(protected.region.mean()),
-            "max_noise": inside * scale,
-            "max_noise_background": outside * scale,
-            "mean_noise": float(difference.mean()) * scale,
+            "mask_share": protected.share,
+            **noise_levels(original, written, protected.region),
+            "mean_noise": float(difference.mean()) * 255 / original.max_value,
             **costs,
             "notes": list(protected.notes),
         }
@@ -224,7 +221,7 @@ def prepare_output(output: Path, settings: Settings) -> None:
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there, and not from this command: choose another output")
-    image_files.put_in_place((json.dumps(wanted, indent=2) + "\n").encode(), path, str(path))
+    image_files.put_in_place((json.dumps(wanted, indent=2) + "\n").encode(), path)
 
 
 def run(
@@ -355,11 +352,6 @@ def _state(root: Path, path: str, annotation: Annotation | None) -> dict[str, An
         statuses = [(file.relative_to(root).as_posix(), file.stat()) for file in there]
         state["annotation"] = [[name, one.st_size, one.st_mtime_ns] for name, one in statuses]
     return state
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _number_of(error: Exception) -> int | None:

@@ -27,16 +27,16 @@ from torch.utils.data import DataLoader
 
 from ..data.interactive import InteractiveSegmentation
 from ..evaluation.augmentation import strong_augmentation
-from ..evaluation.victims.base import Batch
+from ..evaluation.victims.base import Batch, normalise
 from ..modeling_unseg import UnSegModel
 from .checkpoints import Checkpoints, latest_in
 from .configuration_bilevel import BilevelConfig
+from .differentiable_post_processing import random_postprocess
 from .losses import interactive_loss, point_loss
-from .postprocessing import random_postprocess
 from .processes import check_precision
 from .prompts import choose_kinds, make_prompts
 from .run_log import RunLog
-from .surrogates import Surrogates, frozen, normalise
+from .surrogates import Surrogates, frozen
 from .validation import validate
 
 # What may change when a run is resumed: it decides what is written, not what is trained.

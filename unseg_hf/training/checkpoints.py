@@ -44,10 +44,6 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint."""
-        return latest_in(self.folder)
-
     def save(self, step: int) -> None:
         """Write a checkpoint, and remove those that are too many.
 
@@ -69,7 +65,7 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
                 f"{target} could not be written ({one_line(error)}); make room, or mend what is wrong there, and "
-                f"resume from {self.latest() or 'the beginning: there is no earlier checkpoint'}"
+                f"resume from {latest_in(self.folder) or 'the beginning: there is no earlier checkpoint'}"
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..configuration_unseg import check_epsilon
-from .postprocessing import POSTPROCESSINGS
+from .differentiable_post_processing import POSTPROCESSINGS
 from .prompts import PROMPT_KINDS
 
 

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ..evaluation.victims.base import dice_loss, ious_of, shrunk
+
 
 def sample_at(values: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Bilinear samples; beyond the outermost pixel centres the outermost pixels go on.
@@ -66,12 +68,6 @@ def point_loss(
     return bce + dice_loss(predictions.sigmoid(), labels)
 
 
-def dice_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`1 - (2 |p y| + 1) / (|p| + |y| + 1)` over the last dimension; one added so that two empty masks agree."""
-    overlap = 2 * (probabilities * labels).sum(-1) + 1
-    return 1 - overlap / (probabilities.sum(-1) + labels.sum(-1) + 1)
-
-
 def interactive_loss(
     logits: torch.Tensor, ious: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, count: int = 12_544
 ) -> torch.Tensor:
@@ -91,8 +87,5 @@ def interactive_loss(
     repeated = targets.repeat_interleave(masks, 0)
     losses = point_loss(logits.flatten(0, 1), repeated, generator, count).view(n, masks)
     with torch.no_grad():
-        truth = F.interpolate(targets.unsqueeze(1), logits.shape[-2:], mode="area") > 0.5
-        drawn = logits > 0
-        union = (drawn | truth).sum((-2, -1)).clamp(min=1)
-        actual = (drawn & truth).sum((-2, -1)) / union
+        actual = ious_of(logits > 0, shrunk(targets, logits.shape[-2:]).unsqueeze(1))
     return losses.min(dim=1).values.mean() + F.mse_loss(ious.float(), actual)

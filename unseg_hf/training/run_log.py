@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from ..image_files import put_in_place
+
 
 class RunLog:
     """Means of the losses since the last line, over all processes.
@@ -38,9 +40,7 @@ class RunLog:
         if accelerator.is_main_process and self._file.exists():
             lines = self._file.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-            partial = self._file.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(self._file)
+            put_in_place("".join(kept).encode(), self._file)
 
     def add(self, losses: dict[str, torch.Tensor], images: int) -> None:
         """Count a batch: its losses, scalars, and its images, those of all processes."""

@@ -10,17 +10,11 @@ from transformers import SamConfig, SamModel, ViTMAEModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..evaluation.victims import build_victim
-from ..evaluation.victims.semantic import load_checkpoint
+from ..evaluation.victims.checkpoints import load_checkpoint, sam_config_at
 from ..evaluation.victims.unet import SIZE_MULTIPLE, UNet
 
 VICTIM_SURROGATES = ("unet", "unetpp", "segformer", "upernet", "deeplabv3plus")
 """Victims of the audit with logits for every pixel; the others find segments."""
-
-
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """`(batch, 3, h, w)` in [0, 1] to what SAM's encoder and the surrogates see."""
-    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images - mean) / std
 
 
 class SamSurrogate(nn.Module):
@@ -188,33 +182,6 @@ def frozen(surrogate: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(required)
         for norm, tracked in norms:
             norm.track_running_stats = tracked
-
-
-def sam_config_at(config: SamConfig, image_size: int) -> SamConfig:
-    """A SAM's configuration at another input size, from which a model with random weights can be trained.
-
-    Args:
-        config: of any SAM; it is left as it is.
-        image_size: side of the input in pixels, a multiple of the patch size.
-
-    Raises:
-        ValueError: `image_size` is no multiple of the patch size.
-    """
-    patch = config.vision_config.patch_size
-    if image_size < patch or image_size % patch:
-        raise ValueError(f"image_size={image_size}: must be a multiple of {patch}, the side of SAM's patches")
-    values = config.to_dict()
-    values["vision_config"] |= {
-        "image_size": image_size,
-        # SAM's own 1e-10 suits weights that are loaded; nothing would train from it.
-        "initializer_range": 0.02,
-        # Standard deviation of the random frequencies that encode positions, 1 in SAM. SamVisionConfig derives half
-        # the width, with which neighbouring pixels have nothing in common. Loaded frequencies are not scaled by it.
-        "scale": 1,
-    }
-    values["prompt_encoder_config"]["image_size"] = image_size
-    del values["prompt_encoder_config"]["image_embedding_size"]  # derived from the image size
-    return SamConfig(**values)
 
 
 def load_resized(model: nn.Module, original: nn.Module) -> None:

@@ -6,9 +6,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..data.interactive import InteractiveSegmentation
+from ..evaluation.victims.base import ious_of, normalise
 from ..inspection import captioned
 from .prompts import PROMPT_KINDS, make_prompts
-from .surrogates import normalise
 
 PICTURES = 4
 """Images in the sheet of pictures."""
@@ -51,7 +51,7 @@ def validate(
             for index, logits in enumerate(surrogates(normalise(images), prompts)):
                 logits = F.interpolate(logits[:, None].float(), batch["mask"].shape[-2:], mode="bilinear")[:, 0]
                 found[index, state] = logits > 0
-                ious.setdefault((index, state), []).extend(_iou(logits > 0, batch["mask"] > 0.5))
+                ious.setdefault((index, state), []).extend(ious_of(logits > 0, batch["mask"] > 0.5).tolist())
         if len(rows) < PICTURES:
             noise = protected - batch["image"]
             largest = noise.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
@@ -67,12 +67,6 @@ def validate(
         for (index, state), values in ious.items()
     }
     return figures, _sheet(rows, titles)
-
-
-def _iou(found: torch.Tensor, masks: torch.Tensor) -> list[float]:
-    intersection = (found & masks).sum((1, 2))
-    union = (found | masks).sum((1, 2))
-    return (intersection / union).tolist()  # no mask is empty, so neither is a union
 
 
 def _grey(masks: torch.Tensor) -> torch.Tensor:

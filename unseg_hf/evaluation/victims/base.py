@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+FOUR_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+"""What transformers calls the stages of a backbone."""
 TASKS = ("semantic", "instance", "panoptic", "detection", "interactive")
 IGNORED = 255
 """Label of pixels that belong to no class: not learned from, not counted."""
@@ -101,6 +105,28 @@ def boxes_of(masks: torch.Tensor) -> torch.Tensor:
         sides.append((first, last))
     (x0, x1), (y0, y1) = sides
     return torch.stack([x0, y0, x1, y1], dim=1).float()
+
+
+def ious_of(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """IoU of bool masks `(..., height, width)`, which are broadcast; 0 of two that are empty."""
+    return (found & true).sum((-2, -1)) / (found | true).sum((-2, -1)).clamp(min=1)
+
+
+def shrunk(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Masks `(n, height, width)`, 0 or 1, at another size: bool, where they cover more than half of a pixel."""
+    return F.interpolate(masks[:, None], size, mode="area")[:, 0] > 0.5
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """`(batch, 3, h, w)` in [0, 1] to what SAM's encoder and most victims see."""
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images - mean) / std
+
+
+def dice_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`1 - (2 |p y| + 1) / (|p| + |y| + 1)` over the last dimension; one added so that two empty masks agree."""
+    overlap = 2 * (probabilities * labels).sum(-1) + 1
+    return 1 - overlap / (probabilities.sum(-1) + labels.sum(-1) + 1)
 
 
 class Victim(nn.Module):

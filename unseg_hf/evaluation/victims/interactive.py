@@ -7,17 +7,40 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, SamConfig, SamHQConfig, SamHQModel, SamModel
+from transformers import PreTrainedConfig, PreTrainedModel, SamHQModel, SamModel
 
-from unseg_hf.evaluation.victims.base import IGNORED, Batch, Segments, Victim, boxes_of, objects_of
-from unseg_hf.evaluation.victims.semantic import load_checkpoint
-from unseg_hf.training.losses import dice_loss
-from unseg_hf.training.surrogates import normalise
+from unseg_hf.evaluation.victims.base import (
+    IGNORED,
+    Batch,
+    Segments,
+    Victim,
+    boxes_of,
+    dice_loss,
+    normalise,
+    objects_of,
+)
+from unseg_hf.evaluation.victims.checkpoints import load_checkpoint, sam_config_at
 
 PROMPTS_AT_ONCE = 16
 """The decoder repeats the image's embedding for each prompt; this bounds its memory."""
 BOX_JITTER = 0.1
 """Sides of a training box are moved by up to so much of its width or height, as annotators' boxes are."""
+SMALL = {
+    "vision_config": {
+        "patch_size": 8,
+        "hidden_size": 96,
+        "output_channels": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        # Windows would cut the grid of a small image, 12 cells a side at 96 pixels, too finely.
+        "window_size": 0,
+        "global_attn_indexes": [0, 1, 2, 3],
+        "num_pos_feats": 32,
+    },
+    "prompt_encoder_config": {"patch_size": 8, "hidden_size": 64},
+    "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4, "iou_head_hidden_dim": 64},
+}
+"""Sizes of the preset "small"; those of "full" are transformers' own, ViT-B's."""
 
 
 def prompted_objects(labels: torch.Tensor, instances: torch.Tensor | None) -> Segments:
@@ -49,7 +72,6 @@ class SamVictim(Victim):
         ValueError: `image_size` is no such multiple, or `pretrained` does not load or is of another architecture.
     """
 
-    CONFIG: ClassVar[type[PreTrainedConfig]] = SamConfig
     MODEL: ClassVar[type[PreTrainedModel]] = SamModel
     FINE_TUNED: ClassVar[tuple[str, ...]] = ("mask_decoder.",)
     """Beginnings of the names of the weights that are trained from a checkpoint."""
@@ -76,7 +98,7 @@ class SamVictim(Victim):
         if pretrained is None:
             self.model = self.MODEL(self._config(preset, image_size))
         else:
-            self.model = load_checkpoint(self.MODEL, pretrained, (self.CONFIG.model_type,))
+            self.model = load_checkpoint(self.MODEL, pretrained, (self.MODEL.config_class.model_type,))
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name.startswith(self.FINE_TUNED))
         # Nothing here asks for the predicted IoU, and the loss does not train it. The frequencies that encode
@@ -147,33 +169,14 @@ class SamVictim(Victim):
         return {}
 
     def _config(self, preset: str, image_size: int | None) -> PreTrainedConfig:
-        patch = 16 if preset == "full" else 8
-        side = image_size or (1024 if preset == "full" else 128)
+        sizes = {} if preset == "full" else SMALL
+        config = self.MODEL.config_class(**{part: dict(values) for part, values in sizes.items()})
+        side, patch = image_size or (1024 if preset == "full" else 128), config.vision_config.patch_size
         if side % patch:
             raise ValueError(f"image_size is {side}; give a multiple of {patch} to a {preset} {type(self).__name__}")
-        vision: dict[str, Any] = {"image_size": side, "patch_size": patch, "initializer_range": 0.02}
-        prompts: dict[str, Any] = {"image_size": side, "patch_size": patch}
-        decoder: dict[str, Any] = {}
-        if preset != "full":
-            vision |= {
-                "hidden_size": 96,
-                "output_channels": 64,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                # Windows would cut the grid of a small image, 12 cells a side at 96 pixels, too finely.
-                "window_size": 0,
-                "global_attn_indexes": [0, 1, 2, 3],
-                "num_pos_feats": 32,
-            }
-            prompts |= {"hidden_size": 64}
-            decoder = {"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4, "iou_head_hidden_dim": 64}
-        if self.CONFIG is SamHQConfig:
-            decoder["vit_dim"] = vision.get("hidden_size", 768)
-        config = self.CONFIG(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
-        # Standard deviation of the random frequencies that encode positions, 1 in SAM; transformers has half the
-        # width, with which neighbouring pixels have nothing in common.
-        config.vision_config.scale = 1
-        return config
+        if self.MODEL is SamHQModel:
+            config.mask_decoder_config.vit_dim = config.vision_config.hidden_size
+        return sam_config_at(config, side)
 
 
 class SamHQVictim(SamVictim):
@@ -183,7 +186,6 @@ class SamHQVictim(SamVictim):
     is frozen and the HQ mask alone is trained, then added to SAM's, as in section 3 of the paper.
     """
 
-    CONFIG = SamHQConfig
     MODEL = SamHQModel
     FINE_TUNED = tuple(
         f"mask_decoder.{part}"

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     DetrConfig,
-    DFineConfig,
     DFineForObjectDetection,
     HGNetV2Config,
     Mask2FormerConfig,
@@ -19,15 +18,23 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RTDetrResNetConfig,
-    RTDetrV2Config,
     RTDetrV2ForObjectDetection,
     SwinConfig,
 )
 from transformers.utils import ModelOutput
 
-from unseg_hf.evaluation.victims.base import IGNORED, Batch, Segments, Victim, boxes_of, objects_of, segments_of
-from unseg_hf.evaluation.victims.semantic import load_checkpoint
-from unseg_hf.training.surrogates import normalise
+from unseg_hf.evaluation.victims.base import (
+    FOUR_STAGES,
+    IGNORED,
+    Batch,
+    Segments,
+    Victim,
+    boxes_of,
+    normalise,
+    objects_of,
+    segments_of,
+)
+from unseg_hf.evaluation.victims.checkpoints import load_checkpoint
 
 MAX_OBJECTS = 100
 """Most objects predicted in an image, as COCO counts no more."""
@@ -36,7 +43,6 @@ SURE = 0.5
 VISIBLE = 0.8
 """Segments of a panoptic map of which less than this share is left by better ones are dropped."""
 VOID_LOGIT = -10.0
-FOUR_STAGES = [f"stage{number}" for number in range(1, 5)]
 
 
 class _ObjectVictim(Victim):
@@ -273,8 +279,24 @@ class MaskFormerVictim(_MaskClassifier):
 
 
 class _Detector(_ObjectVictim):
+    """A detector whose small preset is `SMALL_DETECTOR` on a small backbone, and whose full one has `FULL`."""
+
+    FULL: ClassVar[dict[str, list[int]]] = {}
     weight_decay = 1e-4
     max_grad_norm = 0.1
+
+    @classmethod
+    def _config(cls, preset: str, num_labels: int) -> PreTrainedConfig:
+        return cls.MODEL.config_class(
+            backbone_config=cls._backbone(preset),
+            num_labels=num_labels,
+            freeze_backbone_batch_norms=False,  # which suits a pretrained backbone alone
+            **(cls.FULL if preset == "full" else SMALL_DETECTOR),
+        )
+
+    @staticmethod
+    def _backbone(preset: str) -> PreTrainedConfig:
+        raise NotImplementedError
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The model's own loss, contrastive denoising included.
@@ -312,24 +334,15 @@ class RTDetrVictim(_Detector):
     pretrained_lr = 1e-4
 
     @staticmethod
-    def _config(preset: str, num_labels: int) -> RTDetrV2Config:
-        # Frozen batch norms suit a pretrained backbone alone.
+    def _backbone(preset: str) -> RTDetrResNetConfig:
         if preset == "full":
-            backbone = RTDetrResNetConfig(out_features=FOUR_STAGES[1:])
-            return RTDetrV2Config(backbone_config=backbone, num_labels=num_labels, freeze_backbone_batch_norms=False)
-        backbone = RTDetrResNetConfig(
+            return RTDetrResNetConfig(out_features=FOUR_STAGES[1:])
+        return RTDetrResNetConfig(
             embedding_size=32,  # the basic layers of the first stage keep the width
             hidden_sizes=[32, 64, 96, 128],
             depths=[1, 1, 1, 1],
             layer_type="basic",
             out_features=FOUR_STAGES[1:],
-        )
-        return RTDetrV2Config(
-            backbone_config=backbone,
-            num_labels=num_labels,
-            freeze_backbone_batch_norms=False,
-            encoder_in_channels=[64, 96, 128],
-            **SMALL_DETECTOR,
         )
 
 
@@ -340,17 +353,13 @@ class DFineVictim(_Detector):
     lr = 1e-3
     pretrained_lr = 1e-4
 
+    FULL: ClassVar[dict[str, list[int]]] = {"decoder_n_points": [3, 6, 3]}
+
     @staticmethod
-    def _config(preset: str, num_labels: int) -> DFineConfig:
+    def _backbone(preset: str) -> HGNetV2Config:
         if preset == "full":
-            backbone = HGNetV2Config(out_features=FOUR_STAGES[1:])
-            return DFineConfig(
-                backbone_config=backbone,
-                num_labels=num_labels,
-                freeze_backbone_batch_norms=False,
-                decoder_n_points=[3, 6, 3],
-            )
-        backbone = HGNetV2Config(
+            return HGNetV2Config(out_features=FOUR_STAGES[1:])
+        return HGNetV2Config(
             stem_channels=[3, 16, 16],
             stage_in_channels=[16, 32, 64, 96],
             stage_mid_channels=[16, 32, 32, 48],
@@ -362,16 +371,10 @@ class DFineVictim(_Detector):
             use_learnable_affine_block=True,
             out_features=FOUR_STAGES[1:],
         )
-        return DFineConfig(
-            backbone_config=backbone,
-            num_labels=num_labels,
-            freeze_backbone_batch_norms=False,
-            encoder_in_channels=[64, 96, 128],
-            **SMALL_DETECTOR,
-        )
 
 
 SMALL_DETECTOR = {
+    "encoder_in_channels": [64, 96, 128],
     "encoder_hidden_dim": 64,
     "encoder_ffn_dim": 128,
     "encoder_attention_heads": 4,

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .base import IGNORED, Batch, Victim
+from .base import FOUR_STAGES, IGNORED, Batch, Victim
+from .checkpoints import load_checkpoint, model_type
 from .unet import UNet, two_convolutions
 
 
@@ -221,16 +222,16 @@ class UperNetVictim(SemanticVictim):
         else:
             # ConvNextBackbone fails on the tuples that are the defaults of its configuration.
             sizes = {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3], "drop_path_rate": 0.4}
-        backbone = ConvNextConfig(out_features=_STAGES, **sizes)
+        backbone = ConvNextConfig(out_features=FOUR_STAGES, **sizes)
         return UperNetForSemanticSegmentation(_upernet_config(backbone, num_classes, preset))
 
     def _loaded(self, num_classes: int, preset: str, pretrained: str | Path) -> nn.Module:
         from transformers import ConvNextBackbone, SwinBackbone, UperNetForSemanticSegmentation
 
         backbones = {"convnext": ConvNextBackbone, "swin": SwinBackbone}
-        if (kind := _model_type(pretrained)) in backbones:
+        if (kind := model_type(pretrained)) in backbones:
             backbone = load_checkpoint(
-                backbones[kind], pretrained, (kind,), new_parts=("hidden_states_norms.",), out_features=_STAGES
+                backbones[kind], pretrained, (kind,), new_parts=("hidden_states_norms.",), out_features=FOUR_STAGES
             )
             network = UperNetForSemanticSegmentation(_upernet_config(backbone.config, num_classes, preset))
             network.backbone = backbone
@@ -257,9 +258,6 @@ class UperNetVictim(SemanticVictim):
 
     def _features(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
         return self.network.backbone(pixel_values).feature_maps
-
-
-_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def _upernet_config(backbone: Any, num_classes: int, preset: str) -> Any:
@@ -321,55 +319,3 @@ class DeepLabV3PlusVictim(SemanticVictim):
             # The published rates would reach beyond the last features of small images, 6 cells a side at 96 pixels.
             return DeepLabV3Plus(backbone, num_classes, width=64, low_level_width=16, rates=(1, 2, 3))
         return DeepLabV3Plus(backbone, num_classes)
-
-
-def _model_type(pretrained: str | Path) -> str:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(pretrained)).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"pretrained is {str(pretrained)!r}, which is no transformers checkpoint that loads ({error}); "
-            "give its folder or Hub id"
-        ) from error
-
-
-def load_checkpoint(
-    model_class: Any,
-    pretrained: str | Path,
-    model_types: Sequence[str],
-    new_parts: tuple[str, ...] = (),
-    resized: tuple[str, ...] = ("classifier.",),
-    **options: Any,
-) -> nn.Module:
-    """`model_class.from_pretrained` in float32, which refuses what is not the model.
-
-    Args:
-        model_class: class of transformers.
-        pretrained: folder or Hub id.
-        model_types: types of model that it may be, as their configurations name them.
-        new_parts: beginnings of the names of weights that the checkpoint need not have.
-        resized: parts of the names of weights that may have another shape there, those of another number of classes.
-        options: passed on.
-
-    Raises:
-        ValueError: it does not load, is of another type, or misses other weights.
-    """
-    from safetensors import SafetensorError
-
-    fix = f"give a checkpoint of {' or '.join(model_types)}"
-    if (found := _model_type(pretrained)) not in model_types:
-        raise ValueError(f"pretrained is {str(pretrained)!r}, a {found}; {fix}")
-    try:
-        model, report = model_class.from_pretrained(
-            str(pretrained), dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"pretrained is {str(pretrained)!r}, whose weights do not load ({error}); {fix}") from error
-    # Weights of another shape are new as well.
-    reshaped = [name for name, *_ in report["mismatched_keys"] if not any(part in name for part in resized)]
-    missing = [name for name in report["missing_keys"] if not name.startswith(new_parts)]
-    if lacking := sorted(missing + reshaped):
-        raise ValueError(f"pretrained is {str(pretrained)!r}, which lacks weights such as {lacking[0]}; {fix}")
-    return model

@@ -9,6 +9,8 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 
+from ..evaluation.augmentation import greyscale
+
 POSTPROCESSINGS = ("greyscale", "crop", "resize", "blur", "bit_depth", "jpeg")
 """All kinds, in the order in which they happen to a picture."""
 
@@ -37,7 +39,7 @@ def random_postprocess(
         width)`, which follow a crop and nothing else. The arguments themselves where nothing happens.
     """
     draws = torch.rand(len(POSTPROCESSINGS), 2, generator=generator).tolist()
-    treatments = {"greyscale": greyscale, "resize": resize, "blur": blur, "bit_depth": bit_depth, "jpeg": jpeg}
+    treatments = {"resize": resize, "blur": blur, "bit_depth": bit_depth, "jpeg": jpeg}
     # Where a crop lies takes more numbers: they come from a source of their own.
     place = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator)))
     for kind, (chance, strength) in zip(POSTPROCESSINGS, draws, strict=True):
@@ -45,6 +47,8 @@ def random_postprocess(
             continue
         if kind == "crop":
             images, masks = crop(images, masks, strength, place)
+        elif kind == "greyscale":
+            images = greyscale(images)
         else:
             images = treatments[kind](images, strength)
     return images, masks
@@ -107,9 +111,3 @@ def blur(images: torch.Tensor, strength: float) -> torch.Tensor:
 
     sigma = 0.5 + 1.5 * strength
     return gaussian_blur2d(images, (13, 13), (sigma, sigma))
-
-
-def greyscale(images: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-    """Luma (ITU-R BT.601, as Pillow's "L") in all three channels, whatever the strength."""
-    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True).expand_as(images)
