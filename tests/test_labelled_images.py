@@ -474,6 +474,17 @@ def test_proposed_segments_are_those_of_the_generator_that_was_named(tmp_path: P
     assert asked == [("mine", "cuda"), ("mine", "cuda:3")]
 
 
+def test_images_of_the_same_bytes_and_another_shape_are_others(tmp_path: Path):
+    pixels = np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)
+    found = []
+    for shape in ((16, 24), (24, 16)):
+        file, mask = tmp_path / f"{shape[0]}.png", tmp_path / f"{shape[0]}-mask.png"
+        Image.fromarray(pixels.reshape(*shape, 3)).save(file)
+        Image.fromarray((np.arange(16 * 24) % 2 * 255).astype(np.uint8).reshape(shape)).save(mask)
+        found += LabelledImages(ImageFiles([(file, mask)], tmp_path)).digests
+    assert found[0] != found[1]
+
+
 def test_objects_of_a_mask_of_0_and_255_are_things():
     masks = list((NUMBERS > 0) * np.uint8(255))
     assert LabelledImages(InMemory(masks, list(NUMBERS))).things == (1,)

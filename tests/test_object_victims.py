@@ -445,6 +445,17 @@ def test_panoptic_segments_lose_to_surer_ones_and_go_where_little_of_them_is_lef
     assert found[:, 2:, 0].unique().tolist() == [0]
 
 
+def test_panoptic_maps_leave_out_pixels_that_no_query_is_sure_of():
+    victim = build(Mask2FormerVictim, "panoptic")
+    logits = torch.full((1, 8, 8), 3.0)
+    logits[0, :, 7] = -0.1  # of a sure query, with a probability below a half
+    probabilities = torch.zeros(1, 6)
+    probabilities[0, 2] = 0.9
+    found = victim._panoptic_map(probabilities, logits)
+    assert found[:, :7, 0].unique().tolist() == [2]
+    assert found[:, 7, 0].unique().tolist() == [255]
+
+
 @pytest.mark.parametrize("victim_class", [RTDetrVictim, DFineVictim])
 def test_detectors_learn_centres_and_sides_as_shares_of_the_image(victim_class):
     batch = squares(1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .processing_unseg import UnSegProcessor
     from .protection import Protected, Protector, default_checkpoint
 
+# Where the noise of a checkpoint changes, this has to: what `map` and an audit keep is found again by it.
 __version__ = "0.1.0"
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import gc
 import json
 import signal
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,7 @@ def run_protect(options: argparse.Namespace) -> int:
             _shared_processor(protector, len(tasks)) as (threads, model_turn),
             tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
         ):
-            work = functools.partial(_outcome, protector, model_turn, options, prompt, epsilon, background, measure)
+            work = _Worker(protector, model_turn, options, prompt, (epsilon, background), measure)
 
             def record(task: Task, outcome: dict[str, Any]) -> None:
                 report.add(task, **outcome)
@@ -286,60 +285,74 @@ def _is_lossy(target: Path) -> bool:
     return image_files.SUFFIXES[target.suffix.lower()] in image_files.LOSSY_FORMATS
 
 
-def _outcome(protector, model_turn, options, prompt, epsilon, background, measure: bool, task: Task) -> dict[str, Any]:
-    """What became of an image: `status`, and its `report` or the line of its `error`."""
-    from .image_files import one_line
+@dataclass(frozen=True)
+class _Worker:
+    """Does an image: with the generator, what to enter for the time that the image is in its model, the options, what
+    to protect but for the image's own mask, the budget, and whether to report all figures."""
 
-    try:
-        # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
-        if task.target.is_file() and not options.overwrite:
-            return {"status": "skipped", "older": _is_older(task.target, task.source, task.mask)}
-        report = _protect_one(protector, model_turn, task, options, prompt, epsilon, background, measure)
-        return {"status": "protected", "report": report}
-    # One bad image must not stop the others, whatever is wrong with it.
-    except Exception as error:
-        text = one_line(error)
-        mask = f" with {task.mask}" if task.mask and str(task.mask) not in text else ""
-        return {"status": "failed", "error": text if str(task.source) in text else f"{task.source}{mask}: {text}"}
+    protector: Any
+    model_turn: Any
+    options: argparse.Namespace
+    prompt: Any
+    budget: tuple[float | None, float | None]
+    measure: bool
 
+    def __call__(self, task: Task) -> dict[str, Any]:
+        """What became of an image: `status`, and its `report` or the line of its `error`."""
+        from .image_files import one_line
 
-def _protect_one(
-    protector, model_turn, task: Task, options, prompt, epsilon, background, measure: bool
-) -> dict[str, Any]:
-    """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
-    from . import image_files
-    from .fidelity import compare
-    from .inspection import share_left
+        try:
+            # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
+            if task.target.is_file() and not self.options.overwrite:
+                return {"status": "skipped", "older": _is_older(task.target, task.source, task.mask)}
+            return {"status": "protected", "report": self._protect(task)}
+        # One bad image must not stop the others, whatever is wrong with it.
+        except Exception as error:
+            text = one_line(error)
+            mask = f" with {task.mask}" if task.mask and str(task.mask) not in text else ""
+            return {"status": "failed", "error": text if str(task.source) in text else f"{task.source}{mask}: {text}"}
 
-    quality = 95 if options.quality is None else options.quality
-    image: Any = task.source
-    if is_json(task.mask):
-        from .layouts.annotations import prompt_of
+    def _protect(self, task: Task) -> dict[str, Any]:
+        """Protects and writes one image; reports notes, and on `measure` the figures of the file that was written."""
+        from . import image_files
+        from .fidelity import compare
+        from .inspection import share_left
 
-        if task.annotation is None:
-            raise ValueError(f"{task.source}: {task.mask} has no image of this name")
-        image = image_files.read(task.source)
-        segments = task.annotation.segments((image.height, image.width), None, options.per_segment)
-        prompt = prompt_of(segments, prompt.mode, prompt.tint)
-    elif task.mask:
-        prompt = replace(prompt, **{"label_map" if options.labels else "mask": image_files.read_mask(task.mask)})
-    job = protector.prepare(image, prompt, epsilon, background)
-    with model_turn:
-        decoded = protector.decode(job, protector.encode([job])[0])
-    protected = protector.apply(job, decoded)
-    with ThreadPoolExecutor(1) as aside:
-        writing = aside.submit(image_files.write, protected.picture, task.target, options.format, quality)
-        # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
-        few = {"notes": list(protected.notes), "protected_share": protected.share, "tinted": protected.tinted}
-        report = (protected.report if measure else few) | {"unchanged": protected.unchanged}
-        written = writing.result()
-    report["notes"] += [note for note in written.notes if note not in report["notes"]]
-    if _is_lossy(task.target):
-        clean = image_files.read(image_files.encode(protected.original, "jpeg", quality)).rgb8()
-        report |= compare(protected.original, written, protected.region) if measure else {}
-        report["noise_left"] = share_left(protected.original, protected.picture, clean, written.rgb8())
-        report["notes"].append("JPEG changes pixels beyond the bound and takes part of the noise; png keeps all")
-    return report
+        quality = 95 if self.options.quality is None else self.options.quality
+        job = self.protector.prepare(*self._image_and_prompt(task), *self.budget)
+        with self.model_turn:
+            decoded = self.protector.decode(job, self.protector.encode([job])[0])
+        protected = self.protector.apply(job, decoded)
+        with ThreadPoolExecutor(1) as aside:
+            writing = aside.submit(image_files.write, protected.picture, task.target, self.options.format, quality)
+            # SSIM alone takes longer than protecting: not for every image of a folder that nobody asked about.
+            few = {"notes": list(protected.notes), "protected_share": protected.share, "tinted": protected.tinted}
+            report = (protected.report if self.measure else few) | {"unchanged": protected.unchanged}
+            written = writing.result()
+        report["notes"] += [note for note in written.notes if note not in report["notes"]]
+        if _is_lossy(task.target):
+            clean = image_files.read(image_files.encode(protected.original, "jpeg", quality)).rgb8()
+            report |= compare(protected.original, written, protected.region) if self.measure else {}
+            report["noise_left"] = share_left(protected.original, protected.picture, clean, written.rgb8())
+            report["notes"].append("JPEG changes pixels beyond the bound and takes part of the noise; png keeps all")
+        return report
+
+    def _image_and_prompt(self, task: Task) -> tuple[Any, Any]:
+        """What is read of a task, and what to protect in it."""
+        from . import image_files
+
+        if is_json(task.mask):
+            from .layouts.annotations import prompt_of
+
+            if task.annotation is None:
+                raise ValueError(f"{task.source}: {task.mask} has no image of this name")
+            image = image_files.read(task.source)
+            segments = task.annotation.segments((image.height, image.width), None, self.options.per_segment)
+            return image, prompt_of(segments, self.prompt.mode, self.prompt.tint)
+        if task.mask:
+            kind = "label_map" if self.options.labels else "mask"
+            return task.source, replace(self.prompt, **{kind: image_files.read_mask(task.mask)})
+        return task.source, self.prompt
 
 
 class Report:

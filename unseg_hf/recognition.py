@@ -9,8 +9,8 @@ from .noise_choice import without_colour
 LAGS = 48  # of an image's height: a step between two pixels is a quarter of one of the embedded generator's 12 waves
 SIDE = 256  # rows and columns at most: they tell it as well as all do
 BLOCKS = 4  # down and across what has noise, from whose differences the standard error comes
-FEW = 64  # pairs of pixels that say nothing
-CARRIED, CLEARLY = 0.3, 3  # share of a noise that its own absence was not seen to look like; standard errors
+FEW = 256  # pairs of pixels that say nothing
+CARRIED, CLEARLY = 0.3, 4  # share of a noise that its absence was hardly seen to look like; standard errors
 LEAST_VARIANCE = 0.5  # in levels: what rounding alone does
 
 
