@@ -140,6 +140,95 @@ def waiting(monkeypatch):
     return begun, go_on
 
 
+def test_it_says_that_it_works_and_when_it_is_done(open_page, waiting):
+    begun, go_on = waiting
+    page = open_page(size="phone")
+    upload(page, COFFEE)
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    page.locator("#protect").click()
+    page.wait_for_function("() => document.querySelector('#state').innerText.includes('Protecting')")
+    assert page.locator("#protect").is_disabled()
+    assert begun.wait(20)
+    go_on.set()
+    page.wait_for_selector("text=Protected. Compare it with the original")
+    page.wait_for_selector("#slider img")
+    assert page.locator("#state").inner_text().strip() == ""
+    assert page.locator("#protect").is_enabled()
+    # It has come into the window by itself.
+    page.wait_for_function("() => document.querySelector('#result').getBoundingClientRect().top < innerHeight - 100")
+    choose(page, "Click on objects")
+    hint(page, "further clicks")
+    page.locator("#protect").click()
+    page.wait_for_selector("text=click on an object first")
+    page.wait_for_function("() => !document.querySelector('#protect').disabled")
+    assert page.locator("#state").inner_text().strip() == ""
+
+
+def test_of_two_photos_chosen_one_after_the_other_the_last_is_opened(open_page, tmp_path, monkeypatch):
+    from unseg_hf.demo.session import Workbench
+
+    begun, go_on, open_photo = Event(), Event(), Workbench.open
+
+    def slow(bench, path, name, original=None):
+        if name.startswith("first"):
+            begun.set()
+            go_on.wait(20)
+        return open_photo(bench, path, name, original)
+
+    monkeypatch.setattr(Workbench, "open", slow)
+    Image.new("RGB", (300, 500), "white").save(tmp_path / "first.png")
+    page = open_page()
+    page.set_input_files("#upload input[type=file]", tmp_path / "first.png")
+    assert begun.wait(20)
+    page.get_by_role("button", name="Or try: coffee").click()
+    page.wait_for_timeout(1_000)
+    go_on.set()
+    page.wait_for_function(
+        "() => { const image = document.querySelector('#view img');"
+        "        return image && image.naturalWidth > image.naturalHeight; }"
+    )
+    choose(page, "Everything")
+    hint(page, "whole photo")
+    protect(page)
+    assert downloaded(page, tmp_path).name == "coffee_protected.png"
+
+
+def test_clicks_are_on_the_object_again_after_clear(open_page):
+    page = open_page()
+    upload(page, COFFEE)
+    choose(page, "Click on objects")
+    hint(page, "further clicks")
+    page.get_by_role("radio", name="not on it").click()
+    click_at(page, 0.5, 0.5)
+    hint(page, "only clicks on what is not the object")
+    page.get_by_role("button", name="Clear", exact=True).click()
+    hint(page, "further clicks")
+    assert page.get_by_role("radio", name="on the object", exact=True).is_checked()
+
+
+def test_a_result_that_is_deleted_by_now_is_not_offered(browser, saved_generator, tmp_path, monkeypatch):
+    from unseg_hf.demo.serving import launch_options, page_for
+    from unseg_hf.demo.session import Limits
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    limits = Limits(kept_seconds=8)
+    served = page_for(str(saved_generator), "cpu", None, limits)
+    served.launch(**launch_options(limits), prevent_thread_lock=True, quiet=True)
+    try:
+        page = browser.new_page()
+        page.goto(served.local_url)
+        upload(page, COFFEE)
+        choose(page, "Everything")
+        hint(page, "whole photo")
+        protect(page)
+        page.wait_for_selector("text=is deleted by now", timeout=30_000)
+        assert not page.locator("#download").is_visible()
+        page.close()
+    finally:
+        served.close()
+
+
 def test_a_setting_that_is_changed_while_it_works_gives_no_result_and_leaves_no_file(open_page, waiting):
     from gradio.utils import get_upload_folder
 
@@ -428,7 +517,7 @@ def test_a_click_that_marks_nothing_leaves_the_result_and_clear_is_where_there_a
         page.locator("#view img").click()
     page.wait_for_timeout(1_000)
     assert page.locator("#download").is_visible()
-    choose(page, "Draw boxes")
+    choose(page, "Boxes, by two clicks")
     page.wait_for_selector("button:has-text('Clear'):visible")
 
 

@@ -19,8 +19,9 @@ from unseg_hf.demo.card import NO_CARD, read_card, results
 from unseg_hf.demo.pictures import DETAIL, detail_window, marked, web_treatments
 from unseg_hf.demo.session import VIEW_SIDE, Limits, Marks, Workbench, file_stem, percent, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
-from unseg_hf.demo.texts import found, typed_marks
+from unseg_hf.demo.texts import found, nothing_marked, typed_marks
 from unseg_hf.inputs import Prompt
+from unseg_hf.protection import WHOLE_BOX
 
 COFFEE = Path(__file__).parents[1] / "spaces_demo" / "examples" / "coffee.png"
 
@@ -166,10 +167,14 @@ def test_the_line_under_the_ways_says_what_was_found():
     half = np.zeros((4, 4), bool)
     half[:2] = True
     assert found(Marks("points", points=((0, 0, 1),)), [half], []) == "1 object, 50% of the photo."
-    advice = " Not right? Draw boxes or brush."
+    advice = " Not right? Mark boxes, or brush."
     assert found(Marks("objects"), [half, ~half], []) == f"2 objects, 100% of the photo.{advice}"
-    said = found(Marks("boxes", boxes=((0, 0, 1, 1),)), [half], ["no object was found in a box"] * 2)
-    assert said == "No object was found in a box."
+    said = found(Marks("boxes", boxes=((0, 0, 1, 1),)), [half], [WHOLE_BOX] * 2)
+    assert said == "1 box, 50% of the photo."
+    said = found(Marks("points", points=((3, 4, 0),)), [], [])
+    assert said.startswith("So far there are only clicks on what is not the object")
+    assert nothing_marked(Marks("points", points=((3, 4, 0),))) == said
+    assert nothing_marked(Marks("points")) == "nothing is marked yet: click on an object first"
     said = found(Marks("objects"), [half | ~half], ["none found"])
     assert said == "None found. That hardly protects: draw a box, or brush over it."
     assert found(Marks("objects"), [half], ["not sure"]) == "Not sure."

@@ -36,6 +36,7 @@ UNSURE = (
     "no object stands out: what is most likely one is protected; look at where the noise is, and mark the objects if "
     "it is not on them"
 )
+WHOLE_BOX = "all of a box is protected: no object was made out in it"
 PROTECTED_BEFORE = (
     "it seems to carry this noise already, and noise on noise is beyond the bound: if it was protected before, take "
     "its original"
@@ -484,7 +485,7 @@ class Protector:
             box = mask_of_box(corners, (job.picture.height, job.picture.width))
             masks[i] &= box
             if not (found[i] and masks[i].any()):
-                notes.append("no object was found in a box: all of the box is protected")
+                notes.append(WHOLE_BOX)
                 masks[i] = box
         return masks
 

@@ -36,6 +36,18 @@ from unseg_hf.protect_command import STRENGTHS
 PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Of events that answer at once."""
+NOT_NOW = '{"__type__": "update", "interactive": false}'
+TO_RESULT = """() => {
+    const until = Date.now() + 10000;
+    const look = () => {
+        const picture = document.querySelector("#slider img");
+        if (picture && picture.getBoundingClientRect().height > 20)
+            picture.scrollIntoView({behavior: "smooth", block: "nearest"});
+        else if (Date.now() < until) setTimeout(look, 100);
+    };
+    look();
+}"""
+"""Scrolls to the result as soon as it is there to be seen."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +125,7 @@ def build(bench: Workbench, examples: Path | None = None) -> gr.Blocks:
 
 def _strength(bench: Workbench) -> gr.Slider:
     presets = gr.Radio(list(PRESETS), label="Strength", value=_preset(bench.epsilon), elem_classes="choices")
-    epsilon = Epsilon(0.5, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
+    epsilon = Epsilon(1, 32, value=bench.epsilon, step=0.5, label="Epsilon, exactly", info=texts.EPSILON)
     # In the browser: whoever presses Protect at once means the strength that they have just chosen.
     presets.input(None, presets, epsilon, js=f"preset => ({json.dumps(PRESETS)})[preset]", **QUIET)
     epsilon.change(_preset, epsilon, presets, **QUIET)
@@ -194,7 +206,10 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                 epsilon = _strength(bench)
                 keep_exif = gr.Checkbox(False, label="Keep EXIF", info=texts.EXIF)
             protect = gr.Button("3. Protect", variant="primary", interactive=False, elem_id="protect")
-            with gr.Column(visible=False) as result:
+            state = gr.HTML(_status(""), elem_id="state")
+            forgotten = gr.Timer(limits.kept_seconds, active=False)
+            with gr.Column(visible=False, elem_id="result") as result:
+                gr.HTML(_status(texts.DONE))
                 slider = gr.ImageSlider(
                     type="pil",
                     format="png",
@@ -232,7 +247,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
 
     shown = [session, view, brush, hint, label, mask_file, typing, undo, clear, result]
     as_it_is = [gr.skip()] * len(shown)
-    results_of = [result, slider, download, mask_download, report, command, noise, *web]
+    results_of = [result, slider, download, mask_download, report, command, state, protect, forgotten, noise, *web]
 
     def needed(key: str | None) -> Session:
         current = sessions.find(key)
@@ -256,7 +271,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             gr.update(value=picture, visible=not brushing, label=texts.VIEW_LABELS[marks.way]),
             gr.skip() if view_only else gr.update(visible=brushing, value=None),
             _status(text),
-            gr.update(visible=marks.way == "points"),
+            # The first click is on the object.
+            gr.update(visible=marks.way == "points", **({} if marks.points else {"value": 1})),
             gr.skip() if view_only else gr.update(visible=marks.way == "brush"),
             gr.update(visible=marks.way in ("points", "boxes")),
             gr.update(visible=marks.way in ("points", "boxes")),
@@ -356,7 +372,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         marks = _with_strokes(photo, replace(current.marks, way=chosen), brushed)
         prompt = marks.prompt()
         if prompt is None:
-            raise ValueError(texts.NOTHING_MARKED[marks.way])
+            raise ValueError(texts.nothing_marked(marks))
         protected = bench.protect(photo, prompt, level, keep_exif=exif)
         stem = file_stem(photo.name)
         with new_folder() as folder:
@@ -370,14 +386,18 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             # Another photo was opened meanwhile: this result would stand beside it.
             if not sessions.replace(key, replace(current, protected=protected)):
                 shutil.rmtree(folder)
-                return [gr.skip()] * len(results_of)
+                return [_status("") if one is state else gr.skip() for one in results_of]
+        rows = [*report_rows(protected, figures), ("File", f"PNG, {target.stat().st_size / 2**20:.1f} MB")]
         return [
             gr.update(visible=True),
             (str(before), str(target)),
             str(target),
             str(mask_path),
-            texts.report(report_rows(protected, figures), figures, photo.picture.exif is not None and not exif),
+            texts.report(rows, figures, photo.picture.exif is not None and not exif),
             bench.command(photo, marks, level),
+            _status(""),
+            gr.update(interactive=True),
+            gr.update(active=True),
             *[None] * (1 + len(web)),
         ]
 
@@ -408,6 +428,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
         [marking, protect, refused, upload, *shown],
         **job,
         show_progress_on=[upload],
+        trigger_mode="always_last",  # of two photos that are chosen one after the other, that is the one
     ).success(**fill)
     way.input(choose_way, [session, way, brush], shown, **light, trigger_mode="always_last").success(**fill)
     # Every click counts, also one that comes while the last one is being answered.
@@ -425,9 +446,21 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     # A result stands only beside the settings that gave it. Strokes are told of late, and are in what is protected.
     gr.on([epsilon.change, keep_exif.input], hide_result, [session, epsilon, keep_exif], result, **QUIET)
     brush.input(lambda: gr.update(visible=False), None, result, **QUIET)
-    protect.click(protect_photo, [session, way, brush, epsilon, keep_exif], results_of, **job).success(
-        look_closer, session, [noise, *web], **job, show_progress_on=web
+    # In the browser, at once: what comes of it may have to wait for other visitors.
+    protect.click(None, None, [state, protect], js=f"() => [{json.dumps(_status(texts.WORKING))}, {NOT_NOW}]", **QUIET)
+    asked = [session, way, brush, epsilon, keep_exif]
+    work = protect.click(protect_photo, asked, results_of, **job, show_progress_on=[state])
+    work.failure(
+        lambda key: (_status(""), gr.update(interactive=sessions.find(key) is not None)),
+        session,
+        [state, protect],
+        **QUIET,
     )
+    # On a phone it lies below what can be seen.
+    work.success(None, None, None, js=TO_RESULT, **QUIET)
+    work.success(look_closer, session, [noise, *web], **job, show_progress_on=web)
+    expired = [gr.update(visible=False), _status(texts.EXPIRED), gr.update(active=False)]
+    forgotten.tick(lambda: expired, None, [result, state, forgotten], **QUIET)
 
 
 def _web_image(title: str) -> gr.Image:

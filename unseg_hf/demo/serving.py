@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1240px !important; margin: 0 auto !important}
-#hint p {margin: 0; font-size: var(--text-md)}
+#hint p, #state p {margin: 0; font-size: var(--text-md)}
 #report table {width: 100%}
 #view img {max-height: 80vh}
 #card table, #batch-table table {display: block; overflow-x: auto}
@@ -125,6 +125,11 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     # Gradio's grey is too faint to read on white.
     theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    theme = theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
+    # And white on its orange.
+    for mode in ("", "_dark"):
+        theme = theme.set(**{f"button_primary_background_fill{mode}": "*primary_700"})
+        theme = theme.set(**{f"button_primary_background_fill_hover{mode}": "*primary_800"})
     return {
         "theme": theme,
         "css": CSS,

@@ -11,10 +11,12 @@ import numpy as np
 
 from unseg_hf.demo.session import Marks, percent
 from unseg_hf.protect_command import decibels
+from unseg_hf.protection import WHOLE_BOX
 
 HEAD = """# Protect a photo
-Adds noise of a few grey levels that spoils segmentation models which are trained on the photo. The photo and what is
-made of it are deleted after {minutes} minutes."""
+Adds noise of a few grey levels, which segmentation models that are trained on such photos learn in place of what is in
+them. How far that goes, and where not, says "About". The photo and what is made of it are deleted after {minutes}
+minutes."""
 
 ABOUT = """## What this is
 The noise generator of UnSeg ([arXiv 2410.09909](https://arxiv.org/abs/2410.09909), NeurIPS 2024) in the package
@@ -29,6 +31,11 @@ the generator of the package, at all elsewhere; that is checked before you get t
   model kept 61 % of what clean ones teach. One among thousands changes nothing.
 - It hardly protects where noise is all over a photo, for that does not say where the object is: mark the objects, if
   only by a box around each.
+- It hardly helps against models whose training turns, scales and recolours all photos at once: they kept 97 %.
+- Who has this generator can tell that a photo has its noise, and with the object's mask subtract it. Filters made for
+  it take it out as well.
+- Weak noise is found by some models alone, and strong noise can be seen: at 8, too, stripes show where an object is
+  smooth.
 - It is lost where the noise is lost: see "What a web site would do" for your own photo.
 
 ## What was measured
@@ -37,7 +44,7 @@ What follows is what the model card of the generator that is loaded here ({name}
 
 WAYS = {
     "objects": "Find objects",
-    "boxes": "Draw boxes",
+    "boxes": "Boxes, by two clicks",
     "brush": "Brush",
     "points": "Click on objects",
     "whole": "Everything",
@@ -62,7 +69,10 @@ NOTHING_MARKED = {
     "brush": "nothing is brushed yet: brush over the object, or upload a mask",
 }
 UPLOAD = "Drop a photo, click, or paste one\nat most {mb} MB and {megapixels} megapixels"
-EPSILON = "largest change of a pixel in the mask, of 255"
+EPSILON = "largest change of a pixel in the mask, of 255; measured at 8: below, fewer models fall for it"
+WORKING = "Protecting the photo…"
+DONE = "Protected. Compare it with the original, and download it below."
+EXPIRED = "What was made of this photo is deleted by now: upload it again."
 EXIF = "camera, date and place (GPS) are removed from the download unless you tick this"
 TYPED = "for clicks: x,y   for boxes: left,top,right,bottom"
 WEB = (
@@ -82,11 +92,21 @@ BATCH = (
 )
 
 
+NOT_ON_IT = "So far there are only clicks on what is not the object: choose “on the object”, and click on it."
+
+
+def nothing_marked(marks: Marks) -> str:
+    """Why there is nothing to protect, and what to do."""
+    return NOT_ON_IT if marks.way == "points" and marks.points else NOTHING_MARKED[marks.way]
+
+
 def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> str:
     """What the marks gave, for the line under the choice of ways."""
     if marks.way == "boxes" and marks.corner is not None:
         return "Now click on the opposite corner."
-    if notes:
+    if marks.way == "points" and marks.points and not masks:
+        return NOT_ON_IT
+    if notes and not set(notes) <= {WHOLE_BOX}:
         text = "; ".join(dict.fromkeys(notes))
         everything = marks.way in ("points", "objects") and bool(masks) and masks[0].all()
         advice = " That hardly protects: draw a box, or brush over it." if everything else ""
@@ -96,8 +116,9 @@ def found(marks: Marks, masks: Sequence[np.ndarray], notes: Sequence[str]) -> st
     share = float(np.logical_or.reduce(masks).mean())
     if not share:
         return "The mask is empty: nothing would be protected."
-    count = f"{len(masks)} objects" if len(masks) > 1 else "1 object"
-    advice = {"brush": " Clear it to brush anew.", "objects": " Not right? Draw boxes or brush."}
+    one, several = ("box", "boxes") if notes else ("object", "objects")
+    count = f"{len(masks)} {several}" if len(masks) > 1 else f"1 {one}"
+    advice = {"brush": " Clear it to brush anew.", "objects": " Not right? Mark boxes, or brush."}
     return f"{count}, {percent(share)} of the photo.{advice.get(marks.way, '')}"
 
 
