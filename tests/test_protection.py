@@ -675,7 +675,7 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
     assert 0.2 < tiny_protector.protect(photo(), **corner).region.mean() < 0.5
     assert 0.2 < tiny_protector.protect(photo(), points=[[5, 5]]).region.mean() < 0.5
     monkeypatch.setattr("unseg_hf.protection.segment", answer(0.2))
-    for prompt, words in ((corner, "all of the box"), ({"points": [[5, 5]]}, "the whole image")):
+    for prompt, words in ((corner, "all of a box"), ({"points": [[5, 5]]}, "the whole image")):
         unsure = tiny_protector.protect(photo(), **prompt)
         assert unsure.region.all()
         assert words in unsure.notes[0]
