@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="in a shuffled order")
     parser.add_argument("--epsilon", type=float, help="of 255; by default the model's")
     parser.add_argument("--found", action="store_true", help="protect what the generator finds, each time anew")
+    parser.add_argument("--unmarked", action="store_true", help="protect masks, and look where the generator would")
     parser.add_argument("--treatments", nargs="+", default=TREATMENTS)
     options = parser.parse_args()
 
@@ -42,15 +43,16 @@ def main() -> None:
         image = as_rgb8(record.image)
         mask = Image.fromarray(np.logical_or.reduce([np.asarray(mask) for mask in record.masks]))
 
-        def protect(picture: Image.Image, mask: Image.Image = mask):
-            own = None if options.found else mask.resize(picture.size, Image.Resampling.NEAREST)
+        def protect(picture: Image.Image, found: bool, mask: Image.Image = mask):
+            own = None if found else mask.resize(picture.size, Image.Resampling.NEAREST)
             return protector.protect(picture, mask=own, epsilon=epsilon)
 
-        published = protect(image).image
+        published = protect(image, options.found).image
         for treatment in options.treatments:
             treated = POST_PROCESSINGS[treatment]
             for kind, picture in (("clean", image), ("protected", published)):
-                found.setdefault((treatment, kind), []).append(protect(treated(picture)).before)
+                again = protect(treated(picture), options.found or options.unmarked)
+                found.setdefault((treatment, kind), []).append(again.before)
     print("| images | | share of the noise | taken to carry it | cannot be told |")
     print("|---|---|---|---|---|")
     for (treatment, kind), all_of_them in found.items():

@@ -470,8 +470,10 @@ def test_proposed_segments_are_those_of_the_generator_that_was_named(tmp_path: P
     options = cli.build_parser().parse_args(arguments)
     assert len(LabelledImages(audit_command._source(options, str(tmp_path), None, "train"))) == 1
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert len(LabelledImages(audit_command._source(options, str(tmp_path), None, "train"))) == 1
-    assert asked == [("mine", "cuda"), ("mine", "cuda:3")]
+    for count in (4, 1):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)  # noqa: B023
+        assert len(LabelledImages(audit_command._source(options, str(tmp_path), None, "train"))) == 1
+    assert asked == [("mine", "cuda"), ("mine", "cuda:3"), ("mine", "cuda:0")]
 
 
 def test_images_of_the_same_bytes_and_another_shape_are_others(tmp_path: Path):

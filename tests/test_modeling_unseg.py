@@ -547,9 +547,9 @@ def test_it_is_not_spread_over_devices(saved_generator, monkeypatch):
         return load(cls, *arguments, **options)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
-    for device_map in ("auto", "balanced", {"": "cpu"}):
+    for device_map in ("auto", "balanced", "balanced_low_0", {"": "cpu"}):
         UnSegModel.from_pretrained(saved_generator, device_map=device_map)
-    assert given == ["sequential", "sequential", {"": "cpu"}]
+    assert given == ["sequential", "sequential", "sequential", {"": "cpu"}]
 
 
 def test_rounded_weights_are_not_saved(generator, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from unseg_hf import ProtectImages, Protector, cli
 from unseg_hf.protection import PROTECTED_BEFORE
-from unseg_hf.recognition import recognise
+from unseg_hf.recognition import Recognition, recognise
 
 EXAMPLES = Path(__file__).parent.parent / "spaces_demo" / "examples"
 HEIGHT, WIDTH = 240, 200
@@ -93,11 +93,38 @@ def test_what_cannot_be_told_is_not_said():
 
 
 def test_images_of_a_few_pixels_are_no_trouble():
-    for height, width in ((1, 1), (1, 200), (200, 1), (3, 2)):
+    for height, width in ((1, 1), (1, 200), (200, 1), (3, 2), (5000, 1)):
         pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
-        recognise(
-            pixels, pixels + (np.arange(height)[:, None, None] % 2).astype(np.uint8), np.ones((height, width), bool)
-        )
+        noisy = pixels + (np.arange(height)[:, None, None] % 2).astype(np.uint8)
+        assert recognise(pixels, noisy, np.ones((height, width), bool)) is None
+
+
+def test_a_flat_image_has_none_of_it():
+    flat = np.full((HEIGHT, WIDTH, 3), (20, 90, 200), np.uint8)
+    assert recognise(flat, added(flat, MAGENTA), REGION) == Recognition(0.0, 0.0)
+
+
+def test_of_noise_in_one_corner_there_is_no_error_to_be_had():
+    pixels, corner = photo(2), np.zeros_like(REGION)
+    corner[32:70, 22:50] = True
+    assert recognise(pixels, added(pixels, MAGENTA * corner[..., None]), REGION) is None
+    assert recognise(pixels, added(pixels, MAGENTA * corner[..., None]), corner) is not None
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "sure", "unclear"),
+    [
+        (0.31, 0.05, True, False),
+        (0.29, 0.05, False, True),
+        (0.9, 0.2, True, False),
+        (0.9, 0.25, False, False),
+        (0.1, 0.05, False, False),
+        (-0.9, 0.01, False, False),
+    ],
+)
+def test_noise_is_there_where_its_share_is_far_from_what_chance_gives(share, error, sure, unclear):
+    found = Recognition(share, error)
+    assert (found.sure, found.unclear) == (sure, unclear)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +180,7 @@ def test_a_data_set_that_is_mapped_again_is_warned_of(published):
         once.map(ProtectImages(report_columns=["noise_before"]), batched=True)
 
 
-def test_inspect_looks_for_the_noise_in_one_image(published, tmp_path, capsys):
+def test_inspect_looks_for_the_noise_in_one_image(protector, published, tmp_path, capsys):
     published.save(tmp_path / "protected.png")
     jpeg(published.image).save(tmp_path / "site.jpg")
     published.image.convert("L").save(tmp_path / "grey.png")
@@ -163,15 +190,21 @@ def test_inspect_looks_for_the_noise_in_one_image(published, tmp_path, capsys):
         assert cli.main(["inspect", *map(str, arguments)]) == 0
         return capsys.readouterr().out
 
-    assert "no sign of this generator's noise (0." in said(EXAMPLES / "coffee.png", *mask).replace("(-", "(")
+    assert "no sign of the noise that it would get (" in said(EXAMPLES / "coffee.png", *mask)
+    protector.protect(EXAMPLES / "coffee.png", mask=mask[1], epsilon=2 / 255).save(tmp_path / "faint.png")
+    assert "it carries this generator's noise (2.0 of 255" in said(tmp_path / "faint.png", *mask)
+    Image.new("L", (600, 400)).save(tmp_path / "empty.png")
+    nothing = said(tmp_path / "protected.png", "--mask", tmp_path / "empty.png")
+    assert "cannot be told: hardly any pixel of it would get noise" in nothing
+    assert "note: the mask is empty" in nothing
     assert "it carries this generator's noise (8." in said(tmp_path / "protected.png", *mask)
     assert "it carries this generator's noise" in said(tmp_path / "site.jpg")
-    assert "cannot be told: too little of it has colour" in said(tmp_path / "grey.png")
+    assert "cannot be told: it has no colour" in said(tmp_path / "grey.png")
     figures = json.loads(said(tmp_path / "protected.png", *mask, "--json"))
     assert 7 < figures["noise"] < 8.5
     assert 0 < figures["standard_error"] < 1
     assert figures["sure"] is True
     assert json.loads(said(tmp_path / "grey.png", "--json")) == {"noise": None, "standard_error": None, "sure": None}
     assert cli.main(["inspect", str(tmp_path / "protected.png"), "--picture", str(tmp_path / "look.png")]) == 2
-    assert "--picture needs two images" in capsys.readouterr().err
+    assert "--picture: for two images" in capsys.readouterr().err
     assert not (tmp_path / "look.png").exists()

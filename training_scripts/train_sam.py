@@ -99,12 +99,11 @@ def main() -> None:
     )
     sam, optimizer = accelerator.prepare(model.sam, optimizer)
     random = torch.Generator(accelerator.device).manual_seed(options.seed)
-    running = []
+    running, pinned = [], accelerator.device.type == "cuda"
     for step, batch in enumerate(loader):
         share = step / options.steps
         rate = min(1, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
         optimizer.param_groups[0]["lr"] = options.learning_rate * rate
-        pinned = accelerator.device.type == "cuda"
         batch = {name: value.to(accelerator.device, non_blocking=pinned) for name, value in batch.items()}
         with accelerator.autocast():
             loss = sam_loss(sam, batch, step, options.points, random)

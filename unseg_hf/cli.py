@@ -13,6 +13,8 @@ from .image_tasks import refuse_overwriting
 from .layouts.command import add_protect_dataset
 from .protect_command import add_protect, add_strength_options, decibels, load_protector
 
+FAINT_BUDGET = 2 / 255  # the smallest in which noise is recognised
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 if an image failed, 2 for a request that makes no sense."""
@@ -142,19 +144,37 @@ def _look_for_noise(options: argparse.Namespace) -> int:
     from . import image_files
 
     if given := [f"--{name}" for name in ("published", "picture") if getattr(options, name)]:
-        raise ValueError(f"{' and '.join(given)} needs two images: the original, and the protected one after it")
+        raise ValueError(f"{' and '.join(given)}: for two images, the original and the protected one after it")
+    from .noise_choice import without_colour
+    from .protection import PROTECTED_BEFORE
+
     mask = image_files.read_mask(options.mask) if options.mask else None
-    protected = load_protector(options.model, options.device).protect(options.original, mask=mask)
-    found, levels = protected.before, protected.epsilon * 255
+    protector = load_protector(options.model, options.device)
+    # With the whole budget, and with one of those in which some generators have another noise.
+    for epsilon in (None, FAINT_BUDGET):
+        protected = protector.protect(options.original, mask=mask, epsilon=epsilon)
+        found, levels = protected.before, protected.epsilon * 255
+        if found is None or found.sure:
+            break
     noise, error = (None, None) if found is None else (found.share * levels, found.error * levels)
     if options.json:
         print(json.dumps({"noise": noise, "standard_error": error, "sure": found and found.sure}, indent=2))
-    elif found is None:
-        why = "it would get a tint, which may be its own colour" if protected.tinted else "too little of it has colour"
+        return 0
+    if found is None:
+        why = "hardly any pixel of it would get noise"
+        if protected.tinted:
+            why = "it would get a tint, which may be its own colour"
+        elif without_colour(protected.original.pixels) or protected.original.pixels.shape[2] == 1:
+            why = "it has no colour"
         print(f"{options.original}: whether it carries this generator's noise cannot be told: {why}")
     else:
-        said = "it carries this generator's noise" if found.sure else "no sign of this generator's noise"
-        print(f"{options.original}: {said} ({noise:.1f} of 255, standard error {error:.1f})")
+        said = "it carries this generator's noise" if found.sure else "no sign of the noise that it would get"
+        if found.unclear:
+            said = "there may be a little of this generator's noise in it"
+        print(f"{options.original}: {said} ({noise:.1f} of 255, standard error about {error:.1f})")
+    for note in protected.notes:
+        if note != PROTECTED_BEFORE:
+            print(f"note: {note}")
     return 0
 
 

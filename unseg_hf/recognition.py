@@ -10,13 +10,14 @@ LAGS = 48  # of an image's height: a step between two pixels is a quarter of one
 SIDE = 256  # rows and columns at most: they tell it as well as all do
 BLOCKS = 4  # down and across what has noise, from whose differences the standard error comes
 FEW = 256  # pairs of pixels that say nothing
-CARRIED, CLEARLY = 0.3, 4  # share of a noise that its absence was hardly seen to look like; standard errors
+CARRIED, SURELY = 0.3, 4  # share of a noise that its absence was hardly seen to look like; standard errors
 LEAST_VARIANCE = 0.5  # in levels: what rounding alone does
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """How much of a noise an image carries: 1 all of it, 0 nothing; and the standard error of that."""
+    """How much of a noise an image carries: 1 all of it, 0 nothing; and the standard error of that, a rough one, which
+    is too small by about a third."""
 
     share: float
     error: float
@@ -25,7 +26,12 @@ class Recognition:
     def sure(self) -> bool:
         """Whether the noise is there. At 8 of 255 photographs without it had shares of -0.25 to 0.31, those with it
         mostly of 0.65 and more, after half size and JPEG 75 of 0.35 and more (`benchmarks/recognise.py`)."""
-        return self.share > CARRIED and self.share > CLEARLY * self.error
+        return self.share > CARRIED and self.share > SURELY * self.error
+
+    @property
+    def unclear(self) -> bool:
+        """Whether there is something that may be a little of the noise."""
+        return not self.sure and self.share > SURELY * self.error
 
 
 def recognise(pixels: np.ndarray, protected: np.ndarray, region: np.ndarray) -> Recognition | None:
@@ -44,11 +50,11 @@ def recognise(pixels: np.ndarray, protected: np.ndarray, region: np.ndarray) -> 
     """
     if pixels.shape[2] < 3 or without_colour(pixels):
         return None
-    few = tuple(slice(None, None, 1 + side // SIDE) for side in region.shape)
-    inside, image = region[few], pixels[few].astype(np.float32)
+    thinned = tuple(slice(None, None, 1 + side // SIDE) for side in region.shape)
+    inside, image = region[thinned], pixels[thinned].astype(np.float32)
     if not inside.any():
         return None
-    noise = protected[few] - image
+    noise = protected[thinned] - image
     scale = np.float32(255 / np.iinfo(pixels.dtype).max)
     image, noise = image * scale, noise * scale
     step = max(1, len(inside) // LAGS)
@@ -73,7 +79,9 @@ def recognise(pixels: np.ndarray, protected: np.ndarray, region: np.ndarray) -> 
     return Recognition(share, float(np.sqrt((apart**2).sum() * blocks / (blocks - 1)) / there.sum()))
 
 
-def _products(image: np.ndarray, noise: np.ndarray, inside: np.ndarray, step: int) -> tuple[int, ...]:
+def _products(
+    image: np.ndarray, noise: np.ndarray, inside: np.ndarray, step: int
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """Number of pairs of pixels whose noise differs, and sums over them, `(3, 3)`, of the products of the differences:
     of the image, of the image with the noise, and of the noise."""
     count, sums = 0, np.zeros((3, 3, 3))

@@ -239,8 +239,11 @@ def _source(options: argparse.Namespace, location: str, masks: Path | None, spli
         raise ValueError(unreadable[0] if unreadable else f"{location} holds no images")
     if masks is None:
         # Each process has a GPU of its own, which torch is told of only when the audit runs.
-        apart = options.device == "cuda" and "LOCAL_RANK" in os.environ
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if apart else options.device
+        device = options.device
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            import torch
+
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
         return ProposedSegments(list(images), folder, options.model, device)
     if is_json(masks):
         return CocoImages(masks, images, folder)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
-from unseg_hf.evaluation.victims.base import IGNORED, segments_of
+from unseg_hf.evaluation.victims.base import IGNORED
 from unseg_hf.image_files import as_rgb8, one_line, read, read_mask
 from unseg_hf.inputs import LabelMasks
 
@@ -41,8 +40,12 @@ class LabelledImage:
     def segments(self) -> list[tuple[np.ndarray, int]]:
         """A bool mask and the class of each object, and of each class of the pixels of no object."""
         instances = np.zeros(self.labels.shape, np.int32) if self.instances is None else self.instances
-        found = segments_of(torch.from_numpy(self.labels).long(), torch.from_numpy(instances).long())
-        return list(zip(found.masks.numpy(), found.classes.tolist(), strict=True))
+        # As `segments_of` does for victims, whose images are small: of a photo its tensors would take gigabytes.
+        objects = [instances == number for number in np.unique(instances) if number]
+        rest = np.where(instances == 0, self.labels, IGNORED)
+        classes = [rest == label for label in np.unique(rest) if label != IGNORED]
+        pairs = [(mask, _commonest(self.labels[mask], (IGNORED,))) for mask in objects + classes]
+        return [(mask, label) for mask, label in pairs if label is not None]
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """`(x0, y0, x1, y1)` in pixels around each object, where there are none around each connected part of each

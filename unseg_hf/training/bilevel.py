@@ -428,8 +428,8 @@ def _signals():
 
     def ask(number, frame):
         asked.set()
-        # A second Ctrl-C ends the process at once. Not a second SIGTERM: a scheduler sends one to every process, and
-        # the launcher among them passes its own on.
+        # Ctrl-C, once more or after a SIGTERM, ends the process at once. Not a second SIGTERM: a scheduler sends one
+        # to every process, and the launcher among them passes its own on.
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -40,6 +40,7 @@ def random_postprocess(
     """
     draws = torch.rand(len(POSTPROCESSINGS), 2, generator=generator).tolist()
     treatments = {"resize": resize, "blur": blur, "bit_depth": bit_depth, "jpeg": jpeg}
+    treatments["greyscale"] = lambda images, _: greyscale(images)
     # Where a crop lies takes more numbers: they come from a source of their own.
     place = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator)))
     for kind, (chance, strength) in zip(POSTPROCESSINGS, draws, strict=True):
@@ -47,8 +48,6 @@ def random_postprocess(
             continue
         if kind == "crop":
             images, masks = crop(images, masks, strength, place)
-        elif kind == "greyscale":
-            images = greyscale(images)
         else:
             images = treatments[kind](images, strength)
     return images, masks

@@ -21,7 +21,7 @@ def build_accelerator(**options) -> Accelerator:
             that [`check_precision`] refuses.
     """
     # The others wait while one validates, or looks for its place in a stream.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     handlers = [patience, *options.pop("kwargs_handlers", ())]
     on_cpu = not torch.accelerator.is_available() or torch.backends.mps.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
