@@ -200,6 +200,11 @@ def test_inspect_looks_for_the_noise_in_one_image(protector, published, tmp_path
     assert "it carries this generator's noise (8." in said(tmp_path / "protected.png", *mask)
     assert "it carries this generator's noise" in said(tmp_path / "site.jpg")
     assert "cannot be told: it has no colour" in said(tmp_path / "grey.png")
+    # Stripes of random colours, each as high as half a wave: whatever is in it would be lost among them.
+    blocks = np.random.default_rng(0).integers(0, 256, (24, 1, 3), np.uint8).repeat(10, 0).repeat(200, 1)
+    Image.fromarray(blocks).save(tmp_path / "loud.png")
+    Image.new("L", (200, 240), 255).save(tmp_path / "all.png")
+    assert "what it shows would hide" in said(tmp_path / "loud.png", "--mask", tmp_path / "all.png")
     figures = json.loads(said(tmp_path / "protected.png", *mask, "--json"))
     assert 7 < figures["noise"] < 8.5
     assert 0 < figures["standard_error"] < 1

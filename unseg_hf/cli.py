@@ -147,6 +147,7 @@ def _look_for_noise(options: argparse.Namespace) -> int:
         raise ValueError(f"{' and '.join(given)}: for two images, the original and the protected one after it")
     from .noise_choice import without_colour
     from .protection import PROTECTED_BEFORE
+    from .recognition import Recognition
 
     mask = image_files.read_mask(options.mask) if options.mask else None
     protector = load_protector(options.model, options.device)
@@ -171,6 +172,8 @@ def _look_for_noise(options: argparse.Namespace) -> int:
         said = "it carries this generator's noise" if found.sure else "no sign of the noise that it would get"
         if found.unclear:
             said = "there may be a little of this generator's noise in it"
+        elif not found.sure and not Recognition(1, found.error).sure:
+            said = "what it shows would hide this generator's noise"
         print(f"{options.original}: {said} ({noise:.1f} of 255, standard error about {error:.1f})")
     for note in protected.notes:
         if note != PROTECTED_BEFORE:
