@@ -212,7 +212,7 @@ def test_a_result_that_is_deleted_by_now_is_not_offered(browser, saved_generator
     from unseg_hf.demo.session import Limits
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    limits = Limits(kept_seconds=8)
+    limits = Limits(kept_seconds=12)
     served = page_for(str(saved_generator), "cpu", None, limits)
     served.launch(**launch_options(limits), prevent_thread_lock=True, quiet=True)
     try:
@@ -222,6 +222,10 @@ def test_a_result_that_is_deleted_by_now_is_not_offered(browser, saved_generator
         choose(page, "Everything")
         hint(page, "whole photo")
         protect(page)
+        page.wait_for_timeout(8_000)
+        protect(page)  # again: this one's time begins anew
+        page.wait_for_timeout(6_500)
+        assert page.locator("#download").is_visible()
         page.wait_for_selector("text=is deleted by now", timeout=30_000)
         assert not page.locator("#download").is_visible()
         page.close()

@@ -6,6 +6,7 @@ import html
 import json
 import logging
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -207,7 +208,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
                 keep_exif = gr.Checkbox(False, label="Keep EXIF", info=texts.EXIF)
             protect = gr.Button("3. Protect", variant="primary", interactive=False, elem_id="protect")
             state = gr.HTML(_status(""), elem_id="state")
-            forgotten = gr.Timer(limits.kept_seconds, active=False)
+            forgotten, made = gr.Timer(limits.kept_seconds, active=False), gr.State(None)
             with gr.Column(visible=False, elem_id="result") as result:
                 gr.HTML(_status(texts.DONE))
                 slider = gr.ImageSlider(
@@ -247,7 +248,20 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
 
     shown = [session, view, brush, hint, label, mask_file, typing, undo, clear, result]
     as_it_is = [gr.skip()] * len(shown)
-    results_of = [result, slider, download, mask_download, report, command, state, protect, forgotten, noise, *web]
+    results_of = [
+        result,
+        slider,
+        download,
+        mask_download,
+        report,
+        command,
+        state,
+        protect,
+        forgotten,
+        made,
+        noise,
+        *web,
+    ]
 
     def needed(key: str | None) -> Session:
         current = sessions.find(key)
@@ -298,7 +312,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     def emptied(key: str | None) -> list[Any]:
         sessions.drop(key)
         hidden = gr.update(visible=False)
-        return [None, hidden, gr.update(interactive=False), hidden, None]
+        return [None, hidden, gr.update(interactive=False), hidden, None, None]
 
     @failures_in_one_line
     def open_photo(key: str | None, uploaded: Upload | None, chosen: str):
@@ -397,7 +411,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
             bench.command(photo, marks, level),
             _status(""),
             gr.update(interactive=True),
-            gr.update(active=True),
+            gr.update(value=limits.kept_seconds, active=True),
+            time.monotonic(),
             *[None] * (1 + len(web)),
         ]
 
@@ -422,7 +437,7 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     for path, button in chosen:
         button.click(lambda path=path: copied(path), None, upload, **QUIET)
     fill = {"fn": background, "inputs": session, "outputs": brush} | QUIET
-    upload.change(emptied, session, [session, marking, protect, result, mask_file], **QUIET).then(
+    upload.change(emptied, session, [session, marking, protect, result, mask_file, made], **QUIET).then(
         open_photo,
         [session, upload, way],
         [marking, protect, refused, upload, *shown],
@@ -459,8 +474,15 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
     # On a phone it lies below what can be seen.
     work.success(None, None, None, js=TO_RESULT, **QUIET)
     work.success(look_closer, session, [noise, *web], **job, show_progress_on=web)
-    expired = [gr.update(visible=False), _status(texts.EXPIRED), gr.update(active=False)]
-    forgotten.tick(lambda: expired, None, [result, state, forgotten], **QUIET)
+
+    def expire(at: float | None):
+        """Where the result that stands there is deleted by now; a later one gets the rest of its time."""
+        rest = 0.0 if at is None else at + limits.kept_seconds - time.monotonic()
+        if at is None or rest > 1:
+            return gr.skip(), gr.skip(), gr.update(value=max(rest, 1), active=at is not None)
+        return gr.update(visible=False), _status(texts.EXPIRED), gr.update(active=False)
+
+    forgotten.tick(expire, made, [result, state, forgotten], **QUIET)
 
 
 def _web_image(title: str) -> gr.Image:
