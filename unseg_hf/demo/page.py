@@ -248,20 +248,8 @@ def _one_photo(bench: Workbench, examples: Path | None, job: dict) -> None:
 
     shown = [session, view, brush, hint, label, mask_file, typing, undo, clear, result]
     as_it_is = [gr.skip()] * len(shown)
-    results_of = [
-        result,
-        slider,
-        download,
-        mask_download,
-        report,
-        command,
-        state,
-        protect,
-        forgotten,
-        made,
-        noise,
-        *web,
-    ]
+    results_of = [result, slider, download, mask_download, report, command, state, protect, forgotten, made]
+    results_of += [noise, *web]
 
     def needed(key: str | None) -> Session:
         current = sessions.find(key)
