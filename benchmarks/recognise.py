@@ -43,8 +43,8 @@ def main() -> None:
         image = as_rgb8(record.image)
         mask = Image.fromarray(np.logical_or.reduce([np.asarray(mask) for mask in record.masks]))
 
-        def protect(picture: Image.Image, found: bool, mask: Image.Image = mask):
-            own = None if found else mask.resize(picture.size, Image.Resampling.NEAREST)
+        def protect(picture: Image.Image, unmarked: bool, mask: Image.Image = mask):
+            own = None if unmarked else mask.resize(picture.size, Image.Resampling.NEAREST)
             return protector.protect(picture, mask=own, epsilon=epsilon)
 
         published = protect(image, options.found).image

@@ -145,15 +145,19 @@ def _look_for_noise(options: argparse.Namespace) -> int:
 
     if given := [f"--{name}" for name in ("published", "picture") if getattr(options, name)]:
         raise ValueError(f"{' and '.join(given)}: for two images, the original and the protected one after it")
+    from .inputs import Prompt
     from .noise_choice import without_colour
     from .protection import PROTECTED_BEFORE
     from .recognition import Recognition
 
-    mask = image_files.read_mask(options.mask) if options.mask else None
+    prompt = Prompt(mask=image_files.read_mask(options.mask) if options.mask else None)
+    picture, embeddings = image_files.read(options.original), None
     protector = load_protector(options.model, options.device)
     # With the whole budget, and with one of those in which some generators have another noise.
     for epsilon in (None, FAINT_BUDGET):
-        protected = protector.protect(options.original, mask=mask, epsilon=epsilon)
+        job = protector.prepare(picture, prompt, epsilon)
+        embeddings = embeddings or protector.encode([job])[0]
+        protected = protector.apply(job, protector.decode(job, embeddings))
         found, levels = protected.before, protected.epsilon * 255
         if found is None or found.sure:
             break

@@ -193,7 +193,7 @@ class ProtectImages:
                     "pass on_error='mark', 'drop' or 'keep'"
                 )
             errors.append(outcome.error)
-            if outcome.protected is not None and PROTECTED_BEFORE in outcome.protected.notes:
+            if outcome.protected is not None and outcome.protected.carried_noise:
                 warnings.warn(f"images of column {self.image_column!r}: {PROTECTED_BEFORE}", stacklevel=2)
             if outcome.png is not None:
                 rows.append({"bytes": outcome.png, "path": None})

@@ -150,6 +150,11 @@ class Protected:
         return bool((self.original.pixels == self.picture.pixels).all())
 
     @property
+    def carried_noise(self) -> bool:
+        """Whether the original carried this noise already, for sure."""
+        return self.before is not None and self.before.sure
+
+    @property
     def share(self) -> float:
         """Of the image that the region covers, 0 to 1."""
         return float(self.region.mean())

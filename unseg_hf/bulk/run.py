@@ -194,7 +194,7 @@ def _protect_shard(
                 protected = outcome.protected
                 line |= noise_levels(protected.original, protected.picture, protected.region)
                 line["tinted"] = protected.tinted
-                if protected.before is not None and protected.before.sure:
+                if protected.carried_noise:
                     line["noise_before"] = protected.before.share
                 if protected.notes:
                     line["notes"] = list(protected.notes)
