@@ -449,6 +449,7 @@ def test_several_photos_come_back_in_one_zip(open_page, tmp_path, saved_generato
     page.locator("#batch-start").click()
     page.wait_for_selector("text=2 of 3 protected")
     assert "c.png: this is not an image" in page.locator("#batch-table").inner_text()
+    assert page.locator("#batch-gallery").is_hidden()  # all of it was, which needs no picture
     with page.expect_download() as download:
         page.locator("#batch-zip a").first.click()
     download.value.save_as(tmp_path / "got.zip")
@@ -458,6 +459,25 @@ def test_several_photos_come_back_in_one_zip(open_page, tmp_path, saved_generato
             got = np.asarray(Image.open(io.BytesIO(archive.read(f"{file.stem}_protected.png"))))
             expected = Protector.from_pretrained(saved_generator).protect(file, whole_image=True)
             np.testing.assert_array_equal(got, np.asarray(expected.image))
+
+
+def test_what_was_taken_for_the_objects_of_several_photos_can_be_seen(open_page, tmp_path):
+    for name in ("a", "b"):
+        Image.open(COFFEE).resize((120, 80)).save(tmp_path / f"{name}.png")
+    page = open_page()
+    page.get_by_role("tab", name="Several photos").click()
+    page.locator("#batch-upload input[type=file]").set_input_files([tmp_path / "a.png", tmp_path / "b.png"])
+    page.wait_for_selector("#batch-upload [aria-label='b.png']")
+    page.get_by_label("Find objects").last.check()
+    page.locator("#batch-start").click()
+    page.wait_for_selector("text=2 of 2 protected")
+    page.wait_for_selector("#batch-gallery img >> nth=1")
+    titles = [page.locator("#batch-gallery img").nth(n).get_attribute("alt") for n in (0, 1)]
+    assert [title.split(":")[0] for title in titles] == ["a.png", "b.png"]
+    assert all(title.endswith("%") for title in titles)
+    # Like the zip, they are of the settings that stand there.
+    page.get_by_label("Keep EXIF").last.check()
+    page.wait_for_selector("#batch-gallery", state="hidden")
 
 
 def test_the_example_can_be_picked_and_the_about_page_says_what_is_known(open_page):

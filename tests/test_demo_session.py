@@ -305,15 +305,17 @@ def test_a_zip_holds_every_good_photo_and_says_what_was_wrong_with_the_others(be
         small.save(tmp_path / folder / "A.png")
     (tmp_path / "cut.png").write_bytes(COFFEE.read_bytes()[:999])
     uploads = [(tmp_path / "x/A.png", "A.png"), (tmp_path / "cut.png", "cut.png"), (tmp_path / "y/A.png", "a.png")]
-    steps = []
+    steps, shown = [], []
     entries = protect_to_zip(
         bench, uploads, tmp_path / "out.zip", Prompt(whole_image=True), 8,
         on_progress=lambda *step: steps.append(step),
+        on_protected=lambda photo, protected: shown.append((photo.name, protected.report)),
     )  # fmt: skip
     assert [entry["status"] for entry in entries] == ["protected", "failed", "protected"]
     assert "cut.png" in entries[1]["error"]
     assert str(tmp_path) not in json.dumps(entries)
     assert steps == [(0, 3, "A.png"), (1, 3, "cut.png"), (2, 3, "a.png"), (3, 3, "")]
+    assert shown == [("A.png", entries[0]["report"]), ("a.png", entries[2]["report"])]
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         assert archive.namelist() == ["A_protected.png", "a_protected_2.png", "report.json"]
         assert json.loads(archive.read("report.json"))["images"] == entries

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from unseg_hf import image_files
-from unseg_hf.demo.session import Workbench, file_stem
+from unseg_hf.demo.session import Photo, Workbench, file_stem
 from unseg_hf.image_files import one_line
 from unseg_hf.inputs import Prompt
+from unseg_hf.protection import Protected
 
 
 def protect_to_zip(
@@ -22,6 +23,7 @@ def protect_to_zip(
     epsilon: float | None = None,
     keep_exif: bool = False,
     on_progress: Callable[[int, int, str], None] = lambda done, count, name: None,
+    on_protected: Callable[[Photo, Protected], None] = lambda photo, protected: None,
 ) -> list[dict[str, Any]]:
     """Protect photos into a zip of PNG files and a `report.json`; one bad photo never stops the others.
 
@@ -33,6 +35,7 @@ def protect_to_zip(
         epsilon: in grey levels of 255.
         keep_exif: leave camera, date and place in the files.
         on_progress: called before each photo, and at the end, with the number done, the number of all, and the name.
+        on_protected: called with each photo that is in the zip, and what was made of it.
 
     Returns:
         An entry for each upload: `input`, `status` ("protected" or "failed"), and `output` and `report`, or `error`.
@@ -56,9 +59,11 @@ def protect_to_zip(
         for done, (path, name) in enumerate(uploads):
             on_progress(done, len(uploads), name)
             try:
-                protected = workbench.protect(workbench.open(path, name), prompt, epsilon, keep_exif=keep_exif)
+                photo = workbench.open(path, name)
+                protected = workbench.protect(photo, prompt, epsilon, keep_exif=keep_exif)
                 output = _free_name(file_stem(name), taken)
                 archive.writestr(output, image_files.encode_verified(protected.picture, "png"))
+                on_protected(photo, protected)
                 entry = {"status": "protected", "output": output, "report": protected.report}
             # Whatever is wrong with one photo, the others are wanted.
             except Exception as error:

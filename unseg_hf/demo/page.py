@@ -27,16 +27,19 @@ from unseg_hf.demo.batch import protect_to_zip
 from unseg_hf.demo.card import read_card, results
 from unseg_hf.demo.components import BrushedMask, Epsilon, FileUpload, PhotoUpload, Upload
 from unseg_hf.demo.pictures import WEB_TREATMENTS, marked, web_treatments
-from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, report_rows
+from unseg_hf.demo.session import Marks, Photo, Workbench, file_stem, percent, report_rows
 from unseg_hf.demo.sessions import Session, Sessions
 from unseg_hf.image_files import one_line
 from unseg_hf.inputs import Prompt
 from unseg_hf.inspection import amplified_noise
 from unseg_hf.protect_command import STRENGTHS
+from unseg_hf.protection import Protected
 
 PRESETS = {f"{name} ({epsilon:g})": epsilon for name, epsilon in STRENGTHS.items()}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Of events that answer at once."""
+GALLERY_SIDE = 480
+"""Longest side of the pictures that show what was protected in several photos, in pixels."""
 NOT_NOW = '{"__type__": "update", "interactive": false}'
 TO_RESULT = """() => {
     const until = Date.now() + 10000;
@@ -505,6 +508,17 @@ def _several_photos(bench: Workbench, job: dict) -> None:
             start = gr.Button("Protect all", variant="primary", elem_id="batch-start")
         with gr.Column(min_width=320):
             archive = gr.File(label="Zip of the protected PNG files", interactive=False, elem_id="batch-zip")
+            gallery = gr.Gallery(
+                label="What was protected, coloured",
+                format="jpeg",
+                interactive=False,
+                visible=False,
+                columns=3,
+                height="auto",
+                object_fit="contain",
+                buttons=["fullscreen"],
+                elem_id="batch-gallery",
+            )
             table = gr.Markdown(elem_id="batch-table")
     made = gr.State(None, time_to_live=limits.kept_seconds)
 
@@ -513,6 +527,13 @@ def _several_photos(bench: Workbench, job: dict) -> None:
         if not files:
             raise ValueError("no photos yet: upload some first")
         prompt = Prompt(whole_image=True) if chosen == "whole" else Prompt()
+        looks: list[tuple[Image.Image, str]] = []
+
+        def look(photo: Photo, protected: Protected) -> None:
+            picture = marked(photo, Marks(way=chosen), [protected.region])
+            picture.thumbnail((GALLERY_SIDE, GALLERY_SIDE))
+            looks.append((picture, f"{photo.name}: {percent(protected.share)}"))
+
         with new_folder() as folder:
             target = folder / "protected.zip"
             entries = protect_to_zip(
@@ -523,26 +544,29 @@ def _several_photos(bench: Workbench, job: dict) -> None:
                 level,
                 exif,
                 lambda done, count, name: progress((done, count), desc=name, unit="photos"),
+                look if chosen == "objects" else lambda photo, protected: None,
             )
-        return target, texts.batch_table(entries), (files, chosen, level, exif)
+        return target, looks, texts.batch_table(entries), (files, chosen, level, exif)
 
     @failures_in_one_line
     def show_made(zipped: tuple, *settings: Any):
-        target, words, asked_for = zipped
+        target, looks, words, asked_for = zipped
         if asked_for != settings:
             shutil.rmtree(target.parent)
             raise ValueError("photos or a setting were changed meanwhile: press Protect all again")
-        return str(target) if target.exists() else None, words, None
+        return str(target) if target.exists() else None, gr.update(value=looks, visible=bool(looks)), words, None
 
     # A zip stands only beside the photos and settings that gave it.
     settings = [uploads, what, epsilon, keep_exif]
     changed = [uploads.change, what.input, epsilon.change, keep_exif.input]
-    gr.on(changed, lambda: (None, None), None, [archive, table], **QUIET)
+    gr.on(
+        changed, lambda: (None, gr.update(value=None, visible=False), None), None, [archive, gallery, table], **QUIET
+    )
     start.click(protect_all, settings, made, **job, show_progress_on=[archive, table]).success(
         # In the queue: elsewhere errors reach nobody.
         show_made,
         [made, *settings],
-        [archive, table, made],
+        [archive, gallery, table, made],
         show_progress="hidden",
         api_visibility="private",
     )

@@ -86,9 +86,9 @@ COMMAND = (
 )
 BATCH = (
     "Up to {photos} photos and {mb} MB at once, each at most {file_mb} MB. Each is protected by itself and comes back "
-    "as a PNG in a zip, with a report; one that cannot be read does not stop the others. The report says how much of "
-    "each photo was taken for an object; where that is wrong, mark it, one photo at a time, or use `unseg protect` "
-    "with masks or boxes. Noise all over a photo hardly protects it."
+    "as a PNG in a zip, with a report; one that cannot be read does not stop the others. Look at what was taken for "
+    "the objects; where that is wrong, mark them, one photo at a time, or use `unseg protect` with masks or boxes. "
+    "Noise all over a photo hardly protects it."
 )
 
 
