@@ -151,7 +151,9 @@ class Picture:
         return pixels.copy() if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
-def read(source: str | Path | bytes | BinaryIO, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Picture:
+def read(
+    source: str | os.PathLike | bytes | BinaryIO, *, upright: bool = True, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """The picture in a file, in bytes, or in an open binary file (read from where it stands).
 
     upright: turned as its EXIF says; else as stored, for masks that were drawn so (not TIFF, which pillow turns).
@@ -289,7 +291,7 @@ def from_array(array: Any, name: str = "the array") -> Picture:
     return Picture(values)
 
 
-def read_mask(source: str | Path | bytes | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_mask(source: str | os.PathLike | bytes | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The (height, width) labels of a mask file or pillow image: bool for 1-bit files, else the integers it holds.
 
     Palette files give their indices, grey files their values, RGB files the value that the three channels share.
@@ -339,7 +341,7 @@ def encode_verified(picture: Picture, format: str) -> bytes:
     return _verified(picture, _format_named(format, "the picture"), 95, "the picture")[0]
 
 
-def write(picture: Picture, path: str | Path, format: str | None = None, quality: int = 95) -> Picture:
+def write(picture: Picture, path: str | os.PathLike, format: str | None = None, quality: int = 95) -> Picture:
     """Write the picture and return it as decoded back from what was written. The format defaults to the suffix's.
 
     The file appears whole or not at all; a failure leaves an existing one as it was. Missing folders are made.
@@ -355,7 +357,7 @@ def write(picture: Picture, path: str | Path, format: str | None = None, quality
     return written
 
 
-def _open(source: str | Path | bytes | BinaryIO, name: str = "the image bytes") -> tuple[Image.Image, str]:
+def _open(source: str | os.PathLike | bytes | BinaryIO, name: str = "the image bytes") -> tuple[Image.Image, str]:
     """The image, its header read and its pixels not yet, and the name it goes by in messages, a file's own."""
     try:
         if isinstance(source, str | os.PathLike):

@@ -195,7 +195,7 @@ def union_of(masks: Sequence[np.ndarray]) -> np.ndarray:
 
 def given_masks(
     prompt: Prompt, size: tuple[int, int]
-) -> tuple[Sequence[np.ndarray] | None, list[int] | None, tuple[str, ...]]:
+) -> tuple[Sequence[np.ndarray] | None, Sequence[int] | None, tuple[str, ...]]:
     """`(height, width)` bool masks of a prompt that holds them, else None, their classes where it has those, and what
     a user should know of them."""
     if prompt.whole_image:
