@@ -45,6 +45,11 @@ def test_share_left_is_the_projection_of_what_jpeg_leaves():
     assert noise_left(original, protected, quality=75) == pytest.approx(left, rel=1e-5)
 
 
+def test_a_report_says_what_jpeg_75_leaves():
+    original, protected = pair(np.random.default_rng(1).integers(-8, 9, (64, 96, 3)))
+    assert inspect_pair(original, protected)["left_after_jpeg75"] == noise_left(original, protected, quality=75)
+
+
 def stripes():
     rows = np.mgrid[:64, :96][0]
     return np.where(rows // 8 % 2, 6, -6)[..., None] * np.array([1, -1, 1])

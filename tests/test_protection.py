@@ -695,6 +695,8 @@ def test_a_mask_that_sam_does_not_trust_is_not_used(tiny_protector, monkeypatch)
         ({"boxes": [5, 5, 30, 30]}, "4 finite numbers"),
         ({"boxes": [[0, 0, float("nan"), 9]]}, "finite"),
         ({"boxes": [[40, 50, 10, 20]]}, "x0 < x1"),
+        ({"boxes": [[10, 20, 10, 50]]}, "x0 < x1"),
+        ({"boxes": [[10, 20, 40, 20]]}, "y0 < y1"),
         ({"boxes": [[0.1, 0.2, 0.5, 1.0]]}, "multiply shares of the image's sides by 80 and 60"),
         ({"boxes": [[90, 0, 99, 9]]}, r"outside the image of 80 x 60"),
         ({"points": [[1e6, -300]]}, "outside the image"),
