@@ -561,6 +561,65 @@ def test_inspect_measures_and_draws(folder, saved_generator, capsys):
     assert "at the same size" in capsys.readouterr().err
 
 
+def test_inspect_compares_folders_by_name_and_names_what_is_missing(folder, saved_generator, capsys):
+    photos = folder / "photos"
+    (photos / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "a.png", "sub/b.jpg"):  # beside another `a` both keep their own suffix
+        Image.fromarray(photo()).save(photos / name)
+    assert run("protect", photos, "-o", folder / "out", "--whole-image", "--model", saved_generator) == 0
+    (folder / "site/sub").mkdir(parents=True)
+    Image.open(folder / "out/sub/b.png").save(folder / "site/sub/b.jpg", quality=95)
+    capsys.readouterr()
+    folders = (photos, folder / "out")
+    assert run("inspect", *folders, "--published", folder / "site", "--json") == 0
+    lines = json.loads(capsys.readouterr().out)["images"]
+    found = [(Path(line.pop("image")), Path(line.pop("protected"))) for line in lines]
+    assert found == [
+        (photos / name, folder / "out" / output)
+        for name, output in (("a.jpg", "a.jpg.png"), ("a.png", "a.png.png"), ("sub/b.jpg", "sub/b.png"))
+    ]
+    assert ["left_as_published" in line for line in lines] == [False, False, True]
+    assert run("inspect", *found[1], "--json") == 0
+    assert json.loads(capsys.readouterr().out) == lines[1]
+
+    (folder / "out/a.jpg.png").unlink()
+    Image.open(photos / "a.png").save(folder / "out/a.png.png")
+    assert run("inspect", *folders, "--picture", folder / "look.png") == 1
+    said = capsys.readouterr()
+    assert f"{photos / 'a.jpg'}: there is no protected image of this name" in said.err
+    assert f"{photos / 'a.png'}: max |noise| 0, no difference, SSIM 1.0000" in said.out
+    for line in (
+        f"1 images with noise, at most {lines[2]['max_noise']:g} of 255",
+        "1 images as they were",
+        "1 images failed",
+    ):
+        assert line in said.out
+    assert Image.open(folder / "look.png").width > 2 * 2 * 160
+    # Alone, the folder's images are looked at for the noise of the model.
+    assert run("inspect", photos, "--model", saved_generator) == 0
+    assert "0 of 3 images carry this generator's noise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("in", "in/a.png"), "in/a.png: name a folder, as in is one"),
+        (("in/a.png", "in"), "in: name a file, as in/a.png is one"),
+        (("in", "none"), "none: no such file or folder"),
+        (("none", "in"), "none: no such file or folder"),
+        (("in", "masks", "--published", "in/a.png"), "in/a.png: name a folder"),
+        (("in", "--picture", "look.png"), "--picture: for originals and protected images"),
+        (("empty", "in"), "no images in empty"),
+        (("in", "masks", "--picture", "look.jpg"), "it is a PNG"),
+    ],
+)
+def test_inspect_refuses_what_are_no_pairs(folder, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    assert run("inspect", *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command", [[], ["protect"], ["inspect"], ["verify"], ["audit"], ["protect-dataset"], ["demo"]]
 )

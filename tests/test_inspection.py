@@ -10,9 +10,11 @@ from unseg_hf.image_files import from_array, from_pil
 from unseg_hf.inspection import (
     amplified_noise,
     comparison_picture,
+    contact_sheet,
     inspect_pair,
     noise_left,
     noise_left_as_published,
+    on_the_sheet,
 )
 
 
@@ -135,3 +137,17 @@ def test_comparison_shows_both_pictures_unchanged():
     height, width = original.pixels.shape[:2]
     for picture, left in ((original, 8), (protected, 8 + width + 8)):
         np.testing.assert_array_equal(sheet[24 : 24 + height, left : left + width], picture.pixels)
+
+
+def test_a_contact_sheet_has_every_photo_beside_its_noise():
+    noise = np.zeros((64, 96, 3), int)
+    noise[:32] = 8
+    tall = from_array(photo(300, 100))
+    photos = [on_the_sheet(*pair(noise), "wide.png")] * 4 + [on_the_sheet(tall, tall, "tall.png")]
+    sheet = np.asarray(contact_sheet(photos, columns=4))
+    assert sheet.shape == (8 + 64 + 26 + 160 + 26, 8 + 4 * 332, 3)
+    for left in range(8, 8 + 4 * 332, 332):
+        np.testing.assert_array_equal(sheet[8:72, left : left + 96], photo())
+        assert (sheet[8:40, left + 164 : left + 260] == 255).all()
+        assert (sheet[40:72, left + 164 : left + 260] == 128).all()
+    assert (sheet[98:258, 172:225] == 128).all()  # the tall one's, where nothing changed

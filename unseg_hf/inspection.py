@@ -1,5 +1,6 @@
 """Looking at protected images: what the noise is, what it costs, and what recompression leaves of it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,11 @@ from PIL import Image, ImageDraw
 from .evaluation.post_processing import jpeg
 from .fidelity import compare, strips
 from .image_files import Picture
+
+SHEET_SIDE = 160
+"""Longest side of a photo on a contact sheet, in pixels."""
+NAME_LENGTH = 40
+"""Characters of a photo's name under it: what fits below it and its noise."""
 
 
 def inspect_pair(
@@ -136,6 +142,37 @@ def comparison_picture(original: Picture, protected: Picture) -> Image.Image:
         f"noise x {factor:.0f}": amplified_noise(original, protected, factor),
     }
     return captioned([list(panels.values())], list(panels), gap=8, caption=24, font_size=14)
+
+
+def on_the_sheet(original: Picture, protected: Picture, name: str) -> tuple[str, Image.Image, Image.Image]:
+    """What `contact_sheet` takes of a photo: its name, and original and amplified noise at a small size."""
+    pictures = Image.fromarray(original.rgb8()), amplified_noise(original, protected)
+    for picture in pictures:
+        picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    return name, *pictures
+
+
+def contact_sheet(photos: Sequence[tuple[str, Image.Image, Image.Image]], columns: int = 4) -> Image.Image:
+    """Many photos, each beside its noise, with their names under them: where the noise is, and where it is not.
+
+    Args:
+        photos: from `on_the_sheet`.
+        columns: photos in a row.
+    """
+    gap, caption = 8, 18
+    rows = [photos[start : start + columns] for start in range(0, len(photos), columns)]
+    heights = [max(noise.height for _, _, noise in row) for row in rows]
+    across = 2 * SHEET_SIDE + gap // 2 + gap
+    sheet = Image.new("RGB", (len(rows[0]) * across + gap, sum(heights) + len(rows) * (caption + gap) + gap), "white")
+    draw, top = ImageDraw.Draw(sheet), gap
+    for row, height in zip(rows, heights, strict=True):
+        for column, (name, original, noise) in enumerate(row):
+            left = gap + column * across
+            sheet.paste(original, (left, top))
+            sheet.paste(noise, (left + SHEET_SIDE + gap // 2, top))
+            draw.text((left, top + height + 2), name[-NAME_LENGTH:], fill="black", font_size=12)
+        top += height + caption + gap
+    return sheet
 
 
 def captioned(rows: list[list[Image.Image]], titles: list[str], gap: int, caption: int, font_size: int) -> Image.Image:
