@@ -514,7 +514,8 @@ def test_open_files_and_streams_are_read(tmp_path):
 def test_files_of_several_frames_are_refused(format):
     frames = [Image.fromarray(noise(8, 8, 3, seed=seed)) for seed in range(3)]
     data = saved(frames[0], format, save_all=True, append_images=frames[1:])
-    one_line_error(lambda: read(data), "3 frames", "save the one")
+    several = "more than one page" if format == "TIFF" else "3 frames"  # whose pages are not counted: that takes long
+    one_line_error(lambda: read(data), several, "save the")
     one_line_error(lambda: from_pil(Image.open(io.BytesIO(data)), "page.x"), "page.x", "3 frames")
 
 
@@ -529,6 +530,48 @@ def test_a_jpeg_of_endless_exif_is_refused_before_it_is_joined():
     data = saved(Image.fromarray(noise(6, 4, 3)), "JPEG")
     segment = b"\xff\xe1" + (2 + 8).to_bytes(2, "big") + b"Exif\0\0.."
     one_line_error(lambda: read(data[:2] + segment * 100 + data[2:]), "more than 64 pieces of EXIF", "export it again")
+
+
+def tags_of_the_same_bytes(count, size):
+    """A TIFF file's directory whose tags all point to the same bytes."""
+    tags = [(tag, 7, size, 8) for tag in range(50_000, 50_000 + count)]
+    entries = b"".join(struct.pack("<HHLL", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<L", 8 + size) + bytes(size) + struct.pack("<H", count) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "TIFF", "text"])
+def test_metadata_that_unfolds_to_gigabytes_is_refused_before_it_is_read(format):
+    bomb = b"Exif\0\0" + tags_of_the_same_bytes(2_000, 60_000 if format != "JPEG" else 30_000)
+    image = Image.fromarray(noise(6, 4, 3))
+    if format == "TIFF":
+        data = bomb[6:]
+    elif format == "JPEG":
+        data = saved(image, "JPEG", exif=bomb)
+        # What is no marker is passed over on the way to it, and padding is.
+        data = data[:2] + b"\xff\xff\x01" + data[2:]
+    elif format == "text":
+        chunks = PngInfo()
+        chunks.add_text("Raw profile type exif", f"\nexif\n {len(bomb)}\n{bomb.hex()}\n", zip=True)
+        data = saved(image, "PNG", pnginfo=chunks)
+    else:
+        data = saved(image, format, exif=bomb)
+    for upright in (True, False):
+        one_line_error(lambda: read(data, upright=upright), "its tags say that they hold", "save")  # noqa: B023
+
+
+def test_a_tile_larger_than_its_picture_counts():
+    tags = [(256, 4, 1, 1), (257, 4, 1, 1), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, 4, 1, 46_000), (323, 4, 1, 46_000), (324, 4, 1, 8), (325, 4, 1, 0)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHLL", *tag) for tag in tags)
+    data = b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4)
+    one_line_error(lambda: read(data), "a tile of the image bytes: 46000 x 46000 is more than", "make it smaller")
+
+
+def test_a_jpeg_of_endless_scans_is_refused():
+    data = saved(Image.fromarray(noise(16, 16, 3)), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    assert read(data[:-2] + data[at:-2] * 100 + data[-2:]).width == 16
+    one_line_error(lambda: read(data[:-2] + data[at:-2] * 300 + data[-2:]), "scans, each a pass", "as a PNG")
 
 
 def test_a_name_as_long_as_a_picture_is_cut_in_messages():

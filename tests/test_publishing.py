@@ -28,7 +28,7 @@ CODE = {
     for name in (
         "configuration_unseg", "modeling_unseg", "processing_unseg", "pipeline_unseg", "protection", "inputs",
         "noise_choice", "fidelity", "proposals", "object_finder", "image_files", "vision_unseg", "recorded_encoder",
-        "recognition",
+        "recognition", "costly_files",
     )
 }  # fmt: skip
 

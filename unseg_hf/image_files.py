@@ -22,6 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from .costly_files import why_costly, why_tags_are
+
 # Twice pillow's own default limit: where pillow turns its warning into an error.
 MAX_PIXELS = 178_956_970
 WEBP_MAX_SIDE, JPEG_MAX_SIDE = 16_383, 65_500
@@ -59,6 +61,7 @@ _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 _WHOLE_NUMBERS = {3: "H", 4: "L", 13: "L"}  # of these types of values
 _COPIES = {700, 33723, 34377, 37724}  # XMP, IPTC and Photoshop's two: previews, layers, and what is not carried over
 _SUB_IMAGES = 330
+_TILE = (322, 323)  # its width and height
 # Of what, by what and whose a photo is, its Exif and GPS directories, ratings, XP's texts, and where on earth it lies.
 _DESCRIPTIVE = {
     269, 270, 271, 272, 285, 305, 306, 315, 316, 18246, 18249, 33432, 34665, 34853, *range(40091, 40096),
@@ -162,14 +165,17 @@ def read(
     """
     image, name = _open(source)
     _check_size(*image.size, name, max_pixels)
+    _check_tile(image, name, max_pixels)
     if upright:
         return from_pil(image, name)
     orientation = 1
     try:
+        image.load()
+        _check_tags(image, name)
         orientation = image.getexif().get(_ORIENTATION, 1)
         if orientation in range(2, 9):
             image.getexif()[_ORIENTATION] = 1
-    except MemoryError:
+    except (ImageFileError, MemoryError):
         raise
     except Exception:
         pass  # EXIF that cannot be read turns nothing.
@@ -392,6 +398,8 @@ def _identify(data: bytes, name: str) -> Image.Image:
     if data.startswith(_JPEG_START) and data.count(_EXIF_PREFIX) > MOST_EXIF:
         # Pillow joins them, in a time that grows with the square of their number.
         raise _error(name, f"it has more than {MOST_EXIF} pieces of EXIF", "export it again")
+    if why := why_costly(data):
+        raise _error(name, why, "save the picture that you want as a PNG")
     damage: Exception | None = None
     for factory, accept in (Image.OPEN[kind] for kind in _READABLE if kind in Image.OPEN):
         accepted = accept is None or accept(data[:16])
@@ -423,9 +431,31 @@ def _check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS
         raise _error(name, f"{width} x {height} is more than {max_pixels} pixels", "make it smaller or crop it")
 
 
+def _check_tile(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """A tile of a TIFF file is decoded whole, however small the picture is."""
+    tags = getattr(image, "tag_v2", {})
+    if all(isinstance(tags.get(tag), int) for tag in _TILE):
+        _check_size(*(tags[tag] for tag in _TILE), f"a tile of {name}", max_pixels)
+
+
+def _check_tags(image: Image.Image, name: str) -> None:
+    """Of EXIF that is not read yet."""
+    exif = image.info.get("exif")
+    if not exif and "Raw profile type exif" in image.info:
+        exif = _from_text(image.info["Raw profile type exif"])
+    if isinstance(exif, bytes) and (why := why_tags_are(exif)):
+        raise _error(name, why, "save it without EXIF")
+
+
+def _from_text(profile: str) -> bytes:
+    """EXIF that a PNG holds as text, in hexadecimal."""
+    return bytes.fromhex("".join(profile.split("\n")[3:]))
+
+
 def _decode(image: Image.Image, name: str) -> tuple[Image.Image, str, int]:
     """The whole upright image, the raw mode that its file says (or ""), and the EXIF orientation it had."""
     _check_size(*image.size, name)
+    _check_tile(image, name)
     tiles = getattr(image, "tile", None) or []
     if tiles and ImageFile.LOAD_TRUNCATED_IMAGES:
         problem = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so a damaged file would be read as partly grey"
@@ -442,6 +472,7 @@ def _decode(image: Image.Image, name: str) -> tuple[Image.Image, str, int]:
             # Made here because pillow warns of big pictures, for TIFF only, when it makes this itself.
             image.im = Image.new(image.mode, (image.tag_v2[256], image.tag_v2[257])).im
         image.load()
+        _check_tags(image, name)
     except (ImageFileError, MemoryError):
         raise
     except Exception as error:
@@ -464,7 +495,7 @@ def _exif_of(image: Image.Image, notes: list[str]) -> bytes | None:
     raw = image.info.get("exif")
     try:
         if not raw and "Raw profile type exif" in image.info:
-            raw = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+            raw = _from_text(image.info["Raw profile type exif"])
         if raw:
             return _publishable(raw, notes)
         kept = _descriptive(image.getexif())
