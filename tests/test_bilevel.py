@@ -1,5 +1,6 @@
 """The bilevel loop on tiny networks and pictures: what it trains, and that nothing can make it lose its way."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -569,6 +570,26 @@ class TestInterruptions:
         with pytest.raises(ValueError, match=r"batch_size is 2, was 4; learning_rate is 0.1, was 0.0001"):
             small_run(tmp_path, resume=True, batch_size=2, learning_rate=0.1)
         small_run(tmp_path, resume=True, log_every=5)  # what is written may change
+
+    def test_no_file_of_a_checkpoint_is_run(self, small_run, tmp_path):
+        small_run(tmp_path)
+        ran = tmp_path / "ran"
+
+        class Pickled:
+            def __reduce__(self):
+                return Path.touch, (ran,)
+
+        (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+        pickles = [path for path in checkpoint.iterdir() if path.suffix in (".bin", ".pkl")]
+        assert pickles
+        for path in (*pickles, checkpoint / "custom_checkpoint_0.pkl"):
+            before = path.read_bytes() if path.exists() else None
+            torch.save(Pickled(), path)
+            with contextlib.suppress(Exception):
+                small_run(tmp_path, resume=True)
+            assert not ran.exists(), path
+            path.unlink() if before is None else path.write_bytes(before)
+        small_run(tmp_path, resume=True)
 
     def test_another_frozen_sam_is_noticed(self, small_run, tmp_path, monkeypatch):
         small_run(tmp_path, freeze_sam=True)

@@ -391,6 +391,25 @@ def test_no_link_is_fetched_for_a_visitor(url):
         assert httpx.get(f"{url}/{route}").status_code == 403
 
 
+def test_routes_that_nobody_needs_are_shut(demo_page, url):
+    before = set(demo_page.uploads.parent.rglob("*"))
+    assert httpx.get(f"{url}/gradio_api/deep_link?session_hash=a").status_code == 403
+    assert httpx.post(f"{url}/gradio_api/process_recording", files={"file": ("a.webm", b"x")}).status_code == 403
+    assert httpx.post(f"{url}/gradio_api/vibe-edit/", json={}).status_code == 403
+    assert set(demo_page.uploads.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("route", ["queue/join", "component_server", "call/protect"])
+def test_what_is_posted_has_an_end(url, route):
+    chunks = (b" " * 2**16 for _ in range(200))  # whose length nobody says beforehand
+    kind = {"content-type": "application/json"}
+    form = {"component_id": "1", "fn_name": "accept_blobs"}
+    files = [("file", (f"{number}.png", bytes(2**20))) for number in range(12)]
+    for body in ({"content": chunks, "headers": kind}, {"data": form, "files": files}):
+        answer = httpx.post(f"{url}/gradio_api/{route}", timeout=60, **body)
+        assert (answer.status_code, answer.text[:7]) == (413, "at most")
+
+
 def test_a_climbing_file_name_stays_in_the_uploads(demo_page, url):
     before = {p for p in demo_page.uploads.parent.rglob("*") if not p.is_relative_to(demo_page.uploads)}
     for name in ("../../../climbed.png", "..\\..\\climbed.png", "/tmp/climbed.png", ".hidden/../../climbed.png"):

@@ -18,10 +18,10 @@ from gradio.components.base import server
 from gradio.data_classes import FileData, ListFiles
 from gradio.utils import get_upload_folder
 
+from unseg_hf.demo.serving import LAYER_BYTES
 from unseg_hf.demo.session import VIEW_SIDE, file_stem
 from unseg_hf.image_files import read
 
-LAYER_BYTES = 8 * 2**20
 KEPT_BYTES = 64 * 2**20
 """Of layers that were sent by pages and not yet asked for; the oldest go first."""
 ID_LENGTH = 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,15 @@ CSS = """
 #card th, #card td, #batch-table th, #batch-table td {overflow-wrap: normal; word-break: normal; padding: 6px}
 #batch-table td:first-child {overflow-wrap: anywhere; min-width: 8em}
 """
+
+LAYER_BYTES = 8 * 2**20
+"""Of what a page sends of a drawing."""
+OTHER_BYTES = 2**20
+"""Of what is posted besides files and drawings."""
+SHUT = re.compile(
+    "file=http|/file/|/proxy=|/process_recording|/deep_link|/stream/|vibe-|/run-history|/monitoring|/profiling"
+)
+"""Routes of Gradio that neither the page nor its API needs."""
 
 
 def add_demo(commands: Any) -> argparse.ArgumentParser:
@@ -141,23 +151,61 @@ def launch_options(limits: Limits | None = None) -> dict[str, Any]:
         "enable_monitoring": False,
         "run_history": False,
         "ssr_mode": False,
-        "app_kwargs": {"middleware": [Middleware(_NoLinks)]},
+        "app_kwargs": {"middleware": [Middleware(_Gate, limits=limits)]},
         "share": False,  # in some notebooks Gradio would open a tunnel by itself
         "footer_links": ["api", "settings"],
     }
 
 
-class _NoLinks:
-    """Refuses to hand on what is behind a link, of any size, as Gradio's route for files would."""
+class _Gate:
+    """Lets in what the page and its API ask for: of Gradio's other routes some write files that stay, start programs
+    or fetch links, and what is posted is held in memory before anything of this package sees it.
 
-    def __init__(self, app: Callable):
+    Args:
+        app: what is behind it.
+        limits: of the server.
+    """
+
+    def __init__(self, app: Callable, limits: Limits):
         self.app = app
+        # Larger than a batch: that one is too large is said best by the page.
+        self._most = {"/upload": 2 * limits.batch_bytes, "/component_server": LAYER_BYTES + OTHER_BYTES}
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         from starlette.responses import PlainTextResponse
 
-        refused = scope["type"] == "http" and "file=http" in scope["path"].lower()
-        await (PlainTextResponse("links are not fetched here", 403) if refused else self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"].lower().rstrip("/")
+        if SHUT.search(path):
+            return await PlainTextResponse("not available here", 403)(scope, receive, send)
+        most = next((most for end, most in self._most.items() if path.endswith(end)), OTHER_BYTES)
+        got, begun = 0, False
+
+        async def counted() -> dict:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > most:
+                raise _TooLargeError
+            return message
+
+        async def noted(message: dict) -> None:
+            nonlocal begun
+            if got > most and not begun:
+                raise _TooLargeError  # in place of what somebody made of the one above
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted, noted)
+        except _TooLargeError:
+            if not begun:
+                await PlainTextResponse(f"at most {most} bytes are accepted here", 413)(scope, receive, send)
+
+
+class _TooLargeError(Exception):
+    """More was sent than `_Gate` lets in."""
 
 
 def _accelerator() -> Callable[[Callable], Callable]:

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,6 @@ _FREE_SETTINGS = ("log_every", "validate_every", "save_every", "keep_checkpoints
 
 _SERVED: "weakref.WeakSet[Accelerator]" = weakref.WeakSet()
 """Accelerators that a run has given its models, which would be a part of the next run's checkpoints."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0
-
-    def state_dict(self) -> dict:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
 
 
 class _Generator(nn.Module):
@@ -154,8 +141,6 @@ def train(
     adam_g = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), config.learning_rate)
     adam_s = torch.optim.Adam((p for p in surrogates.parameters() if p.requires_grad), config.surrogate_learning_rate)
     wrapped, trained_surrogates, adam_g, adam_s = accelerator.prepare(wrapped, surrogates, adam_g, adam_s)
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress)
     decisive = {name: value for name, value in asdict(config).items() if name not in _FREE_SETTINGS}
     checkpoints = Checkpoints(
         folder,
@@ -164,18 +149,17 @@ def train(
         config.keep_checkpoints,
         generator.sam if generator.config.freeze_sam else None,
     )
-    if resume:
-        checkpoints.load(latest)
+    done = checkpoints.load(latest) if resume else 0
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     output_dir.mkdir(parents=True, exist_ok=True)
-    log = RunLog(output_dir, accelerator, progress.step, total, config.log_every, report)
+    log = RunLog(output_dir, accelerator, done, total, config.log_every, report)
     generator.train()
     surrogates.train()
 
     with _signals() as stopped:
-        while progress.step < total:
-            epoch = progress.step // steps_an_epoch
-            skip = progress.step % steps_an_epoch * per_step
+        while done < total:
+            epoch = done // steps_an_epoch
+            skip = done % steps_an_epoch * per_step
             # Its order comes from seed and epoch alone, so that an epoch can be entered in its middle. It ends with a
             # whole step, so that no gradient is carried into another epoch or phase.
             batches = data.batches(epoch, config.batch_size, rank, world, skip)
@@ -193,8 +177,8 @@ def train(
                 names += batch["name"]
                 images = send_to_device({k: v for k, v in batch.items() if k != "name"}, accelerator.device)
                 random = _random(config.seed, epoch, number, rank)
-                share = progress.step / total
-                rate = config.rate(share, progress.step)
+                share = done / total
+                rate = config.rate(share, done)
                 # A surrogate that has just begun needs the whole rate, however late in the run.
                 surrogate_rate = 1.0 if config.surrogate_restart else rate
                 for optimizer, value in (
@@ -204,10 +188,10 @@ def train(
                     for group in optimizer.param_groups:
                         group["lr"] = value
                 if number % per_step == 0:
-                    for index in config.restarts(progress.step, len(surrogates)):
-                        seed = int(np.random.SeedSequence((config.seed, progress.step, index)).generate_state(1)[0])
+                    for index in config.restarts(done, len(surrogates)):
+                        seed = int(np.random.SeedSequence((config.seed, done, index)).generate_state(1)[0])
                         surrogates.restart(index, seed, adam_s.optimizer)
-                train_generator, train_surrogates = config.trains(epoch, progress.step)
+                train_generator, train_surrogates = config.trains(epoch, done)
                 losses = {}
 
                 # One accumulate block for both phases: with two, one of them would never step.
@@ -234,34 +218,34 @@ def train(
                             if sam_loss is not None:
                                 losses["sam"] = sam_loss
                                 loss = loss + config.sam_loss_weight * sam_loss
-                            where = progress.step, "generator", names
+                            where = done, "generator", names
                             _update(accelerator, loss, wrapped, adam_g, config, *where)
                     if train_surrogates:
                         # Surrogate phase: the noise is fixed, the surrogates learn the masks from protected images.
                         losses["surrogate"] = loss = _segmentation_loss(
                             trained_surrogates, protected.detach(), images["mask"], False, config, random
                         )
-                        where = progress.step, "surrogate", names
+                        where = done, "surrogate", names
                         _update(accelerator, loss, trained_surrogates, adam_s, config, *where)
 
                 log.add(losses, len(images["mask"]) * world)
                 if not accelerator.sync_gradients:
                     continue
                 names.clear()
-                progress.step += 1
-                log.step(progress.step)
-                ends = progress.step == total or stopped(accelerator)
+                done += 1
+                log.step(done)
+                ends = done == total or stopped(accelerator)
                 with log.paused():
-                    if validation and (progress.step == total or _due(config.validate_every, progress.step)):
+                    if validation and (done == total or _due(config.validate_every, done)):
                         if accelerator.is_main_process:
                             found = _validate(generator, surrogates, validation, config, accelerator)
-                            log.validation(progress.step, *found)
+                            log.validation(done, *found)
                         accelerator.wait_for_everyone()
-                    if ends or _due(config.save_every, progress.step):
-                        checkpoints.save(progress.step)
+                    if ends or _due(config.save_every, done):
+                        checkpoints.save(done)
                 if ends:
                     log.close()
-                    return progress.step == total
+                    return done == total
     log.close()
     return True
 

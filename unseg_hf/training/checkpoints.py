@@ -16,7 +16,7 @@ from torch import nn
 
 from ..image_files import one_line
 
-SETTINGS = "settings.json"
+SETTINGS, PROGRESS = "settings.json", "progress.json"
 _UNFINISHED = ".unfinished-"
 
 
@@ -28,7 +28,7 @@ class Checkpoints:
 
     Args:
         folder: of the checkpoints.
-        accelerator: with the models, optimizers and counters of the run prepared and registered.
+        accelerator: with the models and optimizers of the run prepared, and no objects registered.
         settings: whatever decides the result of the run; a run is resumed with the same ones only.
         keep: the number of checkpoints that stay, the newest; 0 keeps all.
         frozen: a module whose weights no checkpoint holds.
@@ -61,6 +61,8 @@ class Checkpoints:
             self.accelerator.save_state(str(unfinished))
             if self.accelerator.is_main_process:
                 (unfinished / SETTINGS).write_text(json.dumps(self.settings, indent=2))
+                # Not an object that Accelerate saves: it unpickles those, which runs whatever a file says.
+                (unfinished / PROGRESS).write_text(json.dumps({"step": step}))
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them, by who writes
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
@@ -75,8 +77,8 @@ class Checkpoints:
                 old.rename(self.folder / f"{_UNFINISHED}{old.name}")
             self._sweep()
 
-    def load(self, checkpoint: Path) -> None:
-        """Go back to where a checkpoint was written.
+    def load(self, checkpoint: Path) -> int:
+        """Go back to where a checkpoint was written; the number of steps until then.
 
         Raises:
             ValueError: the checkpoint is of a run with other settings, naming each.
@@ -95,6 +97,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             self._sweep()
         self.accelerator.load_state(str(checkpoint))
+        return json.loads((checkpoint / PROGRESS).read_text())["step"]
 
     def _sweep(self) -> None:
         """What a killed process left."""
