@@ -365,6 +365,19 @@ def test_sa1b_annotations_are_masks(place, saved_generator):
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 
+@pytest.mark.parametrize("size", [[20_000, 20_000], [2**70, 1], [24, 31]])
+def test_masks_of_another_size_than_their_image_are_not_decoded(place, saved_generator, size):
+    described = {"annotations": [{"segmentation": {"size": size, "counts": "0"}, "area": 9}]}
+    with tarfile.open("in.tar", "w") as tar:
+        for name, data in (("a.png", encoded(photo(0))), ("a.json", json.dumps(described).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    summary = run({"inputs": ["in.tar"], "mask_column": "json"}, saved_generator, kind="tars")
+    assert (summary.records, summary.failed) == (1, 1)
+    assert f"masks of (height, width) [({size[0]}, {size[1]})] for an image of" in lines()[0]["error"]
+
+
 def killed_at(step, source, model, **options):
     """Run in a process that kills itself before the renaming number `step`; False if it came to its end."""
     child = os.fork()
@@ -664,6 +677,15 @@ def test_verify_finds_a_changed_byte_a_strange_file_and_a_broken_bound(place, sa
     assert "data/unprotected.png: it is not in the manifest" in said[1]
     victim.write_bytes(whole)
     Path("out/data/unprotected.png").unlink()
+
+    mark = next(Path("out/manifest").glob("*.json"))
+    told = json.loads(mark.read_text())
+    os.mkfifo("out/pipe")
+    mark.write_text(json.dumps(told | {"files": told["files"] | dict.fromkeys(["/dev/zero", "../x", "pipe"], "0")}))
+    assert cli.main(["verify", "out"]) == 1
+    assert capsys.readouterr().err.count("this is no file of the output") == 3
+    mark.write_text(json.dumps(told))
+    Path("out/pipe").unlink()
 
     settings = json.loads(Path("out/settings.json").read_text())
     settings["protection"] |= {"epsilon": 1 / 255, "epsilon_background": 1 / 255}

@@ -84,6 +84,16 @@ def test_other_images_of_a_table_are_counted_by_column_where_they_are_in_the_out
     assert summary.unprotected == total
 
 
+def test_names_of_columns_are_no_markdown_in_the_card(place, saved_generator):
+    name = "thumb**\n\n# All is safe\n<img src=x onerror=alert(1)>"
+    table = write_table()
+    Dataset.from_parquet("in.parquet").rename_column("thumb", name).to_parquet("in.parquet")
+    run(table, saved_generator)
+    card = DatasetCard.load("out/README.md").text
+    assert r"in the column thumb\*\*\\n\\n\# All is safe\\n\<img src=x" in card
+    assert not [line for line in card.splitlines() if line.startswith("# All") or "<img" in line.replace(r"\<", "")]
+
+
 @pytest.mark.parametrize("kind", outputs.KINDS)
 def test_other_images_of_samples_are_counted_by_suffix_and_named(place, saved_generator, kind, capsys):
     summary = run(write_samples(), saved_generator, kind=kind)

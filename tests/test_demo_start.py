@@ -81,6 +81,18 @@ def test_the_space_serves_the_generator_that_its_variable_names(saved_generator,
     assert Path(file).read_bytes() == expected.read_bytes()
 
 
+def test_photos_of_a_demo_that_was_killed_go_with_the_next_one(tmp_path):
+    from unseg_hf.demo.serving import _sweep
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"unseg-demo-{ended.pid}-a", f"unseg-demo-{os.getpid()}-b", "unseg-demo-other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.png").write_bytes(b"photo")
+    _sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"unseg-demo-{os.getpid()}-b", "unseg-demo-other"}
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_unseg_demo_serves_the_embedded_generator_and_leaves_no_photo_behind(tmp_path, port, stop):
     card = (default_checkpoint() / "README.md").read_text(encoding="utf-8")

@@ -46,6 +46,13 @@ def one(folder, mask, **options):
     return DatasetSource(parquet(folder, [mask]), **options).load(0)
 
 
+def test_no_program_is_started_for_an_image(tmp_path):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 2\n%%EndComments\nshowpage\n"
+    source = DatasetSource(parquet(tmp_path, [png(photo())], images=[eps]))
+    with pytest.raises(OSError, match="cannot identify image file"):
+        source.load(0)
+
+
 class TestMasks:
     @pytest.mark.parametrize(
         ("masks", "ignore", "values"),

@@ -772,7 +772,11 @@ def test_thumbnail_of_the_unprotected_photo_is_not_published():
     # A length that is not there, or one that is too short, as some programs leave them.
     without = body.replace(struct.pack("<HHLL", 0x202, 4, 1, len(thumbnail)), struct.pack("<HHLL", 0x203, 4, 1, 9))
     cut = body.replace(struct.pack("<HHLL", 0x202, 4, 1, len(thumbnail)), struct.pack("<HHLL", 0x202, 4, 1, 0))
-    for odd in (without, cut):
+    third = body.replace(thumbnail, thumbnail[:2] + bytes(9))
+    at = ifd1_at + 2 + 24  # where the next directory would be said to be
+    third = third[:at] + struct.pack("<L", 8) + third[at + 4 :]
+    pictures = [body + start for start in (b"\x89PNG\r\n\x1a\n", b"RIFF....WEBPVP8L")]
+    for odd in (without, cut, third, *pictures):
         other = io.BytesIO()
         Image.new("RGB", (40, 30), "red").save(other, "JPEG", exif=b"Exif\0\0" + odd)
         picture = image_files.read(other.getvalue())
@@ -785,6 +789,15 @@ def test_thumbnail_of_the_unprotected_photo_is_not_published():
         published = image_files.encode(picture, format)
         assert thumbnail[100:] not in published
         assert Image.open(io.BytesIO(published)).getexif()[271] == "ACM"
+
+
+def test_a_name_does_not_command_the_terminal(tmp_path):
+    name = "a\x1b]0;title\x07\r\nb.png"
+    for error in (lambda: read(tmp_path / name), lambda: from_array(np.zeros(3), name)):
+        with pytest.raises(ImageFileError) as raised:
+            error()
+        assert str(raised.value).isprintable()
+        assert r"a\x1b]0;title\x07" in str(raised.value)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

@@ -346,6 +346,19 @@ def test_linked_folders_of_the_input_are_followed(tmp_path, protect):
     assert protect("cityscapes", output="elsewhere/out") == 2
 
 
+def test_what_links_bring_from_elsewhere_is_named_and_pipes_are_passed_over(tmp_path, protect, capsys):
+    TREES["ade20k"][1](tmp_path / "in")
+    (tmp_path / "private.txt").write_text("a key")
+    (tmp_path / "in/LICENSE.txt").symlink_to(tmp_path / "private.txt")
+    os.mkfifo(tmp_path / "in/pipe")
+    (tmp_path / "in/to the pipe").symlink_to(tmp_path / "in/pipe")
+    assert protect("ade20k") == 0
+    said = capsys.readouterr().out
+    assert f"1 files come from elsewhere, by links in {tmp_path / 'in'}, such as LICENSE.txt from" in said
+    assert str(tmp_path / "private.txt") in said
+    assert not {"pipe", "to the pipe"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_links_that_lead_back_are_named(tmp_path, protect, capsys):
     (path,) = TREES["ade20k"][1](tmp_path / "in")
     for name in ("one", "two"):  # one is followed 40 times, two of them without end
@@ -697,6 +710,19 @@ def test_objects_that_are_annotated_by_a_box_alone_are_protected_by_it(tmp_path,
     entry = record(tmp_path / "out")["train2017/000000000009.jpg"]
     assert entry["mask_share"] == pytest.approx(area((slice(5, 15), slice(3, 23))).mean())
     assert entry["masks"] == 2
+
+
+@pytest.mark.parametrize("climbs", [True, False])
+def test_segments_are_read_from_their_folder_alone(tmp_path, protect, capsys, climbs):
+    TREES["coco-panoptic"][1](tmp_path / "in")
+    path = tmp_path / "in/annotations/panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    entry = content["annotations"][0]
+    entry["file_name"] = f"../{entry['file_name']}" if climbs else str(tmp_path / "outside.png")
+    text(path, content)
+    assert protect("coco-panoptic") == 1
+    assert "file_name leads out of the folder of the segments" in capsys.readouterr().err
+    assert str(tmp_path) not in (tmp_path / "out/unseg-protected.jsonl").read_text()
 
 
 def test_a_damaged_panoptic_entry_costs_its_image_alone(tmp_path, protect, capsys):

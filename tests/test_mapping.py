@@ -1,6 +1,7 @@
 """`ProtectImages` under the `map` of real data sets."""
 
 import io
+import os
 import pickle
 import shutil
 
@@ -214,6 +215,13 @@ def test_shares_of_an_image_are_no_boxes(dataset, saved_generator):
     protect = ProtectImages(str(saved_generator), box_column="boxes")
     with pytest.raises(RecordError, match=r"column 'image' \(0\.jpg\): .*multiply shares of the image's sides by 64"):
         dataset.add_column("boxes", [[[0.1, 0.2, 0.8, 0.9]]] * 5).map(protect, batched=True)
+
+
+def test_a_pipe_in_a_column_is_an_error_and_not_waited_for(dataset, saved_generator, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    rows = Dataset.from_dict({"image": [str(tmp_path / "pipe.png")] * 2}).cast_column("image", Image())
+    mapped = rows.map(ProtectImages(str(saved_generator), on_error="mark"), batched=True)
+    assert mapped["protection_error"] == ["the image is no file: pipe.png"] * 2
 
 
 @pytest.mark.parametrize("format", ["numpy", "torch"])

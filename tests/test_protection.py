@@ -1,6 +1,8 @@
 """The contracts: the bound on saved files, grey stays grey, one result whatever the way in."""
 
+import copy
 import io
+import json
 import shutil
 import threading
 import tracemalloc
@@ -581,6 +583,27 @@ def test_a_model_without_its_processor_is_refused_with_the_fix(tiny_protector, t
         ):
             Protector.from_pretrained(tmp_path)
         tiny_protector.processor.image_processor.save_pretrained(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tiny_protector, tmp_path, monkeypatch):
+    tiny_protector.model.save_pretrained(tmp_path)
+    tiny_protector.processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    told = json.loads(path.read_text())
+    told["image_processor"] |= {"auto_map": {"AutoImageProcessor": "own.Own"}, "image_processor_type": "Own"}
+    path.write_text(json.dumps(told))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    with pytest.raises(ValueError, match="custom code"):
+        Protector.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_processor_of_another_size_is_refused_before_it_makes_an_image(tiny_protector):
+    other = copy.deepcopy(tiny_protector.processor)
+    other.target_size = 30_000
+    with pytest.raises(ValueError, match="makes images of 30000 pixels, and the model takes 64"):
+        Protector(tiny_protector.model, other)
 
 
 def test_threads_that_protect_at_the_same_time_leave_torchs_threads_as_they_were(tiny_protector):

@@ -136,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
     from unseg_hf.bulk.manifest import unprotected_images
     from unseg_hf.bulk.opening import open_source
     from unseg_hf.bulk.run import protect_dataset, wait_for_others
+    from unseg_hf.image_files import printable
     from unseg_hf.protection import PROTECTED_BEFORE
     from unseg_hf.training.publishing import check_hub
 
@@ -174,7 +175,7 @@ def run(options: argparse.Namespace) -> int:
     )
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
     speaks = rank == 0
     summary = protect_dataset(

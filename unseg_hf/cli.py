@@ -19,7 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be anything
     options = build_parser().parse_args(arguments)
-    options.command_line = shlex.join(["unseg", *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else arguments
+    # For reports, which are published: names, and not where they lie on this machine.
+    options.command_line = shlex.join(["unseg", *(Path(a).name or a if Path(a).is_absolute() else a for a in given)])
     return run(options)
 
 
@@ -32,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
         said = str(error)
         if isinstance(error, OSError) and error.filename is not None and said.startswith("[Errno"):
             said = f"{error.filename}: {error.strerror}; check the path and your permissions"
-        print(f"unseg: {said}", file=sys.stderr)
+        from .image_files import printable
+
+        print("\n".join(map(printable, f"unseg: {said}".split("\n"))), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unseg: stopped; run it again to go on, what is finished is kept", file=sys.stderr)

@@ -54,12 +54,14 @@ _READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 _EXIF_PREFIX, _JPEG_START = b"Exif\x00\x00", b"\xff\xd8\xff"
+_PICTURES = (_JPEG_START, b"\x89PNG\r\n\x1a\n", b"WEBPVP8")
 _ORIENTATION, _PHOTOMETRIC = int(ExifTags.Base.Orientation), int(ExifTags.Base.PhotometricInterpretation)
 _EXIF_DIRECTORY, _MAKER_NOTE = int(ExifTags.Base.ExifOffset), int(ExifTags.Base.MakerNote)
 _RESOLUTIONS = (int(ExifTags.Base.XResolution), int(ExifTags.Base.YResolution))
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
 _WHOLE_NUMBERS = {3: "H", 4: "L", 13: "L"}  # of these types of values
-_COPIES = {700, 33723, 34377, 37724}  # XMP, IPTC and Photoshop's two: previews, layers, and what is not carried over
+# XMP, IPTC, Photoshop's two and Windows' thumbnail: previews, layers, and what is not carried over.
+_COPIES = {700, 33723, 34377, 37724, 0x501B}
 _SUB_IMAGES = 330
 _TILE = (322, 323)  # its width and height
 # Of what, by what and whose a photo is, its Exif and GPS directories, ratings, XP's texts, and where on earth it lies.
@@ -77,13 +79,19 @@ class ImageFileError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def printable(name: Any) -> str:
+    """The name of a file, or what was made of it, for a terminal, which would obey what some names hold."""
+    text = str(name)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _error(name: str, problem: str, fix: str) -> ImageFileError:
     # A string may be a whole picture, in base64.
     name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
-    return ImageFileError(" ".join(f"{name}: {problem}; {fix}".splitlines()))
+    return ImageFileError(printable(" ".join(f"{name}: {problem}; {fix}".splitlines())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,14 +402,13 @@ def _open(source: str | os.PathLike | bytes | BinaryIO, name: str = "the image b
 def _identify(data: bytes, name: str) -> Image.Image:
     # Not Image.open, which warns above 89 megapixels: silencing a warning changes the whole process and is not
     # thread-safe. Calling the same registered readers leaves the size to be judged by _check_size alone.
-    Image.init()
     if data.startswith(_JPEG_START) and data.count(_EXIF_PREFIX) > MOST_EXIF:
         # Pillow joins them, in a time that grows with the square of their number.
         raise _error(name, f"it has more than {MOST_EXIF} pieces of EXIF", "export it again")
     if why := why_costly(data):
         raise _error(name, why, "save the picture that you want as a PNG")
     damage: Exception | None = None
-    for factory, accept in (Image.OPEN[kind] for kind in _READABLE if kind in Image.OPEN):
+    for factory, accept in (Image.OPEN[kind] for kind in readable_formats()):
         accepted = accept is None or accept(data[:16])
         # A reader that is not built in answers with a sentence, which is true but no acceptance.
         if not accepted or isinstance(accepted, str):
@@ -422,6 +429,12 @@ def _identify(data: bytes, name: str) -> Image.Image:
     if damage is not None:
         raise _error(name, f"it is damaged or cut short ({one_line(damage)})", fix) from damage
     raise _error(name, "this is not an image of a kind that is read here", fix)
+
+
+def readable_formats() -> list[str]:
+    """Pillow's names of the formats that are read, for its `Image.open(formats=...)`."""
+    Image.init()
+    return [kind for kind in _READABLE if kind in Image.OPEN]
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -551,7 +564,9 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
         struct.pack_into(order + "HLHH", body, first[_ORIENTATION] - 6, 3, 1, 1, 0)
     (second,) = struct.unpack_from(order + "L", body, end) if end + 4 <= len(body) else (0,)
     if second:
-        thumbnail, _ = directory(second)
+        thumbnail, after = directory(second)
+        if any(body[after : after + 4]):
+            raise ValueError("a third directory, of what nobody knows")
         struct.pack_into(order + "L", body, end, 0)
         for start, length in (_JPEG_THUMBNAIL, _STRIP_THUMBNAIL):
             if start in thumbnail and length in thumbnail:
@@ -563,7 +578,8 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
     if _EXIF_DIRECTORY in first and _MAKER_NOTE in (inner := directory(numbers(first[_EXIF_DIRECTORY])[0])[0]):
         at, size = extent(inner[_MAKER_NOTE])
         maker_notes = slice(at, at + size)
-    if _JPEG_START in body[: maker_notes.start] or _JPEG_START in body[maker_notes.stop :]:
+    around = body[: maker_notes.start], body[maker_notes.stop :]
+    if any(picture in part for picture in _PICTURES for part in around):
         raise ValueError("a picture somewhere in it that is not where thumbnails are")
     return _EXIF_PREFIX + bytes(body)
 

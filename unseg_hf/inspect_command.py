@@ -200,7 +200,7 @@ def _one_by_one(
     """Work on each item, and print a line of it; one that fails never stops the others."""
     from tqdm import tqdm
 
-    from .image_files import one_line
+    from .image_files import one_line, printable
 
     results = []
     for path, item in tqdm(items, unit="image", disable=not (options.json and sys.stderr.isatty())):
@@ -209,10 +209,10 @@ def _one_by_one(
         except Exception as error:
             text = one_line(error)
             figures = {"error": text if str(path) in text else f"{path}: {text}"}
-            print(f"unseg: {figures['error']}", file=sys.stderr)
+            print(f"unseg: {printable(figures['error'])}", file=sys.stderr)
         else:
             if not options.json:
-                print(f"{path}: {describe(figures)}")
+                print(f"{printable(path)}: {describe(figures)}")
         results.append({"image": str(path)} | figures)
     return results
 
@@ -228,12 +228,14 @@ def _look_for_noise(options: argparse.Namespace) -> int:
         return _noise_in(path, mask_of.get(path), protector)
 
     if not in_folder:
+        from .image_files import printable
+
         said = look(options.original)
         words, notes = said.pop("words"), said.pop("notes")
         if options.json:
             print(json.dumps(said, indent=2))
             return 0
-        print(f"{options.original}: {words}")
+        print(f"{printable(options.original)}: {words}")
         for note in notes:
             print(f"note: {note}")
         return 0

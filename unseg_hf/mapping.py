@@ -466,6 +466,8 @@ def stored_image(value: Any, what: str) -> Any:
         raise RecordError(f"{what} is missing")
     if os.path.isfile(path):
         return path
+    if os.path.exists(path):  # a pipe, or a device without an end
+        raise RecordError(f"{what} is no file: {os.path.basename(path)}")
     from datasets.utils.file_utils import xopen
 
     with xopen(path, "rb") as file:  # on the Hub, or in an archive

@@ -155,6 +155,7 @@ def run_protect(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from .image_files import printable
     from .overlap import in_threads
 
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
@@ -175,12 +176,12 @@ def run_protect(options: argparse.Namespace) -> int:
                 report.add(task, **outcome)
                 report.write_now_and_then()
                 if "error" in outcome:
-                    tqdm.write(f"unseg: {outcome['error']}", file=sys.stderr)
+                    tqdm.write(f"unseg: {printable(outcome['error'])}", file=sys.stderr)
                 progress.update()
 
             in_threads(tasks, work, record, threads)
         for folder in unreadable:
-            print(f"unseg: {folder}", file=sys.stderr)
+            print(f"unseg: {printable(folder)}", file=sys.stderr)
         report.print_summary()
     finally:
         report.write()
@@ -397,10 +398,12 @@ class Report:
             put_in_place(json.dumps({"images": list(entries.values())}, indent=2).encode(), self.path)
 
     def print_summary(self) -> None:
+        from .image_files import printable
+
         reports = [entry["report"] for entry in self.entries if entry["status"] == "protected"]
         if len(self.entries) == 1 and reports:
             entry, report = self.entries[0], reports[0]
-            print(f"{entry['input']} -> {entry['output']}")
+            print(f"{printable(entry['input'])} -> {printable(entry['output'])}")
             inside, outside = report["max_noise"], report["max_noise_background"]
             print(f"  max |noise|   {inside:g} of 255 in the mask, {outside:g} outside")
             print(f"  mask          {report['protected_share']:.0%} of the image, {report['masks']} mask(s)")

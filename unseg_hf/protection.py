@@ -42,7 +42,8 @@ PROTECTED_BEFORE = (
     "its original"
 )
 SMALL_MODEL = 512  # pixels of its input's side
-SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # by model and processor
+# Arguments of loading, by model and processor alike.
+SHARED = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 
 
 def default_checkpoint() -> Path:
@@ -225,6 +226,12 @@ class Protector:
                 "the object finder looks at stretched images, and the processor pads them: take the one that was "
                 "saved with the model, or stretch=True"
             )
+        side = model.config.sam_config.vision_config.image_size
+        if processor.target_size != side:
+            raise ValueError(
+                f"the processor makes images of {processor.target_size} pixels, and the model takes {side}: take the "
+                "one that was saved with the model"
+            )
         self.model, self.processor = model.eval(), processor
         self._recorded: RecordedEncoder | None = None
 
@@ -251,6 +258,8 @@ class Protector:
         """
         checkpoint = default_checkpoint() if checkpoint is None else checkpoint
         check_model_name(checkpoint)
+        # All code that is needed is here; without a word transformers asks whether a checkpoint's own may run.
+        kwargs.setdefault("trust_remote_code", False)
         model, loading = UnSegModel.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
         if missing := {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}:
             of_finder = all(name.startswith("object_finder.") for name in missing)

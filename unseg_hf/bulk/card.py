@@ -2,10 +2,12 @@
 
 import glob
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from ..image_files import printable
 from .manifest import PARTIAL, Summary, read_settings, strange_files, unprotected_images
 
 TEMPLATE = """# Protected images
@@ -57,7 +59,8 @@ def data_card(output: Path, summary: Summary) -> str:
     text = TEMPLATE.format(
         version=settings["versions"]["unseg_hf"],
         unprotected="".join(
-            f"\n**{sentence}**, but as in the source.\n" for sentence in unprotected_images(output, summary)
+            f"\n**{_literally(sentence)}**, but as in the source.\n"
+            for sentence in unprotected_images(output, summary)
         ),
         protected=summary.records - summary.failed - summary.unchanged,
         failed=summary.failed,
@@ -73,6 +76,11 @@ def data_card(output: Path, summary: Summary) -> str:
         settings="settings.json",
     )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
+
+
+def _literally(text: str) -> str:
+    """Text that holds names out of the source, as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", printable(text))
 
 
 def _where(protection: dict[str, Any]) -> str:

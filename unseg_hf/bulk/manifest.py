@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..image_files import sha256_of
@@ -207,6 +207,10 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of a complete shard, one line each."""
     wrong = []
     for name, digest in mark["files"].items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not ((output / name).is_file() or not (output / name).exists()):
+            wrong.append(f"{name}: this is no file of the output")
+            continue
         try:
             if sha256_of(output / name) != digest:
                 wrong.append(f"{name}: its sha256 is not the manifest's: it was changed")

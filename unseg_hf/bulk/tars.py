@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import re
 import tarfile
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..data.sa1b_tars import WholeTarInfo
-from ..image_files import READ_SUFFIXES
+from ..image_files import READ_SUFFIXES, readable_formats
 from .records import (
     IMAGE_TYPE,
     Record,
@@ -74,8 +75,16 @@ class TarFiles:
             if not error:
                 image = members.pop(suffix)
             try:
-                mask = self._read_mask(key, members)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+                mask = self._read_mask(key, members, image)
+            except (
+                OSError,
+                ArithmeticError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as problem:
                 error = error or f"the masks in {key}.json cannot be read ({problem!r})"
             # Where it is not known which image is the one, none of them may pass as what lies beside it.
             rest = {} if image is None else {name: members[name] for name in members if name not in self._dropped}
@@ -89,7 +98,7 @@ class TarFiles:
         ]
         return found[0] if len(found) == 1 else None
 
-    def _read_mask(self, key: str, members: Mapping[str, bytes]) -> Any:
+    def _read_mask(self, key: str, members: Mapping[str, bytes], image: bytes | None) -> Any:
         if self._mask is None or self._mask not in members:
             return None
         if self._mask != "json":
@@ -97,6 +106,10 @@ class TarFiles:
         from ..data.sa1b import RleMasks
 
         found = [mask for mask in json.loads(members["json"])["annotations"] if mask["area"]]
+        # Before they are decoded: a few bytes may say that they are a mask of any size.
+        sizes = {tuple(mask["segmentation"]["size"]) for mask in found}
+        if image is not None and sizes - {size := _size_of(image)}:
+            raise ValueError(f"masks of (height, width) {sorted(sizes)} for an image of {size}")
         return list(RleMasks(f"{key}.json", [m["segmentation"] for m in found], [m["area"] for m in found]))
 
     def schema(self) -> pa.Schema:
@@ -144,6 +157,14 @@ class TarFiles:
         return {name: 1 for name, data in record.rest.items() if name != self._mask and count_images(data)}
 
 
+def _size_of(image: bytes) -> tuple[int, int]:
+    """(height, width) of an image as stored, by its header."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(image), formats=readable_formats()) as opened:
+        return opened.height, opened.width
+
+
 def folder_of(label: str) -> str:
     """Name of a tar as a folder: without .tar, .tar.gz or the like."""
     return re.sub(r"\.(tar|tar\.gz|tgz)$", "", label, flags=re.IGNORECASE)
@@ -167,9 +188,13 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
                     yield key, members, problem
                     members, problem = {}, ""
                 key = own
-                large = info.issparse() or info.size > LARGEST_MEMBER
+                # All of a sample's are in memory together.
+                large = info.issparse() or info.size + sum(map(len, members.values())) > LARGEST_MEMBER
                 if large:
-                    problem = f"{info.name} is sparse, or above {LARGEST_MEMBER // 2**20} MB; leave it out of the tar"
+                    problem = (
+                        f"{info.name} is sparse, or above {LARGEST_MEMBER // 2**20} MB, alone or with what lies "
+                        "beside it; leave it out of the tar"
+                    )
                 if suffix in members:
                     problem = f"{info.name} is there twice, side by side; rename one"
                 if is_link:

@@ -1,5 +1,6 @@
 """Any Hugging Face data set with a column of images and one of masks, as a source of training records."""
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image_files import labels_of
+from ..image_files import labels_of, readable_formats
 from ..inputs import LabelMasks
+from ..mapping import stored_image
 from .records import Record, decoding
 
 MASK_KINDS = ("binary", "regions", "instances", "classes")
@@ -124,7 +126,12 @@ class DatasetSource:
         if value is None:
             raise OSError(f"{name}: column {column!r} is empty")
         with decoding(f"{name}: column {column!r}"):
-            return ImageFeature().decode_example(value)
+            data = stored_image(value, "the image")
+            # Pillow has readers that start other programs, which `datasets` does not keep it from.
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=readable_formats()):
+                pass
+            is_bytes = isinstance(data, bytes)
+            return ImageFeature().decode_example({"bytes": data if is_bytes else None, "path": value.get("path")})
 
 
 class _LazyMasks(Sequence):

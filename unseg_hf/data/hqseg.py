@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..image_files import readable_formats
 from .records import Record, decoding
 
 PARTS = {
@@ -87,7 +88,7 @@ class HqSegSource:
 
 
 def _read(path: Path, mode: str) -> Image.Image:
-    with decoding(str(path)), Image.open(path) as image:
+    with decoding(str(path)), Image.open(path, formats=readable_formats()) as image:
         return image.convert(mode)
 
 

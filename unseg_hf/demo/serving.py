@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ CSS = """
 #batch-table td:first-child {overflow-wrap: anywhere; min-width: 8em}
 """
 
+FOLDER = "unseg-demo-"
+"""How the folders of running demos begin; the number of the process follows."""
 LAYER_BYTES = 8 * 2**20
 """Of what a page sends of a drawing."""
 OTHER_BYTES = 2**20
@@ -75,14 +78,15 @@ def _port(text: str) -> int:
     return int(text)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _folder_that_goes() -> Iterator[None]:
     """Makes Gradio keep its files in a folder that is deleted at the end, however it is asked to stop."""
     place = os.environ.get("GRADIO_TEMP_DIR")
+    _sweep(Path(place or tempfile.gettempdir()))
     # What stops services, and otherwise ends Python without any clean-up.
     with (
         when_asked_to_end(lambda number, _: sys.exit(128 + number)),
-        tempfile.TemporaryDirectory(prefix="unseg-demo-", dir=place) as folder,
+        tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-", dir=place) as folder,
     ):
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
@@ -91,6 +95,17 @@ def _folder_that_goes() -> Iterator[None]:
             os.environ.pop("GRADIO_TEMP_DIR")
             if place is not None:
                 os.environ["GRADIO_TEMP_DIR"] = place
+
+
+def _sweep(place: Path) -> None:
+    """Remove the photos that demos left which were killed, or lost their machine."""
+    import psutil
+
+    for folder in place.glob(f"{FOLDER}*"):
+        number = folder.name.removeprefix(FOLDER).partition("-")[0]
+        with contextlib.suppress(OSError):  # one of another user
+            if number.isdecimal() and not psutil.pid_exists(int(number)) and not folder.is_symlink():
+                shutil.rmtree(folder)
 
 
 def checkout_examples() -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -147,12 +148,17 @@ def _progress(entries, total: int):
     return tqdm(entries, total=total, unit="file", disable=total < 2 or not sys.stderr.isatty())
 
 
+def _is_below(folder: str, path: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
+
+
 def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries: list[dict[str, Any]]) -> None:
+    from unseg_hf.image_files import printable
     from unseg_hf.protect_command import say_of_tints
 
     for entry in entries:
         if entry["status"] == "failed":
-            print(f"unseg: {entry['error']}", file=sys.stderr)
+            print(f"unseg: {printable(entry['error'])}", file=sys.stderr)
     protected = [entry for entry in entries if entry["status"] == "protected"]
     failed = sum(entry["status"] == "failed" for entry in entries)
     for note, count in Counter(note for entry in protected for note in entry["notes"]).items():
@@ -177,6 +183,13 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
         print(
             f"{len(plan.archives)} files that may hold the original images were taken over, such as "
             f"{plan.archives[0]}: remove them before OUT is published"
+        )
+    root = os.path.realpath(options.root)
+    paths = [*plan.copies, *(task.path for task in plan.images)]
+    if outside := [path for path in paths if not _is_below(root, os.path.realpath(options.root / path))]:
+        print(
+            f"{len(outside)} files come from elsewhere, by links in {options.root}, such as {printable(outside[0])} "
+            f"from {printable(os.path.realpath(options.root / outside[0]))}: look whether they are to be published"
         )
     if plan.missing:
         print(

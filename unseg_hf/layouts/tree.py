@@ -340,7 +340,7 @@ def expected_tree(name: str) -> str:
 
 def files_in(folder: Path, output: Path) -> Iterator[str]:
     """Paths of all files below a folder, with `/`, in a fixed order; folders that are links are entered, and what
-    begins with a dot or is a system's own is left out.
+    begins with a dot, is a system's own, or is a pipe or a device is left out.
 
     Raises:
         OSError: a folder that cannot be read, or a link to a folder that holds it.
@@ -356,12 +356,12 @@ def files_in(folder: Path, output: Path) -> Iterator[str]:
             raise ValueError(f"the output {output} lies in the input {here}: choose a folder elsewhere")
         with os.scandir(here) as entries:
             wanted = (e for e in entries if e.name[0] != "." and e.name.lower() not in OF_SYSTEMS)
-            found = sorted((entry.name, entry.is_dir()) for entry in wanted)
-        for name, is_folder in found:
+            found = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in wanted)
+        for name, is_folder, is_file in found:
             path = f"{relative}/{name}" if relative else name
             if is_folder:
                 yield from below(path, (*inside, here))
-            else:
+            elif is_file or not os.path.exists(folder / path):  # a link to nothing is named when its turn comes
                 yield path
 
     yield from below("", ())
