@@ -84,6 +84,8 @@ def measure(folder: Path, processes: int, model: str | None, shard_size: int, ki
         )
         seconds = time.perf_counter() - start
         marks = sorted(Path(output, "out/manifest").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        if len(marks) < 2:
+            raise SystemExit("too few --images for two shards, between which the rate is measured")
         first, last = (marks[index].stat().st_mtime for index in (0, -1))
         images = sum(json.loads(mark.read_text())["records"] for mark in marks[1:])
         return seconds, images / (last - first), *map(float, done.stdout.split())

@@ -559,6 +559,13 @@ def test_metadata_that_unfolds_to_gigabytes_is_refused_before_it_is_read(format)
         one_line_error(lambda: read(data, upright=upright), "its tags say that they hold", "save")  # noqa: B023
 
 
+def test_exif_that_begins_without_end_is_refused():
+    image = Image.fromarray(noise(6, 4, 3))
+    for format, times in (("PNG", 300_000), ("WEBP", 300_000)):
+        data = saved(image, format, exif=b"Exif\0\0" * times + bytes(20))
+        one_line_error(lambda: read(data), "begins again and again", "save")  # noqa: B023
+
+
 def test_a_tile_larger_than_its_picture_counts():
     tags = [(256, 4, 1, 1), (257, 4, 1, 1), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1),
             (322, 4, 1, 46_000), (323, 4, 1, 46_000), (324, 4, 1, 8), (325, 4, 1, 0)]  # fmt: skip

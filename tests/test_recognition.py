@@ -204,12 +204,12 @@ def test_inspect_looks_for_the_noise_in_one_image(protector, published, tmp_path
     blocks = np.random.default_rng(0).integers(0, 256, (24, 1, 3), np.uint8).repeat(10, 0).repeat(200, 1)
     Image.fromarray(blocks).save(tmp_path / "loud.png")
     Image.new("L", (200, 240), 255).save(tmp_path / "all.png")
-    assert "what it shows would hide" in said(tmp_path / "loud.png", "--mask", tmp_path / "all.png")
+    assert "cannot be told, for what it shows" in said(tmp_path / "loud.png", "--mask", tmp_path / "all.png")
     figures = json.loads(said(tmp_path / "protected.png", *mask, "--json"))
     assert 7 < figures["noise"] < 8.5
     assert 0 < figures["standard_error"] < 1
     assert figures["sure"] is True
     assert json.loads(said(tmp_path / "grey.png", "--json")) == {"noise": None, "standard_error": None, "sure": None}
     assert cli.main(["inspect", str(tmp_path / "protected.png"), "--picture", str(tmp_path / "look.png")]) == 2
-    assert "--picture: for two images" in capsys.readouterr().err
+    assert "--picture: for originals and protected images" in capsys.readouterr().err
     assert not (tmp_path / "look.png").exists()

@@ -329,10 +329,11 @@ def model_card(run: RunArguments, decisive: dict, data, validation, hours: float
             "budget of the training). They were trained on protected images alone, so a gap says that they read the "
             "noise:\n\n| | IoU |\n|---|---|\n"
         ) + "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
-    name = run.hub_model_id or Path(run.output_dir).resolve().name
+    # Of a folder as it was given: under its last part alone nothing finds it.
+    name = run.hub_model_id or public(run.output_dir)
     return fill_model_card(
         (Path(__file__).parent.parent / "model_card.md").read_text(),
-        name=name.split("/")[-1],
+        name=Path(name).name,
         model_id=name,
         data="\n".join(_described(spec, public(source.name), source.size) for spec, source in sources),
         settings=f"{log[-1]['step']} steps; the last run of the command took {hours:.1f} hours. {packages}.\n\n"

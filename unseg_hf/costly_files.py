@@ -1,5 +1,6 @@
 """Image files that are small and would take gigabytes, or hours, to read: told by their structure, before they are."""
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ SLACK = 1 << 16  # bytes that tags may hold more of than a file has
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _DIRECTORIES = {34665, 34853, 40965}  # Exif, GPS, interoperability: those that are read here
 _EXIF_PREFIX = b"Exif\x00\x00"
+_BEGINNINGS = re.compile(b"(?:Exif\x00\x00)*")
+MOST_BEGINNINGS = 8
 
 
 class Tags(NamedTuple):
@@ -36,8 +39,10 @@ def why_costly(data: bytes) -> str | None:
 
 def why_tags_are(body: bytes) -> str | None:
     """The same of EXIF, or of a whole TIFF file: tags may all point to the same bytes, and are copied one by one."""
-    while body.startswith(_EXIF_PREFIX):
-        body = body[len(_EXIF_PREFIX) :]
+    beginnings = _BEGINNINGS.match(body).end()
+    if beginnings > MOST_BEGINNINGS * len(_EXIF_PREFIX):  # which are cut off one by one, with a copy of the rest
+        return "its EXIF begins again and again"
+    body = body[beginnings:]
     tags = tags_of(body)
     if tags is None or tags.bytes <= 2 * len(body) + SLACK:
         return None

@@ -73,8 +73,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(figures, indent=2))
         return 0
-    where = "" if pair.mask is None else f" in the mask, {figures['max_noise_background']:g} outside"
-    print(f"max |noise|     {figures['max_noise']:g} of 255{where}")
+    print(f"max |noise|     {figures['max_noise']:g} of 255{_outside(figures)}")
     print(f"PSNR            {decibels(figures['psnr'])}")
     print(f"SSIM            {figures['ssim']:.4f}")
     after = {"after JPEG 75": "left_after_jpeg75", "as published": "left_as_published"}
@@ -141,6 +140,11 @@ def _compared(pair: Pair) -> tuple[Any, Any, dict[str, float | None]]:
     return original, protected, inspect_pair(original, protected, region, published)
 
 
+def _outside(figures: dict[str, Any]) -> str:
+    outside = figures["max_noise_background"]
+    return "" if outside is None else f" in the mask, {outside:g} outside"
+
+
 def _compare_folders(options: argparse.Namespace, pairs: list[Pair]) -> int:
     from statistics import median
 
@@ -158,10 +162,8 @@ def _compare_folders(options: argparse.Namespace, pairs: list[Pair]) -> int:
 
     def describe(figures: dict[str, Any]) -> str:
         left = {"left_after_jpeg75": "after JPEG 75", "left_as_published": "as published"}
-        outside = figures["max_noise_background"]
-        where = "" if outside is None else f" in the mask, {outside:g} outside"
         parts = [
-            f"max |noise| {figures['max_noise']:g}{where}",
+            f"max |noise| {figures['max_noise']:g}{_outside(figures)}",
             decibels(figures["psnr"]),
             f"SSIM {figures['ssim']:.4f}",
         ]
@@ -284,6 +286,6 @@ def _noise_in(path: Path, mask: Path | None, protector: Any) -> dict[str, Any]:
     if found.unclear:
         said = "there may be a little of this generator's noise in it"
     elif not found.sure and not Recognition(1, found.error).sure:
-        said = "what it shows would hide this generator's noise"
+        said = "it cannot be told, for what it shows is as strong as this generator's noise would be"
     words = f"{said} ({noise:.1f} of 255, standard error about {error:.1f})"
     return {"noise": noise, "standard_error": error, "sure": found.sure, "words": words, "notes": notes}

@@ -93,7 +93,7 @@ def add_strength_options(parser: argparse.ArgumentParser) -> None:
         "--epsilon-background",
         type=float,
         metavar="N",
-        help="largest change elsewhere (default: as much smaller as the model's is)",
+        help="largest change elsewhere, with --epsilon or --strength (default: as much smaller as the model's is)",
     )
     strength.add_argument(
         "--tint",

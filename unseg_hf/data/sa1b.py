@@ -32,7 +32,7 @@ def run_length_coder() -> ModuleType:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise ImportError("run-length codes and polygons need pycocotools: pip install 'unseg-hf[train]'") from error
+        raise ImportError("run-length codes and polygons need pycocotools: pip install 'unseg-hf[layouts]'") from error
     return mask
 
 

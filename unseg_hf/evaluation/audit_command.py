@@ -117,7 +117,10 @@ def add_audit(commands: Any) -> argparse.ArgumentParser:
     training.add_argument("--preset", choices=("small", "full"), help="of the victims (default: small)")
     training.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
     training.add_argument(
-        "--processes", type=int, metavar="N", help="victims trained at a time (default: a core each, at most 4)"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="victims at a time (default: on CPUs a core each, at most 4)",
     )
     training.add_argument(
         "--report-only", action="store_true", help="report what OUT holds of the grid, train nothing"
