@@ -399,6 +399,13 @@ def test_routes_that_nobody_needs_are_shut(demo_page, url):
     assert set(demo_page.uploads.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["monitoring.png", "vibe-1.png", "deep_link.png", "profiling"])
+def test_no_name_of_a_file_shuts_its_route(url, name):
+    stored = httpx.post(f"{url}/gradio_api/upload", files={"files": (name, PNG)}).json()[0]
+    assert Path(stored).name == name
+    assert httpx.get(f"{url}/gradio_api/file={stored}").content == PNG
+
+
 @pytest.mark.parametrize("route", ["queue/join", "component_server", "call/protect"])
 def test_what_is_posted_has_an_end(url, route):
     chunks = (b" " * 2**16 for _ in range(200))  # whose length nobody says beforehand

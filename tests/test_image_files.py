@@ -807,6 +807,21 @@ def test_a_name_does_not_command_the_terminal(tmp_path):
         assert r"a\x1b]0;title\x07" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\u0645\u06cc\u200c\u062e.png",  # Persian, with a joiner of no width
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467.png",
+        "n\u0303 \u0928\u092e\u0938\u094d\u0924\u0947.png",
+        "non\u00a0breaking.png",
+        "\u5199\u771f.png",
+    ],
+)
+def test_names_of_all_scripts_are_shown_as_they_are(name):
+    assert image_files.printable(name) == name
+    assert image_files.printable(f"\u202e{name}\u2028\x9b\udc80") == rf"\u202e{name}\u2028\x9b\udc80"
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(("number", "kind"), [("H", 3), ("L", 4)])
 @pytest.mark.parametrize("strips", [1, 2, 3])

@@ -712,6 +712,16 @@ def test_objects_that_are_annotated_by_a_box_alone_are_protected_by_it(tmp_path,
     assert entry["masks"] == 2
 
 
+def test_a_relative_folder_is_no_part_of_the_words_of_a_failure(tmp_path, loud_generator, monkeypatch):
+    many(tmp_path / "in", 2)
+    (tmp_path / "in/images/000.jpg").write_bytes(b"no image, and nothing like it")
+    monkeypatch.chdir(tmp_path)
+    request = ["protect-dataset", "kvasir-seg", "--root", "in", "--output", "out", "--model", str(loud_generator)]
+    assert cli.main(request) == 1
+    (failed,) = [entry for entry in record(tmp_path / "out").values() if entry["status"] == "failed"]
+    assert failed["error"].startswith("images/000.jpg: this is not an image of a kind that is read here; download or")
+
+
 @pytest.mark.parametrize("climbs", [True, False])
 def test_segments_are_read_from_their_folder_alone(tmp_path, protect, capsys, climbs):
     TREES["coco-panoptic"][1](tmp_path / "in")

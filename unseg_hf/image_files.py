@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import unicodedata
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ _WHOLE_NUMBERS = {3: "H", 4: "L", 13: "L"}  # of these types of values
 # XMP, IPTC, Photoshop's two and Windows' thumbnail: previews, layers, and what is not carried over.
 _COPIES = {700, 33723, 34377, 37724, 0x501B}
 _SUB_IMAGES = 330
+_TURNING = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 _TILE = (322, 323)  # its width and height
 # Of what, by what and whose a photo is, its Exif and GPS directories, ratings, XP's texts, and where on earth it lies.
 _DESCRIPTIVE = {
@@ -84,8 +86,13 @@ def one_line(error: BaseException) -> str:
 
 def printable(name: Any) -> str:
     """The name of a file, or what was made of it, for a terminal, which would obey what some names hold."""
-    text = str(name)
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(ascii(c)[1:-1] if _commands(c) else c for c in str(name))
+
+
+def _commands(character: str) -> bool:
+    """Control characters, ends of lines, and what turns the direction of writing; not what joins letters or emoji."""
+    kind = unicodedata.category(character)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _TURNING
 
 
 def _error(name: str, problem: str, fix: str) -> ImageFileError:
@@ -178,7 +185,8 @@ def read(
         return from_pil(image, name)
     orientation = 1
     try:
-        image.load()
+        if image.format == "PNG":
+            image.load()  # whose EXIF may come last
         _check_tags(image, name)
         orientation = image.getexif().get(_ORIENTATION, 1)
         if orientation in range(2, 9):

@@ -207,12 +207,12 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of a complete shard, one line each."""
     wrong = []
     for name, digest in mark["files"].items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not ((output / name).is_file() or not (output / name).exists()):
+        path, file = PurePosixPath(name), output / name
+        if path.is_absolute() or ".." in path.parts or (file.exists() and not file.is_file()):
             wrong.append(f"{name}: this is no file of the output")
             continue
         try:
-            if sha256_of(output / name) != digest:
+            if sha256_of(file) != digest:
                 wrong.append(f"{name}: its sha256 is not the manifest's: it was changed")
         except OSError as error:
             wrong.append(f"{name}: it cannot be read ({error.strerror})")

@@ -108,7 +108,7 @@ class TarFiles:
         found = [mask for mask in json.loads(members["json"])["annotations"] if mask["area"]]
         # Before they are decoded: a few bytes may say that they are a mask of any size.
         sizes = {tuple(mask["segmentation"]["size"]) for mask in found}
-        if image is not None and sizes - {size := _size_of(image)}:
+        if image is not None and sizes - {size := _size_of(image), size[::-1]}:  # turned by its EXIF
             raise ValueError(f"masks of (height, width) {sorted(sizes)} for an image of {size}")
         return list(RleMasks(f"{key}.json", [m["segmentation"] for m in found], [m["area"] for m in found]))
 

@@ -35,7 +35,7 @@ LAYER_BYTES = 8 * 2**20
 OTHER_BYTES = 2**20
 """Of what is posted besides files and drawings."""
 SHUT = re.compile(
-    "file=http|/file/|/proxy=|/process_recording|/deep_link|/stream/|vibe-|/run-history|/monitoring|/profiling"
+    r"/(file/|proxy=|process_recording|deep_link|stream/|(undo-)?vibe-|run-history|monitoring|profiling)"
 )
 """Routes of Gradio that neither the page nor its API needs."""
 
@@ -192,7 +192,8 @@ class _Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"].lower().rstrip("/")
-        if SHUT.search(path):
+        route, _, file = path.partition("/file=")  # which may be called anything
+        if SHUT.search(f"{route}/") or file.startswith("http"):
             return await PlainTextResponse("not available here", 403)(scope, receive, send)
         most = next((most for end, most in self._most.items() if path.endswith(end)), OTHER_BYTES)
         got, begun = 0, False

@@ -364,5 +364,7 @@ def _failure(path: str, error: Exception, *folders: Path) -> dict[str, Any]:
     text = image_files.one_line(error)
     for folder in folders:
         for written in {str(folder.resolve()), str(folder.absolute()), str(folder)}:
-            text = text.replace(f"{written}{os.sep}", "").replace(written, "the folder")
+            text = text.replace(f"{written}{os.sep}", "")
+            if os.path.isabs(written):
+                text = text.replace(written, "the folder")
     return {"status": "failed", "error": text if path in text else f"{path}: {text}"}
