@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -258,6 +259,29 @@ def test_a_device_on_which_nothing_can_be_encoded_is_said_in_one_line(folder, mo
     error = capsys.readouterr().err
     assert error == "unseg: the generator does not run on 'cuda': CUDA out of memory. Tried to allocate 2 GiB\n"
     assert not list(folder.glob("out/**/*.png"))
+
+
+def test_with_hardly_any_memory_one_image_after_another_is_done(folder, saved_generator, monkeypatch, threads):
+    at_work, most = [], []
+    protect = protect_command._Worker._protect
+
+    def watched(self, task):
+        at_work.append(task)
+        most.append(len(at_work))
+        try:
+            return protect(self, task)
+        finally:
+            at_work.remove(task)
+
+    monkeypatch.setattr(protect_command._Worker, "_protect", watched)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    request = ("protect", folder / "in", "-o", folder / "out", "--whole-image", "--model", saved_generator)
+    for i in range(6):
+        Image.fromarray(photo(i)).save(folder / f"in/more{i}.png")
+    threads(4)
+    assert run(*request) == 1  # some of them are broken
+    assert len(list((folder / "out").rglob("*.png"))) == 8
+    assert set(most) == {1}
 
 
 def test_one_thread_at_a_time_uses_the_gpu_of_a_mac():

@@ -1,10 +1,11 @@
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from unseg_hf.overlap import WAITING, in_threads
+from unseg_hf.overlap import WAITING, Room, in_threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -72,3 +73,26 @@ def test_what_is_being_reported_when_it_is_stopped_is_not_lost(threads):
         in_threads(range(100), lambda task: task, report, threads)
     assert reported[:4] == [0, 1, 2, 3]
     assert len(reported) < 20
+
+
+def test_who_needs_more_room_than_is_left_waits_and_what_is_too_large_is_let_in_alone():
+    room, lock, inside, most = Room(10), threading.Lock(), [], []
+
+    def hold(amount):
+        with room.taken(amount):
+            with lock:
+                inside.append(min(amount, 10))
+                most.append(sum(inside))
+            time.sleep(0.01)
+            with lock:
+                inside.remove(min(amount, 10))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, [3, 4, 100, 2, 6, 1, 10, 5] * 3))
+    assert len(most) == 24
+    assert max(most) == 10
+    assert max(most) > min(most)
+    with pytest.raises(KeyboardInterrupt), room.taken(10):
+        raise KeyboardInterrupt
+    with room.taken(10):
+        pass

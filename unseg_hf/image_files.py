@@ -201,6 +201,12 @@ def read(
     return picture
 
 
+def pixels_in(path: str | os.PathLike) -> int:
+    """How many pixels a file says it has; ImageFileError where it is no image that is read here."""
+    image, _ = _open(path)
+    return image.width * image.height
+
+
 def from_pil(image: Image.Image, name: str = "the image") -> Picture:
     """The picture in a pillow image: upright, as grey or RGB, with alpha apart; `name` begins error messages.
 

@@ -1,7 +1,9 @@
 """Work on several things at the same time, with the results in their order."""
 
+import contextlib
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,6 +12,31 @@ Result = TypeVar("Result")
 
 WAITING = 4
 """Tasks a thread that are begun, or finished and not reported, before the oldest has to be."""
+
+
+class Room:
+    """Room for what several threads hold at a time; who asks for more than is left waits.
+
+    Args:
+        size: of all of it; more than that is let in alone.
+    """
+
+    def __init__(self, size: int):
+        self._size = self._left = size
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= amount)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
 
 
 def in_threads(

@@ -20,7 +20,8 @@ from .worker_processes import when_asked_to_end
 
 STRENGTHS = {"low": 4.0, "medium": 8.0, "high": 16.0}  # epsilon in grey levels
 WRITE_EVERY = 5.0  # seconds between two states of the report
-MOST_THREADS = 8  # images at a time: each takes up to 20 bytes a pixel
+MOST_THREADS = 8  # images at a time
+PIXEL_BYTES = 20  # of memory, at most, that an image takes for each of its pixels
 
 
 def add_protect(commands: Any) -> argparse.ArgumentParser:
@@ -153,10 +154,11 @@ def run_protect(options: argparse.Namespace) -> int:
         files = (p for t in tasks for p in (t.source, t.mask, t.target))
         refuse_overwriting("--json", [options.json], (*folders, *files))
 
+    import psutil
     from tqdm import tqdm
 
     from .image_files import printable
-    from .overlap import in_threads
+    from .overlap import Room, in_threads
 
     report, measure = Report(options.json), bool(options.json) or len(tasks) == 1
     report.write()  # where that is impossible, it is known before the work
@@ -170,7 +172,9 @@ def run_protect(options: argparse.Namespace) -> int:
             _shared_processor(protector, len(tasks)) as (threads, model_turn),
             tqdm(total=len(tasks), unit="image", disable=len(tasks) < 2 or not sys.stderr.isatty()) as progress,
         ):
-            work = _Worker(protector, model_turn, options, prompt, (epsilon, background), measure)
+            # Half of the memory that is free: of large photos fewer are worked on at a time.
+            room = Room(max(1, psutil.virtual_memory().available // 2 // PIXEL_BYTES))
+            work = _Worker(protector, model_turn, room, options, prompt, (epsilon, background), measure)
 
             def record(task: Task, outcome: dict[str, Any]) -> None:
                 report.add(task, **outcome)
@@ -288,11 +292,21 @@ def _is_lossy(target: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Worker:
-    """Does an image: with the generator, what to enter for the time that the image is in its model, the options, what
-    to protect but for the image's own mask, the budget, and whether to report all figures."""
+    """Does an image.
+
+    Args:
+        protector: with the generator.
+        model_turn: what to enter for the time that the image is in its model.
+        room: for the pixels of all images that are worked on.
+        options: of the command.
+        prompt: what to protect, but for the image's own mask.
+        budget: epsilon and epsilon_background, as shares.
+        measure: whether to report all figures.
+    """
 
     protector: Any
     model_turn: Any
+    room: Any
     options: argparse.Namespace
     prompt: Any
     budget: tuple[float | None, float | None]
@@ -300,13 +314,15 @@ class _Worker:
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """What became of an image: `status`, and its `report` or the line of its `error`."""
+        from . import image_files
         from .image_files import one_line
 
         try:
             # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
             if task.target.is_file() and not self.options.overwrite:
                 return {"status": "skipped", "older": _is_older(task.target, task.source, task.mask)}
-            return {"status": "protected", "report": self._protect(task)}
+            with self.room.taken(image_files.pixels_in(task.source)):
+                return {"status": "protected", "report": self._protect(task)}
         # One bad image must not stop the others, whatever is wrong with it.
         except Exception as error:
             text = one_line(error)
