@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -365,15 +366,49 @@ def test_sa1b_annotations_are_masks(place, saved_generator):
     assert cli.main(["verify", "out", "--originals", "in"]) == 0
 
 
-@pytest.mark.parametrize("size", [[20_000, 20_000], [2**70, 1], [24, 31]])
-def test_masks_of_another_size_than_their_image_are_not_decoded(place, saved_generator, size):
-    described = {"annotations": [{"segmentation": {"size": size, "counts": "0"}, "area": 9}]}
+def write_sample(image, described):
     with tarfile.open("in.tar", "w") as tar:
-        for name, data in (("a.png", encoded(photo(0))), ("a.json", json.dumps(described).encode())):
+        for name, data in (("a.png", image), ("a.json", json.dumps(described).encode())):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    summary = run({"inputs": ["in.tar"], "mask_column": "json"}, saved_generator, kind="tars")
+    return {"inputs": ["in.tar"], "mask_column": "json"}
+
+
+def test_masks_may_be_of_the_upright_image(place, saved_generator):
+    from pycocotools import mask as coder
+
+    upright = Image.fromarray(photo(0))
+    drawn = mask(0) > 0
+    code = coder.encode(np.asfortranarray(drawn.astype(np.uint8)))
+    code["counts"] = code["counts"].decode()
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
+    described = {"annotations": [{"segmentation": code, "area": int(drawn.sum())}]}
+    summary = run(write_sample(turned.getvalue(), described), saved_generator, kind="tars")
+    assert (summary.records, summary.failed) == (1, 0)
+    expected = Protector.from_pretrained(saved_generator).protect(upright, mask=drawn).image
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(next(iter(published().values()))))), np.asarray(expected))
+
+
+def test_of_an_image_that_is_not_read_its_own_error_is_told(place, saved_generator):
+    described = {"annotations": [{"segmentation": {"size": [9, 9], "counts": "0"}, "area": 9}]}
+    wide = encoded(photo(0))
+    wide = wide[:16] + struct.pack(">II", 20_000, 20_000) + wide[24:29] + struct.pack(">I", zlib.crc32(
+        wide[12:16] + struct.pack(">II", 20_000, 20_000) + wide[24:29])) + wide[33:]  # fmt: skip
+    for image, said in ((wide, "20000 x 20000 is more than"), (b"no image", "this is not an image")):
+        shutil.rmtree("out", ignore_errors=True)
+        assert run(write_sample(image, described), saved_generator, kind="tars").failed == 1
+        assert said in lines()[0]["error"]
+        assert "masks" not in lines()[0]["error"]
+
+
+@pytest.mark.parametrize("size", [[20_000, 20_000], [2**70, 1], [24, 31]])
+def test_masks_of_another_size_than_their_image_are_not_decoded(place, saved_generator, size):
+    described = {"annotations": [{"segmentation": {"size": size, "counts": "0"}, "area": 9}]}
+    summary = run(write_sample(encoded(photo(0)), described), saved_generator, kind="tars")
     assert (summary.records, summary.failed) == (1, 1)
     assert f"masks of (height, width) [({size[0]}, {size[1]})] for an image of" in lines()[0]["error"]
 

@@ -624,6 +624,57 @@ def test_inspect_compares_folders_by_name_and_names_what_is_missing(folder, save
     assert "0 of 3 images carry this generator's noise" in capsys.readouterr().out
 
 
+def test_names_of_files_do_not_command_the_terminal(folder, saved_generator, capsys):
+    odd = folder / "odd"
+    odd.mkdir()
+    for name in ("a\x1b]0;title\x07.png", "b\r\n2 protected.png"):
+        (odd / name).write_bytes(b"no image")
+    Image.fromarray(photo()).save(odd / "c\x1b[2J.png")
+    assert run("protect", odd, "-o", folder / "out", "--whole-image", "--model", saved_generator) == 1
+    assert run("inspect", odd, folder / "out", "--picture", folder / "look.png") == 1
+    assert run("inspect", odd / "a\x1b]0;title\x07.png", "--model", saved_generator) == 2
+    said = "".join(capsys.readouterr())
+    assert not {"\x1b", "\x07", "\r"} & set(said)
+    assert r"a\x1b]0;title\x07.png" in said
+    assert r"c\x1b[2J.png: max |noise|" in said
+
+
+def test_inspect_of_folders_does_not_mix_up_names(folder, capsys):
+    for where, level in (("o", 0), ("p", 5)):
+        (folder / where).mkdir()
+        Image.fromarray(photo(1) + np.uint8(level)).save(folder / where / "a.png")
+        Image.fromarray(photo(2) + np.uint8(level)).save(folder / where / "a.bmp")
+    grey = np.full((30, 40), 30_000, np.uint16)
+    Image.fromarray(grey).save(folder / "o/deep.png")
+    Image.fromarray(grey + np.uint16(1)).save(folder / "p/deep.png")  # no change in 8 bits
+    assert run("inspect", folder / "o", folder / "p") == 0
+    said = capsys.readouterr().out
+    assert said.count("max |noise| 5,") == 2
+    assert "3 images with noise, at most 5 of 255" in said
+    Image.fromarray(photo(1)).save(folder / "o/b.png")
+    for suffix in ("webp", "tiff"):
+        Image.fromarray(photo(1)).save(folder / f"p/b.{suffix}")
+    assert run("inspect", folder / "o", folder / "p") == 2
+    assert "are both called like b.png: keep one of them" in capsys.readouterr().err
+
+
+def test_a_report_says_what_was_asked_and_not_where_it_lies():
+    given = [
+        "audit",
+        "/home/me/a.parquet",
+        "--masks=/home/me/m",
+        "-o/home/me/out",
+        "-o",
+        "out",
+        "a/b.png",
+        "--box=1,2",
+        "/",
+    ]
+    assert [cli._public(one) for one in given] == [
+        "audit", "a.parquet", "--masks=m", "-oout", "-o", "out", "a/b.png", "--box=1,2", "/"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -82,15 +82,20 @@ def test_the_space_serves_the_generator_that_its_variable_names(saved_generator,
 
 
 def test_photos_of_a_demo_that_was_killed_go_with_the_next_one(tmp_path):
-    from unseg_hf.demo.serving import _sweep
+    from unseg_hf.demo.serving import _own_folder, _sweep
 
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for name in (f"unseg-demo-{ended.pid}-a", f"unseg-demo-{os.getpid()}-b", "unseg-demo-other"):
+    left, own, other = (
+        f"{_own_folder()}{ended.pid}-a",
+        f"{_own_folder()}{os.getpid()}-b",
+        f"unseg-demo-x-{ended.pid}-c",
+    )
+    for name in (left, own, other):  # the last one of another machine
         (tmp_path / name).mkdir()
         (tmp_path / name / "photo.png").write_bytes(b"photo")
     _sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"unseg-demo-{os.getpid()}-b", "unseg-demo-other"}
+    assert {path.name for path in tmp_path.iterdir()} == {own, other}
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

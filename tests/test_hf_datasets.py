@@ -51,6 +51,10 @@ def test_no_program_is_started_for_an_image(tmp_path):
     source = DatasetSource(parquet(tmp_path, [png(photo())], images=[eps]))
     with pytest.raises(OSError, match="cannot identify image file"):
         source.load(0)
+    other = io.BytesIO()
+    photo(7).save(other, "PPM")
+    path = parquet(tmp_path, [png(photo())], images=[other.getvalue()])
+    assert np.array_equal(np.asarray(DatasetSource(path).load(0).image), np.asarray(photo(7)))
 
 
 class TestMasks:

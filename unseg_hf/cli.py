@@ -1,6 +1,7 @@
 """The `unseg` command."""
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,9 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # file names may be anything
     options = build_parser().parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    # For reports, which are published: names, and not where they lie on this machine.
-    options.command_line = shlex.join(["unseg", *(Path(a).name or a if Path(a).is_absolute() else a for a in given)])
+    options.command_line = shlex.join(["unseg", *map(_public, given)])
     return run(options)
+
+
+def _public(argument: str) -> str:
+    """An argument as a report has it, which is published: names, and not where they lie on this machine."""
+    option = re.match("--[a-z-]+=|-o(?=.)|", argument)[0]
+    value = argument[len(option) :]
+    return option + (Path(value).name or value if Path(value).is_absolute() else value)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 MOST_SCANS = 200  # of a JPEG: each is a pass over all pixels, and programs write about ten
 MOST_DIRECTORIES = 8  # of tags that are looked at: four are read
 SLACK = 1 << 16  # bytes that tags may hold more of than a file has
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_WHOLE_NUMBERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}  # of these types, as Pillow reads them
 _DIRECTORIES = {34665, 34853, 40965}  # Exif, GPS, interoperability: those that are read here
-_EXIF_PREFIX = b"Exif\x00\x00"
+EXIF_PREFIX = b"Exif\x00\x00"
+_MARKER = re.compile(b"\xff[^\x00\xd0-\xd7\xff]")  # in a scan, what is none of its own
 _BEGINNINGS = re.compile(b"(?:Exif\x00\x00)*")
 MOST_BEGINNINGS = 8
 
@@ -28,10 +30,10 @@ def why_costly(data: bytes) -> str | None:
     Metadata of PNG and WebP is not looked at: `why_tags_are` says it of the EXIF that was found in them.
     """
     if data.startswith(b"\xff\xd8\xff"):
-        # Within a scan these bytes do not occur.
-        if (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+        pieces, scans = _exif_and_scans(data)
+        if scans > MOST_SCANS:
             return f"it has {scans} scans, each a pass over all of its pixels"
-        return why_tags_are(b"".join(_exif_pieces(data)))
+        return why_tags_are(b"".join(pieces))
     if (tags := tags_of(data)) is not None and tags.more_pages:
         return "it has more than one page"
     return why_tags_are(data)
@@ -40,7 +42,7 @@ def why_costly(data: bytes) -> str | None:
 def why_tags_are(body: bytes) -> str | None:
     """The same of EXIF, or of a whole TIFF file: tags may all point to the same bytes, and are copied one by one."""
     beginnings = _BEGINNINGS.match(body).end()
-    if beginnings > MOST_BEGINNINGS * len(_EXIF_PREFIX):  # which are cut off one by one, with a copy of the rest
+    if beginnings > MOST_BEGINNINGS * len(EXIF_PREFIX):  # which are cut off one by one, with a copy of the rest
         return "its EXIF begins again and again"
     body = body[beginnings:]
     tags = tags_of(body)
@@ -63,7 +65,7 @@ def tags_of(body: bytes) -> Tags | None:
     todo, seen, held, following = [struct.unpack_from(order + number, body, inline)[0]], set(), 0, 0
     while todo and len(seen) < MOST_DIRECTORIES:
         start = todo.pop()
-        if start in seen or start + inline > len(body):
+        if start in seen or not 0 <= start <= len(body) - inline:
             continue
         seen.add(start)
         first = start + struct.calcsize(order + count)
@@ -71,32 +73,40 @@ def tags_of(body: bytes) -> Tags | None:
         entries = min(struct.unpack_from(order + count, body, start)[0], (len(body) - first) // size)
         end, inner = first + entries * size, {}
         for tag, kind, values, value in struct.iter_unpack(order + entry, body[first:end]):
-            length = values * _TYPE_SIZES.get(kind, 0)
+            length = values * TYPE_SIZES.get(kind, 0)
             place = struct.unpack(order + number, value)[0]
             if length > inline and place + length <= len(body):
                 held += length
-            if tag in _DIRECTORIES:
-                inner[tag] = place  # of several the last, as Pillow takes it
+            if tag in _DIRECTORIES and kind in _WHOLE_NUMBERS and values == 1:
+                number_of_it = struct.Struct(order + _WHOLE_NUMBERS[kind])
+                at = value if number_of_it.size <= inline else body[place : place + number_of_it.size]
+                if len(at) >= number_of_it.size:
+                    inner[tag] = number_of_it.unpack_from(at)[0]  # of several the last, as Pillow takes it
         todo += inner.values()
         if len(seen) == 1 and end + inline <= len(body):
             following = struct.unpack_from(order + number, body, end)[0]
+            following = 0 if following == start else following  # which Pillow takes for the end, too
     return Tags(held, following != 0) if seen else None
 
 
-def _exif_pieces(data: bytes) -> list[bytes]:
-    """The EXIF of a JPEG file, as Pillow finds and joins it."""
-    at, pieces = 2, []
+def _exif_and_scans(data: bytes) -> tuple[list[bytes], int]:
+    """The EXIF of a JPEG file, as Pillow finds and joins it, and the number of scans until the picture ends."""
+    at, pieces, scans = 2, [], 0
     while at + 4 <= len(data):
         kind = data[at + 1]
         if data[at] != 0xFF or kind == 0xFF:
             at += 1
+        elif kind == 0xD9 and scans:
+            break
         elif kind < 0xC0 or 0xD0 <= kind <= 0xD9:  # without a length
             at += 2
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-            if kind == 0xE1 and data.startswith(_EXIF_PREFIX, at + 4):
-                pieces.append(data[at + 4 + len(_EXIF_PREFIX) : end])
+            if kind == 0xE1 and not scans and data.startswith(EXIF_PREFIX, at + 4):
+                pieces.append(data[at + 4 + len(EXIF_PREFIX) : end])
             if kind == 0xDA:
-                break
+                scans += 1
+                following = _MARKER.search(data, end)
+                end = len(data) if following is None else following.start()
             at = end
-    return pieces
+    return pieces, scans

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from .costly_files import why_costly, why_tags_are
+from .costly_files import EXIF_PREFIX, TYPE_SIZES, why_costly, why_tags_are
 
 # Twice pillow's own default limit: where pillow turns its warning into an error.
 MAX_PIXELS = 178_956_970
@@ -54,12 +54,11 @@ LONGEST_NAME = 300  # characters of it in messages
 _READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
-_EXIF_PREFIX, _JPEG_START = b"Exif\x00\x00", b"\xff\xd8\xff"
+_JPEG_START = b"\xff\xd8\xff"
 _PICTURES = (_JPEG_START, b"\x89PNG\r\n\x1a\n", b"WEBPVP8")
 _ORIENTATION, _PHOTOMETRIC = int(ExifTags.Base.Orientation), int(ExifTags.Base.PhotometricInterpretation)
 _EXIF_DIRECTORY, _MAKER_NOTE = int(ExifTags.Base.ExifOffset), int(ExifTags.Base.MakerNote)
 _RESOLUTIONS = (int(ExifTags.Base.XResolution), int(ExifTags.Base.YResolution))
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes
 _WHOLE_NUMBERS = {3: "H", 4: "L", 13: "L"}  # of these types of values
 # XMP, IPTC, Photoshop's two and Windows' thumbnail: previews, layers, and what is not carried over.
 _COPIES = {700, 33723, 34377, 37724, 0x501B}
@@ -81,7 +80,7 @@ class ImageFileError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(name: Any) -> str:
@@ -98,7 +97,7 @@ def _commands(character: str) -> bool:
 def _error(name: str, problem: str, fix: str) -> ImageFileError:
     # A string may be a whole picture, in base64.
     name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
-    return ImageFileError(printable(" ".join(f"{name}: {problem}; {fix}".splitlines())))
+    return ImageFileError(" ".join(f"{name}: {problem}; {fix}".splitlines()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +200,11 @@ def read(
     return picture
 
 
-def pixels_in(path: str | os.PathLike) -> int:
-    """How many pixels a file says it has; ImageFileError where it is no image that is read here."""
-    image, _ = _open(path)
-    return image.width * image.height
+def size_of(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(height, width) of an image as stored, by its header; ImageFileError where it is none that is read here."""
+    image, name = _open(source)
+    _check_size(*image.size, name)
+    return image.height, image.width
 
 
 def from_pil(image: Image.Image, name: str = "the image") -> Picture:
@@ -416,13 +416,14 @@ def _open(source: str | os.PathLike | bytes | BinaryIO, name: str = "the image b
 def _identify(data: bytes, name: str) -> Image.Image:
     # Not Image.open, which warns above 89 megapixels: silencing a warning changes the whole process and is not
     # thread-safe. Calling the same registered readers leaves the size to be judged by _check_size alone.
-    if data.startswith(_JPEG_START) and data.count(_EXIF_PREFIX) > MOST_EXIF:
+    Image.init()
+    if data.startswith(_JPEG_START) and data.count(EXIF_PREFIX) > MOST_EXIF:
         # Pillow joins them, in a time that grows with the square of their number.
         raise _error(name, f"it has more than {MOST_EXIF} pieces of EXIF", "export it again")
     if why := why_costly(data):
         raise _error(name, why, "save the picture that you want as a PNG")
     damage: Exception | None = None
-    for factory, accept in (Image.OPEN[kind] for kind in readable_formats()):
+    for factory, accept in (Image.OPEN[kind] for kind in _READABLE if kind in Image.OPEN):
         accepted = accept is None or accept(data[:16])
         # A reader that is not built in answers with a sentence, which is true but no acceptance.
         if not accepted or isinstance(accepted, str):
@@ -445,10 +446,10 @@ def _identify(data: bytes, name: str) -> Image.Image:
     raise _error(name, "this is not an image of a kind that is read here", fix)
 
 
-def readable_formats() -> list[str]:
-    """Pillow's names of the formats that are read, for its `Image.open(formats=...)`."""
+def formats_of_data() -> list[str]:
+    """Pillow's names of all formats but the one whose reader starts another program, for `Image.open(formats=...)`."""
     Image.init()
-    return [kind for kind in _READABLE if kind in Image.OPEN]
+    return [kind for kind in Image.OPEN if kind != "EPS"]
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -469,7 +470,8 @@ def _check_tags(image: Image.Image, name: str) -> None:
     """Of EXIF that is not read yet."""
     exif = image.info.get("exif")
     if not exif and "Raw profile type exif" in image.info:
-        exif = _from_text(image.info["Raw profile type exif"])
+        with contextlib.suppress(ValueError):
+            exif = _from_text(image.info["Raw profile type exif"])
     if isinstance(exif, bytes) and (why := why_tags_are(exif)):
         raise _error(name, why, "save it without EXIF")
 
@@ -537,8 +539,8 @@ def _exif_of(image: Image.Image, notes: list[str]) -> bytes | None:
 def _publishable(exif: bytes, notes: list[str]) -> bytes:
     """EXIF with orientation 1 and no thumbnail, which would publish a small copy of the unprotected photo."""
     # Changed in place: writing EXIF anew through pillow loses maker notes and non-ASCII text.
-    while exif.startswith(_EXIF_PREFIX):
-        exif = exif[len(_EXIF_PREFIX) :]
+    while exif.startswith(EXIF_PREFIX):
+        exif = exif[len(EXIF_PREFIX) :]
     body = bytearray(exif)
     order = {b"II*\0": "<", b"MM\0*": ">"}[bytes(body[:4])]
 
@@ -552,7 +554,7 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
     def extent(value: int) -> tuple[int, int]:
         """Where what a tag holds begins, and its bytes; of more than four the value is their offset."""
         kind, count = struct.unpack_from(order + "HL", body, value - 6)
-        size = _TYPE_SIZES.get(kind, 8) * count
+        size = TYPE_SIZES.get(kind, 8) * count
         return (value if size <= 4 else struct.unpack_from(order + "L", body, value)[0]), size
 
     def numbers(value: int) -> tuple[int, ...]:
@@ -595,7 +597,7 @@ def _publishable(exif: bytes, notes: list[str]) -> bytes:
     around = body[: maker_notes.start], body[maker_notes.stop :]
     if any(picture in part for picture in _PICTURES for part in around):
         raise ValueError("a picture somewhere in it that is not where thumbnails are")
-    return _EXIF_PREFIX + bytes(body)
+    return EXIF_PREFIX + bytes(body)
 
 
 def _descriptive(exif: Image.Exif) -> Image.Exif:

@@ -51,11 +51,11 @@ def run_inspect(options: argparse.Namespace) -> int:
         return _look_for_noise(options)
     if options.picture and options.picture.suffix.lower() != ".png":
         raise ValueError(f"--picture {options.picture}: it is a PNG, so name it .png")
-    kinds = {True: "a folder", False: "a file"}
+    kinds, in_folders = {True: "a folder", False: "a file"}, options.original.is_dir()
     for path in filter(None, (options.original, options.protected, options.published)):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        if path.is_dir() != (in_folders := options.original.is_dir()):
+        if path.is_dir() != in_folders:
             raise ValueError(f"{path}: name {kinds[in_folders]}, as {options.original} is one")
     pairs = _pairs(options)
     if options.picture:
@@ -99,16 +99,32 @@ def _pairs(options: argparse.Namespace) -> list[Pair]:
         return [Pair(options.original, options.protected, options.mask, options.published)]
     found = _images_of(options.original, [options.protected, options.mask, options.published])
     mask_of = match_masks(options.mask, found)
-    protected, published = (_by_name(folder) for folder in (options.protected, options.published))
-
-    def same(names: dict[Path, Path], relative: Path) -> Path | None:
-        # a.jpg beside a.heic: both kept their own suffix in the name.
-        return names.get(relative.with_suffix("")) or names.get(relative)
-
+    protected, published = (_Names(folder) for folder in (options.protected, options.published))
     return [
-        Pair(path, same(protected, relative), mask_of.get(path), same(published, relative))
+        Pair(path, protected.find(relative), mask_of.get(path), published.find(relative))
         for path, relative in found.items()
     ]
+
+
+class _Names:
+    """Images of a folder by those of another one: `a.png`, `a.jpg.png` or `a.webp` is `a.jpg` protected.
+
+    Args:
+        folder: of the images; None is none.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._found: dict[Path, list[Path]] = {}
+        for path, below in ({} if folder is None else _images_of(folder)).items():
+            for name in (below, below.with_suffix("")):
+                self._found.setdefault(name, []).append(path)
+
+    def find(self, relative: Path) -> Path | None:
+        """The image of a name; ValueError where several are called so."""
+        found = self._found.get(relative) or self._found.get(relative.with_suffix("")) or [None]
+        if len(found) > 1:
+            raise ValueError(f"{found[0]} and {found[1]} are both called like {relative}: keep one of them")
+        return found[0]
 
 
 def _images_of(folder: Path, apart: Iterable[Path | None] = ()) -> dict[Path, Path]:
@@ -118,10 +134,6 @@ def _images_of(folder: Path, apart: Iterable[Path | None] = ()) -> dict[Path, Pa
     if unreadable or not found:
         raise ValueError(unreadable[0] if unreadable else f"no images in {folder}")
     return found
-
-
-def _by_name(folder: Path | None) -> dict[Path, Path]:
-    return {} if folder is None else {below.with_suffix(""): path for path, below in _images_of(folder).items()}
 
 
 def _compared(pair: Pair) -> tuple[Any, Any, dict[str, float | None]]:
@@ -179,13 +191,15 @@ def _compare_folders(options: argparse.Namespace, pairs: list[Pair]) -> int:
         print(json.dumps({"images": results}, indent=2))
     else:
         if changed:
-            psnr, ssim, jpeg = (median(f[name] for f in changed) for name in ("psnr", "ssim", "left_after_jpeg75"))
+            names = ("psnr", "ssim", "left_after_jpeg75")
+            # Of a change that is none in 8 bits, JPEG leaves no share.
+            psnr, ssim, jpeg = (median([f[name] for f in changed if f[name] is not None] or [0]) for name in names)
             print(
                 f"{len(changed)} images with noise, at most {max(f['max_noise'] for f in changed):g} of 255; medians: "
                 f"{psnr:.1f} dB, SSIM {ssim:.4f}, {jpeg:.0%} of the noise is left after JPEG 75"
             )
         if options.published:
-            shares = [f["left_as_published"] for f in changed if "left_as_published" in f]
+            shares = [f["left_as_published"] for f in changed if f.get("left_as_published") is not None]
             left = f", {max(median(shares), 0):.0%} of the noise is left in the median" if shares else ""
             print(f"{len(shares)} of them as published{left}")
         for count, what in ((len(good) - len(changed), "as they were"), (len(results) - len(good), "failed")):

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from .evaluation.post_processing import jpeg
 from .fidelity import compare, strips
-from .image_files import Picture
+from .image_files import Picture, printable
 
 SHEET_SIDE = 160
 """Longest side of a photo on a contact sheet, in pixels."""
@@ -170,7 +170,7 @@ def contact_sheet(photos: Sequence[tuple[str, Image.Image, Image.Image]], column
             left = gap + column * across
             sheet.paste(original, (left, top))
             sheet.paste(noise, (left + SHEET_SIDE + gap // 2, top))
-            draw.text((left, top + height + 2), name[-NAME_LENGTH:], fill="black", font_size=12)
+            draw.text((left, top + height + 2), printable(name)[-NAME_LENGTH:], fill="black", font_size=12)
         top += height + caption + gap
     return sheet
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import signal
 import sys
 import threading
@@ -321,7 +322,7 @@ class _Worker:
             # What is no file, a folder or a link to nowhere, is no earlier output: writing says what it is.
             if task.target.is_file() and not self.options.overwrite:
                 return {"status": "skipped", "older": _is_older(task.target, task.source, task.mask)}
-            with self.room.taken(image_files.pixels_in(task.source)):
+            with self.room.taken(math.prod(image_files.size_of(task.source))):
                 return {"status": "protected", "report": self._protect(task)}
         # One bad image must not stop the others, whatever is wrong with it.
         except Exception as error:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import re
 import tarfile
@@ -15,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..data.sa1b_tars import WholeTarInfo
-from ..image_files import READ_SUFFIXES, readable_formats
+from ..image_files import READ_SUFFIXES, ImageFileError, size_of
 from .records import (
     IMAGE_TYPE,
     Record,
@@ -108,7 +107,11 @@ class TarFiles:
         found = [mask for mask in json.loads(members["json"])["annotations"] if mask["area"]]
         # Before they are decoded: a few bytes may say that they are a mask of any size.
         sizes = {tuple(mask["segmentation"]["size"]) for mask in found}
-        if image is not None and sizes - {size := _size_of(image), size[::-1]}:  # turned by its EXIF
+        try:
+            size = (0, 0) if image is None else size_of(image)
+        except ImageFileError:
+            return None  # what is wrong with the image is said where it is read
+        if image is not None and sizes - {size, size[::-1]}:  # turned by its EXIF
             raise ValueError(f"masks of (height, width) {sorted(sizes)} for an image of {size}")
         return list(RleMasks(f"{key}.json", [m["segmentation"] for m in found], [m["area"] for m in found]))
 
@@ -157,14 +160,6 @@ class TarFiles:
         return {name: 1 for name, data in record.rest.items() if name != self._mask and count_images(data)}
 
 
-def _size_of(image: bytes) -> tuple[int, int]:
-    """(height, width) of an image as stored, by its header."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(image), formats=readable_formats()) as opened:
-        return opened.height, opened.width
-
-
 def folder_of(label: str) -> str:
     """Name of a tar as a folder: without .tar, .tar.gz or the like."""
     return re.sub(r"\.(tar|tar\.gz|tgz)$", "", label, flags=re.IGNORECASE)
@@ -172,7 +167,7 @@ def folder_of(label: str) -> str:
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
     """Key, members by suffix, and what is wrong with one of them, of each sample."""
-    key, members, problem, last = "", {}, "", "its beginning"
+    key, members, problem, last, held = "", {}, "", "its beginning", 0
     try:
         with tarfile.open(path, "r:*", tarinfo=WholeTarInfo) as tar:
             for info in tar:
@@ -186,10 +181,11 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], str]]:
                 own = (name.parent / stem).as_posix()
                 if own != key and members:
                     yield key, members, problem
-                    members, problem = {}, ""
+                    members, problem, held = {}, "", 0
                 key = own
                 # All of a sample's are in memory together.
-                large = info.issparse() or info.size + sum(map(len, members.values())) > LARGEST_MEMBER
+                held += info.size
+                large = info.issparse() or held > LARGEST_MEMBER
                 if large:
                     problem = (
                         f"{info.name} is sparse, or above {LARGEST_MEMBER // 2**20} MB, alone or with what lies "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image_files import labels_of, readable_formats
+from ..image_files import formats_of_data, labels_of
 from ..inputs import LabelMasks
 from ..mapping import stored_image
 from .records import Record, decoding
@@ -128,10 +128,9 @@ class DatasetSource:
         with decoding(f"{name}: column {column!r}"):
             data = stored_image(value, "the image")
             # Pillow has readers that start other programs, which `datasets` does not keep it from.
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=readable_formats()):
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=formats_of_data()):
                 pass
-            is_bytes = isinstance(data, bytes)
-            return ImageFeature().decode_example({"bytes": data if is_bytes else None, "path": value.get("path")})
+            return ImageFeature().decode_example({"bytes": data, "path": None} if isinstance(data, bytes) else value)
 
 
 class _LazyMasks(Sequence):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..image_files import readable_formats
+from ..image_files import formats_of_data
 from .records import Record, decoding
 
 PARTS = {
@@ -88,7 +88,7 @@ class HqSegSource:
 
 
 def _read(path: Path, mode: str) -> Image.Image:
-    with decoding(str(path)), Image.open(path, formats=readable_formats()) as image:
+    with decoding(str(path)), Image.open(path, formats=formats_of_data()) as image:
         return image.convert(mode)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image_files import readable_formats
+from ..image_files import formats_of_data
 from .records import Record, decoding
 from .sa1b_tars import Pair, Shard, count_pairs, find_shards, is_remote, read_member, read_pairs, shown
 
@@ -170,7 +170,7 @@ class Sa1bSource:
         name = f"{handle.tar}/{handle.image.name}"
         data = read_member(handle.tar, handle.image)
         with decoding(name):
-            image = Image.open(io.BytesIO(data), formats=readable_formats())
+            image = Image.open(io.BytesIO(data), formats=formats_of_data())
             image.load()
         return Record(name, image, self._masks(handle, image))
 

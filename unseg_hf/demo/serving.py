@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import os
+import platform
 import re
 import shutil
 import sys
@@ -28,8 +30,6 @@ CSS = """
 #batch-table td:first-child {overflow-wrap: anywhere; min-width: 8em}
 """
 
-FOLDER = "unseg-demo-"
-"""How the folders of running demos begin; the number of the process follows."""
 LAYER_BYTES = 8 * 2**20
 """Of what a page sends of a drawing."""
 OTHER_BYTES = 2**20
@@ -86,7 +86,7 @@ def _folder_that_goes() -> Iterator[None]:
     # What stops services, and otherwise ends Python without any clean-up.
     with (
         when_asked_to_end(lambda number, _: sys.exit(128 + number)),
-        tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-", dir=place) as folder,
+        tempfile.TemporaryDirectory(prefix=f"{_own_folder()}{os.getpid()}-", dir=place) as folder,
     ):
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
@@ -97,12 +97,17 @@ def _folder_that_goes() -> Iterator[None]:
                 os.environ["GRADIO_TEMP_DIR"] = place
 
 
+def _own_folder() -> str:
+    """How the folders of demos on this machine begin; the number of the process follows."""
+    return f"unseg-demo-{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
+
+
 def _sweep(place: Path) -> None:
     """Remove the photos that demos left which were killed, or lost their machine."""
     import psutil
 
-    for folder in place.glob(f"{FOLDER}*"):
-        number = folder.name.removeprefix(FOLDER).partition("-")[0]
+    for folder in place.glob(f"{glob.escape(_own_folder())}*"):
+        number = folder.name.removeprefix(_own_folder()).partition("-")[0]
         with contextlib.suppress(OSError):  # one of another user
             if number.isdecimal() and not psutil.pid_exists(int(number)) and not folder.is_symlink():
                 shutil.rmtree(folder)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,17 @@ def _progress(entries, total: int):
     return tqdm(entries, total=total, unit="file", disable=total < 2 or not sys.stderr.isatty())
 
 
-def _is_below(folder: str, path: str) -> bool:
-    return os.path.commonpath([folder, path]) == folder
+def _from_elsewhere(root: Path, paths: Iterable[str]) -> Iterator[str]:
+    """Those of the paths below a folder that links lead out of it."""
+    real = root.resolve()
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        folder, name = (root / path).parent, Path(path).name
+        if folder not in folders:
+            folders[folder] = Path(os.path.realpath(folder))
+        file = folders[folder] / name
+        if not (Path(os.path.realpath(file)) if file.is_symlink() else file).is_relative_to(real):
+            yield path
 
 
 def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries: list[dict[str, Any]]) -> None:
@@ -184,9 +194,7 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
             f"{len(plan.archives)} files that may hold the original images were taken over, such as "
             f"{plan.archives[0]}: remove them before OUT is published"
         )
-    root = os.path.realpath(options.root)
-    paths = [*plan.copies, *(task.path for task in plan.images)]
-    if outside := [path for path in paths if not _is_below(root, os.path.realpath(options.root / path))]:
+    if outside := list(_from_elsewhere(options.root, [*plan.copies, *(task.path for task in plan.images)])):
         print(
             f"{len(outside)} files come from elsewhere, by links in {options.root}, such as {printable(outside[0])} "
             f"from {printable(os.path.realpath(options.root / outside[0]))}: look whether they are to be published"

@@ -84,6 +84,8 @@ class Checkpoints:
             ValueError: the checkpoint is of a run with other settings, naming each.
         """
         stored = json.loads((checkpoint / SETTINGS).read_text())
+        if not (checkpoint / PROGRESS).exists():
+            raise ValueError(f"{checkpoint} is of an earlier version of this package: start anew in another folder")
         differing = [
             f"{name} is {self.settings.get(name)!r}, was {stored.get(name)!r}"
             for name in sorted(stored.keys() | self.settings.keys())
