@@ -166,49 +166,52 @@ def _print_summary(options: argparse.Namespace, splits: list[str], plan, entries
     from unseg_hf.image_files import printable
     from unseg_hf.protect_command import say_of_tints
 
+    def say(line: str, file: Any = None) -> None:
+        print(printable(line), file=file)
+
     for entry in entries:
         if entry["status"] == "failed":
-            print(f"unseg: {printable(entry['error'])}", file=sys.stderr)
+            say(f"unseg: {entry['error']}", sys.stderr)
     protected = [entry for entry in entries if entry["status"] == "protected"]
     failed = sum(entry["status"] == "failed" for entry in entries)
     for note, count in Counter(note for entry in protected for note in entry["notes"]).items():
-        print(f"note ({count} images): {note}")
+        say(f"note ({count} images): {note}")
     tinted = Counter(entry["tinted"] for entry in protected)
     say_of_tints(tinted[True], tinted[False])
     if jpegs := [entry for entry in protected if "over_bound_share" in entry]:
         left = [entry["noise_left"] for entry in jpegs if entry["noise_left"] is not None]
         share = sum(entry["over_bound_share"] for entry in jpegs) / len(jpegs)
-        print(
+        say(
             f"JPEG leaves {sum(left) / max(1, len(left)):.0%} of the noise, and {share:.2%} of the pixels over the "
             f"bound, by at most {max(entry['over_bound_levels'] for entry in jpegs)} of 255 ({len(jpegs)} images)"
         )
     for reason, count in plan.clean.items():
-        print(f"{count} images stay clean: {reason}")
+        say(f"{count} images stay clean: {reason}")
     if plan.left_out:
-        print(
+        say(
             f"{len(plan.left_out)} files left out: unprotected copies of protected images, by their names, such as "
             f"{plan.left_out[0]}"
         )
     if plan.archives:
-        print(
+        say(
             f"{len(plan.archives)} files that may hold the original images were taken over, such as "
             f"{plan.archives[0]}: remove them before OUT is published"
         )
     if outside := list(_from_elsewhere(options.root, [*plan.copies, *(task.path for task in plan.images)])):
-        print(
-            f"{len(outside)} files come from elsewhere, by links in {options.root}, such as {printable(outside[0])} "
-            f"from {printable(os.path.realpath(options.root / outside[0]))}: look whether they are to be published"
+        say(
+            f"{len(outside)} files come from elsewhere, by links in {options.root}, such as {outside[0]} "
+            f"from {os.path.realpath(options.root / outside[0])}: look whether they are to be published"
         )
     if plan.missing:
-        print(
+        say(
             f"{len(plan.missing)} images that the lists of {', '.join(splits)} name are not in {options.root}, "
             f"such as {min(plan.missing)}"
         )
     if plan.unknown:
-        print(f"{len(plan.unknown)} names of {options.names} are of no image, such as {min(plan.unknown)}")
+        say(f"{len(plan.unknown)} names of {options.names} are of no image, such as {min(plan.unknown)}")
     others = len(entries) - len(protected) - failed
     unchanged = sum(entry.get("unchanged", False) for entry in protected)
-    print(
+    say(
         f"{len(protected) - unchanged} images of {', '.join(splits)} protected, "
         + (f"{unchanged} with nothing to protect in them, " if unchanged else "")
         + f"{others} other files "
