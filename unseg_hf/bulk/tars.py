@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..data.sa1b_tars import WholeTarInfo
-from ..image_files import READ_SUFFIXES, ImageFileError, size_of
+from ..image_files import READ_SUFFIXES, ImageFileError, one_line, size_of
 from .records import (
     IMAGE_TYPE,
     Record,
@@ -75,6 +75,8 @@ class TarFiles:
                 image = members.pop(suffix)
             try:
                 mask = self._read_mask(key, members, image)
+            except ImageFileError as problem:
+                error = error or one_line(problem)
             except (
                 OSError,
                 ArithmeticError,
@@ -107,11 +109,8 @@ class TarFiles:
         found = [mask for mask in json.loads(members["json"])["annotations"] if mask["area"]]
         # Before they are decoded: a few bytes may say that they are a mask of any size.
         sizes = {tuple(mask["segmentation"]["size"]) for mask in found}
-        try:
-            size = (0, 0) if image is None else size_of(image)
-        except ImageFileError:
-            return None  # what is wrong with the image is said where it is read
-        if image is not None and sizes - {size, size[::-1]}:  # turned by its EXIF
+        size = size_of(image) if image else None
+        if size and sizes - {size, size[::-1]}:  # turned by its EXIF
             raise ValueError(f"masks of (height, width) {sorted(sizes)} for an image of {size}")
         return list(RleMasks(f"{key}.json", [m["segmentation"] for m in found], [m["area"] for m in found]))
 
