@@ -568,6 +568,9 @@ def test_inspect_measures_and_draws(folder, saved_generator, capsys):
     assert run("inspect", *pair, "--picture", folder / "look.png") == 0
     assert "after JPEG 75" in capsys.readouterr().out
     assert Image.open(folder / "look.png").width > 3 * 64
+    Image.fromarray(np.full_like(mask(), 255)).save(folder / "all.png")
+    assert run("inspect", *pair[:2], "--mask", folder / "all.png") == 0
+    assert "outside" not in capsys.readouterr().out  # there is nothing
     assert run("inspect", *pair, "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     difference = np.abs(np.asarray(Image.open(folder / "out/a.png")).astype(int) - photo())
