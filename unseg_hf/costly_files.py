@@ -34,21 +34,25 @@ def why_costly(data: bytes) -> str | None:
         if scans > MOST_SCANS:
             return f"it has {scans} scans, each a pass over all of its pixels"
         return why_tags_are(b"".join(pieces))
-    if (tags := tags_of(data)) is not None and tags.more_pages:
+    tags = tags_of(data)
+    if tags is not None and tags.more_pages:
         return "it has more than one page"
-    return why_tags_are(data)
+    return _more_than_there_is(tags, len(data))
 
 
 def why_tags_are(body: bytes) -> str | None:
-    """The same of EXIF, or of a whole TIFF file: tags may all point to the same bytes, and are copied one by one."""
+    """The same of EXIF: tags may all point to the same bytes, and are copied one by one."""
     beginnings = _BEGINNINGS.match(body).end()
     if beginnings > MOST_BEGINNINGS * len(EXIF_PREFIX):  # which are cut off one by one, with a copy of the rest
         return "its EXIF begins again and again"
     body = body[beginnings:]
-    tags = tags_of(body)
-    if tags is None or tags.bytes <= 2 * len(body) + SLACK:
+    return _more_than_there_is(tags_of(body), len(body))
+
+
+def _more_than_there_is(tags: Tags | None, size: int) -> str | None:
+    if tags is None or tags.bytes <= 2 * size + SLACK:
         return None
-    return f"its tags say that they hold {tags.bytes / 2**20:.0f} MB, in a file of {len(body) / 2**20:.1f}"
+    return f"its tags say that they hold {tags.bytes / 2**20:.0f} MB, in a file of {size / 2**20:.1f}"
 
 
 def tags_of(body: bytes) -> Tags | None:
@@ -78,10 +82,9 @@ def tags_of(body: bytes) -> Tags | None:
             if length > inline and place + length <= len(body):
                 held += length
             if tag in _DIRECTORIES and kind in _WHOLE_NUMBERS and values == 1:
-                number_of_it = struct.Struct(order + _WHOLE_NUMBERS[kind])
-                at = value if number_of_it.size <= inline else body[place : place + number_of_it.size]
-                if len(at) >= number_of_it.size:
-                    inner[tag] = number_of_it.unpack_from(at)[0]  # of several the last, as Pillow takes it
+                at = value if length <= inline else body[place : place + length]
+                if len(at) >= length:  # of several the last, as Pillow takes it
+                    inner[tag] = struct.unpack_from(order + _WHOLE_NUMBERS[kind], at)[0]
         todo += inner.values()
         if len(seen) == 1 and end + inline <= len(body):
             following = struct.unpack_from(order + number, body, end)[0]

@@ -178,8 +178,7 @@ def read(
     more than MAX_PIXELS); a bigger one is refused by its header, before its pixels are decoded.
     """
     image, name = _open(source)
-    _check_size(*image.size, name, max_pixels)
-    _check_tile(image, name, max_pixels)
+    _check_sizes(image, name, max_pixels)
     if upright:
         return from_pil(image, name)
     orientation = 1
@@ -459,8 +458,9 @@ def _check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS
         raise _error(name, f"{width} x {height} is more than {max_pixels} pixels", "make it smaller or crop it")
 
 
-def _check_tile(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> None:
-    """A tile of a TIFF file is decoded whole, however small the picture is."""
+def _check_sizes(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Of the picture, and of a TIFF file's tiles, each of which is decoded whole, however small the picture is."""
+    _check_size(*image.size, name, max_pixels)
     tags = getattr(image, "tag_v2", {})
     if all(isinstance(tags.get(tag), int) for tag in _TILE):
         _check_size(*(tags[tag] for tag in _TILE), f"a tile of {name}", max_pixels)
@@ -483,8 +483,7 @@ def _from_text(profile: str) -> bytes:
 
 def _decode(image: Image.Image, name: str) -> tuple[Image.Image, str, int]:
     """The whole upright image, the raw mode that its file says (or ""), and the EXIF orientation it had."""
-    _check_size(*image.size, name)
-    _check_tile(image, name)
+    _check_sizes(image, name)
     tiles = getattr(image, "tile", None) or []
     if tiles and ImageFile.LOAD_TRUNCATED_IMAGES:
         problem = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so a damaged file would be read as partly grey"

@@ -190,6 +190,12 @@ def images_in(folder: Path, unreadable: list[str], apart: Iterable[Path] = ()) -
     return sorted(path for path in images if not inside or inside.isdisjoint([where := _real(path), *where.parents]))
 
 
+def stays_inside(name: str) -> bool:
+    """Whether a path with `/` that somebody else has written leads nowhere out of the folder that it belongs to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def refuse_overwriting(what: str, targets: Iterable[Path], kept: Iterable[Path | None]) -> None:
     needed = {_real(path) for path in kept if path is not None}
     # Where capitals do not count, another spelling is the same file.

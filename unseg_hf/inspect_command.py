@@ -12,6 +12,8 @@ from .image_tasks import images_in, match_masks, refuse_overwriting
 from .protect_command import decibels, load_protector
 
 FAINT_BUDGET = 2 / 255  # the smallest in which noise is recognised
+LEFT = {"left_after_jpeg75": "after JPEG 75", "left_as_published": "as published"}
+"""Figures of what is left of the noise, and what to call them."""
 ON_A_SHEET = 300  # photos: more of them make a picture that few programs open
 
 
@@ -76,8 +78,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     print(f"max |noise|     {figures['max_noise']:g} of 255{_outside(figures)}")
     print(f"PSNR            {decibels(figures['psnr'])}")
     print(f"SSIM            {figures['ssim']:.4f}")
-    after = {"after JPEG 75": "left_after_jpeg75", "as published": "left_as_published"}
-    for when, left in ((when, figures[name]) for when, name in after.items() if name in figures):
+    for when, left in ((when, figures[name]) for name, when in LEFT.items() if name in figures):
         print(f"{when:15} {'no noise to begin with' if left is None else f'{max(left, 0):.0%} of the noise is left'}")
     if options.picture:
         print(f"picture         {options.picture}")
@@ -173,13 +174,12 @@ def _compare_folders(options: argparse.Namespace, pairs: list[Pair]) -> int:
         return {"protected": str(pair.protected)} | figures
 
     def describe(figures: dict[str, Any]) -> str:
-        left = {"left_after_jpeg75": "after JPEG 75", "left_as_published": "as published"}
         parts = [
             f"max |noise| {figures['max_noise']:g}{_outside(figures)}",
             decibels(figures["psnr"]),
             f"SSIM {figures['ssim']:.4f}",
         ]
-        parts += [f"{max(figures[n], 0):.0%} left {when}" for n, when in left.items() if figures.get(n) is not None]
+        parts += [f"{max(figures[n], 0):.0%} left {when}" for n, when in LEFT.items() if figures.get(n) is not None]
         return ", ".join(parts)
 
     results = _one_by_one(options, [(pair.original, (n, pair)) for n, pair in enumerate(pairs)], compare, describe)

@@ -7,10 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..image_files import sha256_of
+from ..image_tasks import stays_inside
 
 SETTINGS = "settings.json"
 FOLDER = "manifest"
@@ -207,8 +208,8 @@ def damaged_files(output: Path, mark: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of a complete shard, one line each."""
     wrong = []
     for name, digest in mark["files"].items():
-        path, file = PurePosixPath(name), output / name
-        if path.is_absolute() or ".." in path.parts or (file.exists() and not file.is_file()):
+        file = output / name
+        if not stays_inside(name) or (file.exists() and not file.is_file()):
             wrong.append(f"{name}: this is no file of the output")
             continue
         try:

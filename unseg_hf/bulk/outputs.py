@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..image_tasks import stays_inside
 from .records import IMAGE_TYPE, Record, Source
 from .tars import folder_of
 
@@ -185,8 +186,7 @@ def _check_name(name: str) -> None:
     except UnicodeEncodeError:
         # Such a file stands in the way of all others: who loads the output reads its names as UTF-8.
         raise ValueError(f"{name!a} is no name in UTF-8; rename it") from None
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
+    if not stays_inside(name):
         raise ValueError(f"{name} leads out of the output; rename it")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from unseg_hf import image_files
 from unseg_hf.data.sa1b import run_length_coder
+from unseg_hf.image_tasks import stays_inside
 
 from .annotations import Annotation, Index, Segment, fitting, select_segments
 
@@ -241,7 +242,7 @@ class PanopticPng:
     @property
     def files(self) -> tuple[Path, ...]:
         file_name = self.entry.get("file_name")
-        inside = isinstance(file_name, str) and _stays_inside(file_name)
+        inside = isinstance(file_name, str) and stays_inside(file_name)
         return (self.json, self.folder / file_name) if inside else (self.json,)
 
     def segments(self, size: tuple[int, int], classes: frozenset[int] | None, separate: bool) -> list[Segment]:
@@ -250,18 +251,13 @@ class PanopticPng:
             class_of = {s["id"]: s["category_id"] for s in self.entry["segments_info"] if not s.get("iscrowd")}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.json}, {self.image}: its entry in the json lacks {error}") from error
-        if not _stays_inside(self.entry["file_name"]):
+        if not stays_inside(self.entry["file_name"]):
             raise ValueError(
                 f"{self.json}, {self.image}: file_name leads out of the folder of the segments: give a name in it"
             )
         colours = fitting(image_files.read(path).rgb8(), size, path).astype(np.int32)
         segments = colours[:, :, 0] + 256 * colours[:, :, 1] + 256**2 * colours[:, :, 2]
         return select_segments(segments, class_of, classes, separate)
-
-
-def _stays_inside(file_name: str) -> bool:
-    path = PurePosixPath(file_name)
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _needed(entry: dict[str, Any]) -> dict[str, Any]:
